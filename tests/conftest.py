@@ -1,0 +1,58 @@
+"""Shared by all tests: the root on sys.path, few threads, and where the golden vectors are.
+
+tests/golden/ holds small recordings of the official implementations; a folder ../shared beside the
+checkout, when there is one, holds more of them and real data, and the tests then use those too.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: parallel runs must not thrash
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+SHARED = ROOT.parent / "shared" if (ROOT.parent / "shared" / "golden").is_dir() else None
+
+
+def golden_path(name):
+    """Path of a golden file, here or beside the checkout; the test is skipped if it is in neither."""
+    for folder in (ROOT / "tests" / "golden", SHARED / "golden" if SHARED else None):
+        if folder and (folder / name).exists():
+            return folder / name
+    pytest.skip(f"golden file {name} is only beside the development checkout (../shared/golden)")
+
+
+def load_golden(name):
+    """An .npz as a dict of tensors; float16 is only a storage format, its values are used as float32."""
+    arrays = np.load(golden_path(name))
+    return {
+        key: torch.from_numpy(
+            np.array(value, dtype=np.float32 if value.dtype == np.float16 else value.dtype)
+        )
+        for key, value in arrays.items()
+        if value.dtype.kind in "fiub"
+    }
+
+
+@pytest.fixture
+def golden():
+    return golden_path
+
+
+@pytest.fixture
+def golden_arrays():
+    return load_golden
+
+
+@pytest.fixture
+def shared():
+    """The folder ../shared, or the test is skipped."""
+    if SHARED is None:
+        pytest.skip("real data lie only beside the development checkout (../shared)")
+    return SHARED
