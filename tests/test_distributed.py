@@ -1,0 +1,182 @@
+"""Gradients over several processes, in chunks or not, against one process on the whole batch.
+
+Loss curves cannot show a gather without gradient: the loss is the same number. Everything is fp64 here, so
+that the comparison is about the algorithm and not about the order of a sum.
+"""
+
+import multiprocessing
+import os
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import distributed
+from gradcache import contrastive_loss, training_step
+from llip import Llip, PooledTokens
+from model import CLIP, Config
+
+SIZES = Config(16, 16, 8, 16, 2, 2, 32, 8, 50, 16, 1, 2, 32)
+MODELS = {
+    "clip infonce": lambda: CLIP(SIZES),
+    "clip siglip": lambda: CLIP(SIZES, scale=10.0, bias=-3.0),
+    "llip siglip": lambda: Llip(SIZES, 4, 2, temperature=2.0, bias=-3.0),
+    "llip infonce": lambda: Llip(SIZES, 4, 2, temperature=2.0, bias=-3.0),
+    "pooled siglip": lambda: PooledTokens(SIZES, 3, "learned", heads=2, bias=-3.0),
+}
+PAIRS = 8
+
+
+def build(name):
+    torch.manual_seed(0)
+    return MODELS[name]().double()
+
+
+def batch():
+    g = torch.Generator().manual_seed(1)
+    images = torch.randn(PAIRS, 3, 16, 16, generator=g, dtype=torch.float64)
+    tokens = torch.randint(1, 48, (PAIRS, 8), generator=g)
+    tokens[:, 0], tokens[:, 5] = 48, 49
+    return images, tokens
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def whole_batch(name):
+    model = build(name)
+    loss = training_step(model, *batch(), name.split()[1])
+    return loss, gradients(model)
+
+
+def worker(rank, world, folder):
+    """Every model at 1 chunk and at one pair a chunk, with DDP; leaves losses and gradients in a file."""
+    try:
+        torch.set_num_threads(1)
+        store = f"file://{folder}/store{world}"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+        images, tokens = (x.chunk(world)[rank] for x in batch())
+        results = {}
+        for name in MODELS:
+            for chunks in (1, PAIRS // world):
+                model = DistributedDataParallel(build(name))
+                for _ in range(
+                    2
+                ):  # twice: DDP complains about an unfinished reduction at the second
+                    model.zero_grad()
+                    loss = training_step(model, images, tokens, name.split()[1], chunks)
+                results[f"{name} {chunks}"] = float(loss), gradients(model.module)
+        results["mean"] = distributed.mean({"rank": rank, "one": 1.0})
+        results["broadcast"] = distributed.broadcast(f"from {rank}")
+        results["rows"] = distributed.gather_rows(torch.full((rank + 1, 2), float(rank)))
+        torch.save(results, f"{folder}/{world}-{rank}")
+        dist.barrier()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)  # gloo's destructor can hang
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """{world: [results of rank 0, 1, ...]}"""
+    folder, found = tmp_path_factory.mktemp("ranks"), {}
+    for world in (2, 4):
+        context = multiprocessing.get_context("spawn")
+        jobs = [context.Process(target=worker, args=(r, world, str(folder))) for r in range(world)]
+        for job in jobs:
+            job.start()
+        for job in jobs:
+            job.join(120)
+            job.kill()
+        assert [job.exitcode for job in jobs] == [0] * world
+        found[world] = [torch.load(folder / f"{world}-{r}") for r in range(world)]
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_equal_one_process(ranks, name, world):
+    loss, reference = whole_batch(name)
+    for chunks in (1, PAIRS // world):
+        results = [r[f"{name} {chunks}"] for r in ranks[world]]
+        assert sum(r[0] for r in results) / world == pytest.approx(float(loss), rel=1e-9)
+        for _, grads in results:
+            assert grads.keys() == reference.keys()
+            for key, expected in reference.items():
+                torch.testing.assert_close(grads[key], expected, rtol=1e-7, atol=1e-10, msg=key)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_chunks_equal_one_chunk(name):
+    loss, reference = whole_batch(name)
+    for chunks in (2, 4, 8):
+        model = build(name)
+        chunked = training_step(model, *batch(), name.split()[1], chunks)
+        torch.testing.assert_close(chunked, loss)
+        for key, grad in gradients(model).items():
+            torch.testing.assert_close(grad, reference[key], rtol=1e-7, atol=1e-10, msg=key)
+
+
+def test_averaging_chunk_losses_is_another_gradient():
+    """What GradCache is for: the mean of the chunks' own losses points elsewhere."""
+    images, tokens = batch()
+    model = build("clip infonce")
+    for x, t in zip(images.chunk(4), tokens.chunk(4)):
+        (contrastive_loss(model, *model(x, t), "infonce") / 4).backward()
+    naive = torch.cat([g.flatten() for g in gradients(model).values()])
+    exact = torch.cat([g.flatten() for g in whole_batch("clip infonce")[1].values()])
+    assert torch.cosine_similarity(naive, exact, dim=0) < 0.98
+
+
+def test_gather_without_gradient_is_another_gradient(ranks, monkeypatch):
+    """The mutant that loss curves do not show: the tower's gradient is another one."""
+    name = "clip infonce"
+    model, (images, tokens) = build(name), batch()
+    image_side, text_side = model(images, tokens)
+    half = PAIRS // 2
+    total = 0
+    for r in range(2):  # what two ranks compute if the others' texts arrive as constants
+        own = slice(r * half, (r + 1) * half)
+        texts = [t if i == r else t.detach() for i, t in enumerate(text_side.chunk(2))]
+        logits = model.pair_logits(image_side[own], torch.cat(texts))
+        images_ = [x if i == r else x.detach() for i, x in enumerate(image_side.chunk(2))]
+        logits_t = model.pair_logits(torch.cat(images_), text_side[own]).t()
+        import losses
+
+        total = total + losses.info_nce(logits, logits_t, r * half) / 2
+    total.backward()
+    wrong = gradients(model)["visual.proj"]
+    right = ranks[2][0][f"{name} 1"][1]["visual.proj"]
+    assert (wrong - right).norm() > 0.05 * right.norm()
+
+
+def test_reductions(ranks):
+    for world, results in ranks.items():
+        for r in results:
+            assert r["mean"] == {"rank": (world - 1) / 2, "one": 1.0}
+            assert r["broadcast"] == "from 0"
+            expected = torch.cat([torch.full((i + 1, 2), float(i)) for i in range(world)])
+            assert torch.equal(r["rows"], expected)
+
+
+def test_one_process_needs_no_group():
+    x = torch.ones(3, 2)
+    assert distributed.gather((x, x))[1] is x and distributed.world_size() == 1
+    assert distributed.mean({"a": 2}) == {"a": 2} and distributed.gather_rows(x) is x
+
+
+def test_bad_chunks():
+    with pytest.raises(ValueError, match="8 is not divisible by 3"):
+        training_step(build("clip infonce"), *batch(), "infonce", chunks=3)
+    with pytest.raises(ValueError, match="objective 'sigmoid'"):
+        training_step(build("clip infonce"), *batch(), "sigmoid")
+
+
+def test_setup_refuses_missing_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="0 GPUs"):
+        distributed.setup("cuda")
