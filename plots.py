@@ -1,0 +1,187 @@
+"""Small pictures with Pillow alone: lines, bars, and matrices, for people who would rather look.
+
+No science here: axes, ticks and labels, so that a run can be judged at a glance without a plotting package.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# Okabe and Ito's palette: told apart by readers with any colour vision
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
+INK, GRID = "#222222", "#dddddd"
+
+
+def font(size: int = 13) -> ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers that cover low..high: ticks(0, 0.83) -> [0.0, 0.2, 0.4, 0.6, 0.8]."""
+    span = high - low
+    if not (math.isfinite(span) and span > 0):
+        return [low]
+    power = 10.0 ** math.floor(math.log10(span / count))
+    step = next(m * power for m in (1, 2, 5, 10) if span / (m * power) <= count)
+    first = math.ceil(low / step - 1e-9)
+    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def number(x: float) -> str:
+    return f"{x:,.0f}" if abs(x) >= 100 or x == int(x) else f"{x:.3g}"
+
+
+def legend(draw, where: tuple[float, float], label: str, colour: str) -> None:
+    x, y = where
+    draw.rectangle([x, y + 3, x + 10, y + 12], fill=colour)
+    draw.text((x + 16, y), label, fill=colour, font=font(12))
+
+
+def cell_text(x: float) -> str:
+    return f"{x:.2g}" if abs(x) < 10 else f"{x:.0f}"
+
+
+class Canvas:
+    """One panel with axes; data coordinates to pixels by x(), y()."""
+
+    def __init__(self, draw, box, xlim, ylim, title, xlabel="", xticks=True):
+        self.draw, (self.left, self.top, self.right, self.bottom) = draw, box
+        self.xlim, self.ylim = xlim, ylim
+        draw.text((self.left, self.top - 22), title, fill=INK, font=font(14))
+        for t in ticks(*ylim):
+            draw.line([(self.left, self.y(t)), (self.right, self.y(t))], fill=GRID)
+            draw.text((self.left - 6, self.y(t)), number(t), fill=INK, font=font(11), anchor="rm")
+        for t in ticks(*xlim) if xticks else []:
+            where = (self.x(t), self.bottom + 5)
+            draw.text(where, number(t), fill=INK, font=font(11), anchor="mt")
+        middle = ((self.left + self.right) / 2, self.bottom + 20)
+        draw.text(middle, xlabel, fill=INK, font=font(12), anchor="mt")
+        draw.rectangle(box, outline=INK)
+
+    def x(self, value: float) -> float:
+        a, b = self.xlim
+        return self.left + (value - a) / ((b - a) or 1) * (self.right - self.left)
+
+    def y(self, value: float) -> float:
+        a, b = self.ylim
+        return self.bottom - (value - a) / ((b - a) or 1) * (self.bottom - self.top)
+
+
+def limits(values: list[float]) -> tuple[float, float]:
+    finite = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
+    low, high = min(finite), max(finite)
+    pad = 0.05 * (high - low) or max(abs(high), 1.0) * 0.05
+    return low - pad, high + pad
+
+
+def lines(path: str | Path, panels: dict[str, dict[str, list]], xlabel: str = "step") -> None:
+    """One panel a title; each {label: [(x, y), ...]}. A label with a single point is drawn as a dot."""
+    width, height, margin = 420, 260, 60
+    image = Image.new("RGB", ((width + margin) * len(panels) + 30, height + 110), "white")
+    draw = ImageDraw.Draw(image)
+    for n, (title, series) in enumerate(panels.items()):
+        points = [p for line in series.values() for p in line] or [(0, 0)]
+        left = margin + n * (width + margin)
+        box = (left, 40, left + width, 40 + height)
+        xlim = (min(p[0] for p in points), max(p[0] for p in points) or 1)
+        panel = Canvas(draw, box, xlim, limits([p[1] for p in points]), title, xlabel)
+        for k, (label, line) in enumerate(series.items()):
+            colour = COLOURS[k % len(COLOURS)]
+            line = [(panel.x(x), panel.y(y)) for x, y in line if math.isfinite(y)]
+            if len(line) > 1:
+                draw.line(line, fill=colour, width=2, joint="curve")
+            for x, y in line if len(line) < 30 else line[-1:]:
+                draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour)
+            where = (left + 4 + (k % 2) * width // 2, 40 + height + 36 + 15 * (k // 2))
+            legend(draw, where, label, colour)
+    image.save(path)
+
+
+def bars(
+    path: str | Path,
+    groups: dict[str, dict[str, tuple[float, float]]],
+    title: str = "",
+    floor: float = 0,
+) -> None:
+    """Grouped bars: {group: {label: (mean, spread)}}; the whisker is the spread on either side."""
+    labels = list(dict.fromkeys(label for group in groups.values() for label in group))
+    each, gap, height = 34, 30, 260
+    width = sum(len(g) * each + gap for g in groups.values()) + gap
+    width = max(width, 12 * max(map(len, labels)) + 60, 9 * len(title))
+    image = Image.new("RGB", (width + 80, height + 90 + 18 * len(labels)), "white")
+    draw = ImageDraw.Draw(image)
+    values = [v for g in groups.values() for m, s in g.values() for v in (m + s, m - s)]
+    low, high = limits([*values, floor])
+    box = (60, 40, 60 + width, 40 + height)
+    panel = Canvas(
+        draw, box, (0, 1), (floor if low < floor <= min(values) else low, high), title, xticks=False
+    )
+    left = 60 + gap
+    for name, group in groups.items():
+        start = left
+        for label, (mean, spread) in group.items():
+            colour = COLOURS[labels.index(label) % len(COLOURS)]
+            top, base = panel.y(mean), panel.y(panel.ylim[0])
+            draw.rectangle([left, min(top, base), left + each - 6, base], fill=colour)
+            x = left + (each - 6) / 2
+            draw.line([(x, panel.y(mean - spread)), (x, panel.y(mean + spread))], fill=INK, width=2)
+            draw.text(
+                (x, min(top, panel.y(mean + spread)) - 4),
+                number(mean),
+                fill=INK,
+                font=font(10),
+                anchor="mb",
+            )
+            left += each
+        draw.text(((start + left) / 2, 46 + height), name, fill=INK, font=font(12), anchor="mt")
+        left += gap
+    for k, label in enumerate(labels):
+        colour = COLOURS[k % len(COLOURS)]
+        legend(draw, (64, 70 + height + 18 * k), label, colour)
+    image.save(path)
+
+
+def heat(values: np.ndarray) -> np.ndarray:
+    """Numbers in [0, 1] (...) to colours (..., 3) uint8: dark blue, teal, yellow; monotone in lightness."""
+    stops = np.array(
+        [[13, 8, 60], [33, 82, 140], [32, 145, 140], [94, 201, 98], [253, 231, 37]], float
+    )
+    x = np.clip(np.nan_to_num(values), 0, 1) * (len(stops) - 1)
+    low = np.minimum(x.astype(int), len(stops) - 2)
+    part = (x - low)[..., None]
+    return (stops[low] * (1 - part) + stops[low + 1] * part).round().astype(np.uint8)
+
+
+def matrix(
+    path: str | Path, values: np.ndarray, rows: list[str], columns: list[str], title: str = ""
+) -> None:
+    """A labelled matrix as coloured cells, with the numbers written in where they fit."""
+    cell = int(np.clip(900 / max(values.shape), 8, 44))
+    left = 20 + 7 * max(map(len, rows))
+    top = 50 + 7 * max(map(len, columns))
+    size = (left + cell * len(columns) + 30, top + cell * len(rows) + 20)
+    image = Image.new("RGB", (max(size[0], 9 * len(title)), size[1]), "white")
+    draw = ImageDraw.Draw(image)
+    draw.text((10, 8), title, fill=INK, font=font(14))
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    colours = heat((values - low) / ((high - low) or 1))
+    for i, row in enumerate(rows):
+        draw.text((left - 6, top + (i + 0.5) * cell), row, fill=INK, font=font(12), anchor="rm")
+        for j in range(len(columns)):
+            x, y = left + j * cell, top + i * cell
+            draw.rectangle(
+                [x, y, x + cell - 1, y + cell - 1], fill=tuple(int(v) for v in colours[i, j])
+            )
+            if cell >= 30:
+                ink = "black" if colours[i, j].mean() > 110 else "white"
+                where = (x + cell / 2, y + cell / 2)
+                draw.text(
+                    where, cell_text(float(values[i, j])), fill=ink, font=font(10), anchor="mm"
+                )
+    for j, column in enumerate(columns):  # vertical text: drawn on its own strip and turned
+        strip = Image.new("RGB", (top - 34, 16), "white")
+        ImageDraw.Draw(strip).text((0, 1), column, fill=INK, font=font(12))
+        image.paste(strip.rotate(90, expand=True), (left + j * cell + (cell - 16) // 2, 30))
+    image.save(path)

@@ -1,0 +1,77 @@
+"""What a run shows and leaves behind: progress on the terminal, tables, files that are never half written."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+
+class Progress:
+    """How far, how fast, how long to go: one line rewritten on a terminal, else one every ten seconds."""
+
+    def __init__(self, label: str, total: int, unit: str):
+        self.label, self.total, self.unit, self.done = label, total, unit, 0
+        self.start = self.shown = time.monotonic()
+        self.tty = sys.stderr.isatty()
+
+    def add(self, count: int) -> None:
+        self.done += count
+        now, finished = time.monotonic(), self.done >= self.total
+        if not self.label or (now - self.shown < (0.5 if self.tty else 10) and not finished):
+            return
+        self.shown, spent = now, max(now - self.start, 1e-9)
+        rate = self.done / spent
+        left = duration(spent if finished else (self.total - self.done) / rate)
+        left = f"done in {left}" if finished else f"ETA {left}"
+        line = f"{self.label}  {self.done:,} of {self.total:,} {self.unit}  {rate:,.1f}/s  {left}"
+        end = "" if self.tty and not finished else "\n"
+        print(("\r\x1b[K" if self.tty else "") + line, end=end, file=sys.stderr, flush=True)
+
+
+def format_table(rows: list[dict], digits: int = 3) -> str:
+    """Rows of {column: value} as an aligned Markdown table; numbers to the right.
+
+    Columns are those of all rows in order of appearance; a value that a row lacks stays empty.
+    Args: digits of a float after the point
+    """
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+
+    def cell(value) -> str:
+        return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+    table = [[cell(row.get(column, "")) for column in columns] for row in rows]
+    widths = [max(3, *(len(line[n]) for line in [columns, *table])) for n in range(len(columns))]
+    right = [
+        all(isinstance(row.get(c, 0), int | float) for row in rows) and rows != [] for c in columns
+    ]
+
+    def line(cells: list[str]) -> str:
+        padded = [x.rjust(w) if r else x.ljust(w) for x, w, r in zip(cells, widths, right)]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * (w - 1) + ":" if r else "-" * w for w, r in zip(widths, right)]
+    return "\n".join([line(columns), line(rule), *map(line, table)])
+
+
+def duration(seconds: float) -> str:
+    """8.4 s, 3:05 min, 2:07 h"""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, unit = (seconds / 60, "min") if seconds < 3600 else (seconds / 3600, "h")
+    return f"{int(minutes)}:{int(minutes % 1 * 60):02} {unit}"
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a file so that nobody ever sees half of it."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
