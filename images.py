@@ -1,0 +1,165 @@
+"""From an image file to the numbers a tower reads: safe opening, OpenAI's transform, random crops.
+
+Radford et al. 2021 (arXiv:2103.00020), section 2.4: a random square crop is the only augmentation.
+All decoding and resizing is Pillow's, so that preprocess equals OpenAI's transform bit for bit.
+"""
+
+import io
+import math
+import os
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+MAX_IMAGE_BYTES = 64 << 20  # a larger file is not the picture it says it is
+# what Pillow raises on files that are not, or not wholly, images
+IMAGE_ERRORS = (
+    OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError, MemoryError,
+    struct.error, zlib.error,
+)  # fmt: skip
+
+
+def open_image(source: str | bytes) -> Image.Image:
+    """An image from a path or from its bytes, opened lazily, within limits of bytes and pixels.
+
+    The first frame of an animation. 16-bit grey keeps its upper byte (Pillow's own conversion clips
+    it to white). Orientation tags are ignored, as in OpenAI's pipeline.
+    Raises: ValueError or OSError: not an image, too large, damaged header.
+    """
+    size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
+    if size > MAX_IMAGE_BYTES:
+        raise ValueError(f"{size} bytes, more than the {MAX_IMAGE_BYTES} allowed for one image")
+    with warnings.catch_warnings():
+        # TRAP: up to twice MAX_IMAGE_PIXELS Pillow only warns of a decompression bomb
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise ValueError(str(error)) from None
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return image
+
+
+def normalise(pixels: np.ndarray) -> Tensor:
+    """(x / 255 - mean) / std in this order: (..., S, S, 3) uint8 -> (..., 3, S, S) float32."""
+    x = torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, -3)))  # (..., 3, S, S)
+    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (MEAN, STD))
+    return x.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """OpenAI's transform: short side to S, centre crop, RGB, normalise.
+
+    No equation; openai/CLIP clip/clip.py _transform @d05afc4: torchvision's Resize and CenterCrop.
+    """
+
+    image_size: int
+    interpolation: str = "bicubic"
+
+    def pixels(self, image: Image.Image, rng=None) -> np.ndarray:
+        """(S, S, 3) uint8; nothing in it is random."""
+        size, short = self.image_size, min(image.size)
+        # TRAP: the long side is cut to an integer, not rounded
+        target = tuple(size if side == short else int(size * side / short) for side in image.size)
+        if target[0] * target[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise ValueError(f"{image.width}x{image.height} pixels are too long and thin to resize")
+        if target != image.size:
+            image = image.resize(target, FILTERS[self.interpolation])
+        # TRAP: Python's round, halves to even: 55.5 -> 56 and 0.5 -> 0
+        left, top = (round((side - size) / 2) for side in target)
+        image = image.crop((left, top, left + size, top + size))
+        # REF: OpenAI converts last; palettes and transparency come out otherwise if it is first
+        return np.asarray(image.convert("RGB"))
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return normalise(self.pixels(image))  # (3, S, S)
+
+
+def preprocess(image_size: int, interpolation: str = "bicubic") -> Preprocess:
+    """The transform of evaluation: PIL image -> (3, S, S) float32, bit-exact with OpenAI's.
+
+    Args: interpolation "bicubic", or "bilinear" as in the CLIPood and AlignCLIP loaders
+    """
+    if interpolation not in FILTERS:
+        raise ValueError(f"interpolation {interpolation!r}; known: {', '.join(FILTERS)}")
+    return Preprocess(image_size, interpolation)
+
+
+def crop_box(width: int, height: int, rng, scale: tuple, ratio: tuple) -> tuple:
+    """(left, top, width, height) in pixels of a random part of a picture.
+
+    No equation; torchvision RandomResizedCrop.get_params: ten tries, then the largest centred part
+    whose width-to-height ratio is allowed.
+    """
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.random() * (width - w + 1)), int(rng.random() * (height - h + 1)), w, h
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        w = round(height * ratio[1])
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def random_crop(
+    image: Image.Image,
+    size: int,
+    rng,
+    scale: tuple = (0.9, 1.0),
+    ratio: tuple = (3 / 4, 4 / 3),
+    flip: bool = False,
+    interpolation: str = "bicubic",
+) -> Image.Image:
+    """A random part of the picture as a square: torchvision's RandomResizedCrop.
+
+    Args:    size pixels;  rng with .random() and .uniform(a, b): random.Random, NumPy's Generator;
+             scale share of the area;  ratio width to height;  flip mirrors half of the pictures
+    Returns: RGB image, size x size
+    """
+    left, top, w, h = crop_box(*image.size, rng, scale, ratio)
+    if image.format == "JPEG" and min(w, h) >= 2 * size:
+        # SPEED: the decoder can halve by itself, as long as the part stays larger than wanted
+        width, height = image.size
+        image.draft("RGB", (math.ceil(width * size / w), math.ceil(height * size / h)))
+        x, y = image.width / width, image.height / height
+        left, w, top, h = round(left * x), round(w * x), round(top * y), round(h * y)
+    # RGB first: a palette cannot be resized smoothly. For RGB files the order makes no difference
+    image = image.convert("RGB").crop((left, top, left + w, top + h))
+    image = image.resize((size, size), FILTERS[interpolation])
+    if flip and rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return image
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """random_crop as the transform of training.
+
+    REF: Llip and open_clip crop 0.9 to 1 of the area and do not flip; that is the default.
+    """
+
+    image_size: int
+    scale: tuple = (0.9, 1.0)
+    flip: bool = False
+    interpolation: str = "bicubic"
+    ratio: tuple = (3 / 4, 4 / 3)
+
+    def pixels(self, image: Image.Image, rng) -> np.ndarray:
+        """(S, S, 3) uint8"""
+        options = (self.scale, self.ratio, self.flip, self.interpolation)
+        return np.asarray(random_crop(image, self.image_size, rng, *options))

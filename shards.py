@@ -1,0 +1,223 @@
+"""Tar shards as map-style data sets: image-caption pairs by random access inside the archives.
+
+The layout is img2dataset's and webdataset's: members that share a stem form a sample, .jpg .jpeg
+.png .webp with .txt (the caption) or .json (field caption, or a list captions). The standard
+library's tarfile finds them; nothing is ever extracted to disk.
+"""
+
+import hashlib
+import json
+import os
+import re
+import sys
+import tarfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from images import MAX_IMAGE_BYTES, open_image
+from tokenizer import strip_specials
+
+MAX_TEXT_BYTES = 1 << 20  # of a caption member; the image of a larger one is left out
+
+
+def warn(text: str):
+    """One line on stderr: the data can be used, and something about them should be known."""
+    text = "".join(c if c.isprintable() else "?" for c in text)  # names come from strangers
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def clean_captions(texts: list) -> list:
+    """Texts without special tokens and outer space; empty ones are left out."""
+    texts = (t.encode("utf-8", "replace").decode() for t in texts)  # JSON may hold half characters
+    # TRAP: a literal <|endoftext|> in a caption would be taken for the end, and pooled
+    return [t for t in (strip_specials(t).strip() for t in texts) if t]
+
+
+def expand_shards(spec: str) -> list:
+    """'a/{00..02}.tar::b.tar' -> the four paths."""
+    paths = []
+    for part in spec.split("::"):
+        braces = re.search(r"\{(\d+)\.\.(\d+)\}", part)
+        if not braces:
+            paths.append(part)
+            continue
+        first, last = braces.groups()
+        if int(last) < int(first):
+            raise ValueError(f"{part}: the range {braces[0]} is empty")
+        head, tail = part[: braces.start()], part[braces.end() :]
+        for number in range(int(first), int(last) + 1):
+            paths += expand_shards(f"{head}{number:0{len(first)}d}{tail}")
+    return paths
+
+
+def member_captions(text: bytes, is_json: bool) -> list:
+    """The captions in a .txt or .json member; none if it cannot be understood."""
+    if not is_json:
+        return clean_captions([text.decode("utf-8", errors="replace")])
+    try:
+        record = json.loads(text)
+        found = record.get("captions") or record.get("caption") or []
+    except (ValueError, RecursionError, AttributeError):
+        return []
+    found = found if isinstance(found, list) else [found]
+    return clean_captions([t for t in found if isinstance(t, str)])
+
+
+def scan_members(path: str) -> tuple:
+    """stem -> (offset, size) of images, stem -> (offset, size, is_json) of texts, in one archive.
+
+    One pass over the headers, which seeks over the pixels.
+    """
+    images, texts, last, end = {}, {}, "none", 0
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if member.size < 0:  # TRAP: tarfile goes back by it, and never ends
+                    raise tarfile.ReadError(f"size {member.size} of {member.name!r}")
+                last, end = member.name, member.offset_data + -(-member.size // 512) * 512
+                stem, suffix = os.path.splitext(member.name)
+                place, suffix = (member.offset_data, member.size), suffix.lower()
+                hidden = os.path.basename(stem).startswith(".")  # macOS puts ._a.jpg beside a.jpg
+                if hidden or not member.isreg() or member.issparse():
+                    continue
+                if suffix in (".jpg", ".jpeg", ".png", ".webp"):
+                    images.setdefault(stem, place)
+                elif suffix == ".txt" or (suffix == ".json" and stem not in texts):
+                    texts[stem] = (*place, int(suffix == ".json"))
+        with open(path, "rb") as file:
+            file.seek(end)
+            # TRAP: tarfile takes a missing or damaged header for the end, without a word
+            if file.read(512) != bytes(512):
+                raise tarfile.ReadError("no end-of-archive mark follows")
+    except tarfile.TarError as error:
+        hint = "" if path.endswith(".tar") else "; compressed archives must be decompressed first"
+        raise ValueError(
+            f"{path}: truncated or damaged tar, the last good member is {last!r} ({error}){hint}"
+        ) from None
+    return images, texts
+
+
+def index_shard(path: str, cache: Path) -> dict:
+    """Where the samples of one archive lie, remembered in a file while its size and time stay.
+
+    Returns: {"samples": [[stem, image offset, size, text offset, size, is_json], ...],
+             "skipped": images without a caption, ...}
+    Raises:  ValueError naming archive and member if it is cut short or damaged.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such tar shard")
+    status = os.stat(path)
+    state = {"version": 1, "size": status.st_size, "mtime": status.st_mtime_ns}
+    file = cache / (hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:32] + ".idx")
+    try:
+        index = json.loads(file.read_text())
+        if {k: index[k] for k in state} == state:
+            return index
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none yet, or a damaged one: it is made anew
+    images, texts = scan_members(path)
+    samples = []
+    with open(path, "rb") as archive:
+        for stem, place in images.items():
+            offset, size, is_json = texts.get(stem, (0, 0, 0))
+            archive.seek(offset)
+            if size <= MAX_TEXT_BYTES and member_captions(archive.read(size), is_json):
+                samples.append([stem, *place, offset, size, is_json])
+    index = state | {"samples": samples, "skipped": len(images) - len(samples)}
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(index))
+        os.replace(part, file)
+    except OSError:
+        pass  # SPEED: in a read-only home the next run scans again
+    return index
+
+
+class ShardCaptions(Sequence):
+    """captions[i] of Shards, read from the archive when asked for."""
+
+    def __init__(self, shards):
+        self.shards = shards
+
+    def __len__(self):
+        return len(self.shards)
+
+    def __getitem__(self, i: int) -> list:
+        shard, _, _, offset, size, is_json = self.shards.table[i].tolist()
+        return member_captions(self.shards.read(shard, offset, size), is_json)
+
+
+class Shards:
+    """Image-caption pairs in tar archives, by random access.
+
+    The headers of each archive are read once (and remembered in the user's cache); from then on
+    sample i is (archive, offset, size), a map-style data set like the others. So resuming is exact,
+    all ranks get equally many batches, and more workers than shards is no error: neither ranks nor
+    workers care where a shard ends.
+
+    An epoch shuffles the archives, then the samples inside windows of `window` archives, so that
+    reads stay within a few files for a while, as disks and network file systems like it. The price:
+    images of far archives seldom meet in a batch. If archives are sorted by content, raise `window`
+    (to all of them: a full shuffle).
+    Args:   spec 'a/{00000..00010}.tar::b.tar';  window archives;  cache folder of the indices
+    Raises: ValueError for a missing, damaged or compressed archive, or if there are no samples.
+    """
+
+    def __init__(self, spec: str, window: int = 16, cache: str | Path | None = None):
+        user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        self.cache = Path(cache) if cache else user / "alignclip_llip"
+        self.paths, self.window, self.skipped = expand_shards(spec), window, 0
+        self.format = f"tar shards ({len(self.paths)})"
+        tables, start, shown = [], time.monotonic(), time.monotonic()
+        for shard, path in enumerate(self.paths):
+            if time.monotonic() - shown > 5:
+                shown, left = time.monotonic(), len(self.paths) - shard
+                rate = shard / (shown - start)
+                eta = f"{rate:.1f} a second, {left / rate:.0f} s left"
+                print(f"indexing shards: {shard} of {len(self.paths)}, {eta}", file=sys.stderr)
+            index = index_shard(path, self.cache)
+            rows = [[shard, *sample[1:]] for sample in index["samples"]]
+            tables.append(np.array(rows, dtype=np.int64).reshape(-1, 6))
+            self.skipped += index["skipped"]
+        # shard, image offset, size, text offset, size, is_json
+        self.table = np.concatenate(tables)  # (N, 6)
+        if self.skipped:
+            warn(f"{spec}: {self.skipped} images without a caption skipped")
+        if not len(self.table):
+            raise ValueError(
+                f"{spec}: no samples; looked for NAME.jpg (.jpeg .png .webp) with NAME.txt or .json"
+            )
+        self.captions = ShardCaptions(self)
+
+    def __len__(self):
+        return len(self.table)
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        # opened for every read: no handle to share between processes, and decoding costs far more
+        with open(self.paths[shard], "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def name(self, i: int) -> str:
+        path, offset = self.paths[self.table[i, 0]], self.table[i, 1]
+        stems = {sample[1]: sample[0] for sample in index_shard(path, self.cache)["samples"]}
+        return f"{path}:{stems.get(int(offset), offset)}"
+
+    def image(self, i: int) -> Image.Image:
+        shard, offset, size = self.table[i, :3].tolist()
+        # one byte more than allowed is enough for open_image to refuse it
+        return open_image(self.read(shard, offset, min(size, MAX_IMAGE_BYTES + 1)))
+
+    def epoch_order(self, rng: np.random.Generator) -> np.ndarray:
+        """The samples in an order of their own for an epoch, archive by archive in the large."""
+        starts = np.searchsorted(self.table[:, 0], np.arange(len(self.paths) + 1))
+        order, shards = [], rng.permutation(len(self.paths))
+        for k in range(0, len(shards), self.window):
+            members = [np.arange(starts[s], starts[s + 1]) for s in shards[k : k + self.window]]
+            order.append(rng.permutation(np.concatenate(members)))
+        return np.concatenate(order)  # (N,)

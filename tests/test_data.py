@@ -1,0 +1,847 @@
+"""images.py, readers.py, shards.py, data.py: transforms bit by bit, every format, exact resume."""
+
+import io
+import itertools
+import json
+import pickle
+import random
+import tarfile
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import images
+import shards
+from tokenizer import Tokenizer
+
+SIZE = 16
+
+
+def picture(seed, width=24, height=20):
+    """A smooth picture of its own colour, so that JPEG keeps pictures apart."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (3, 3, 3), dtype=np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image, form="JPEG", **options):
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def write_images(folder, names):
+    for k, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(k).save(folder / name)
+
+
+def write_tar(path, members, end=True):
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        size = archive.offset
+    if not end:
+        path.write_bytes(path.read_bytes()[:size])
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.learn(["a photo of a dog", "two cats"] * 4, 520)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """23 pictures with 1 to 4 captions each."""
+    names = [f"{k:02d}.png" for k in range(23)]
+    write_images(tmp_path / "pics", names)
+    captions = [[f"picture {k} text {j}" for j in range(1 + k % 4)] for k in range(23)]
+    return data.Pairs(tmp_path / "pics", names, captions)
+
+
+def batches(dataset, tokenizer, **options):
+    options = dict(image_size=SIZE, batch_size=4, context_length=24, seed=3) | options
+    return data.train_batches(dataset, tokenizer, **options)
+
+
+def take(iterator, n):
+    return list(itertools.islice(iterator, n))
+
+
+def assert_same(some, others):
+    assert len(some) == len(others)
+    for a, b in zip(some, others):
+        for x, y in zip(a, b):
+            assert torch.equal(x, y)
+
+
+# Transforms --------------------------------------------------------------------------------------
+
+
+def test_preprocess_is_openais_bit_by_bit(golden):
+    arrays = np.load(golden("preprocess_small.npz"))
+    numbers = [k[5:] for k in arrays if k.startswith("mode.")]
+    assert len(numbers) == 14
+    for n in numbers:
+        x, expected = arrays[f"in.{n}.image"], arrays[f"out.{n}.rgb_uint8"]
+        image = Image.frombytes(str(arrays[f"mode.{n}"]), x.shape[1::-1], x.tobytes())
+        if image.mode == "P":
+            image.putpalette(arrays[f"in.{n}.palette"].tobytes())
+        make = data.preprocess(expected.shape[0])
+        np.testing.assert_array_equal(make.pixels(image), expected, err_msg=n)
+        if f"out.{n}.tensor" in arrays:
+            error = make(image) - torch.from_numpy(arrays[f"out.{n}.tensor"])
+            assert error.abs().max() <= 1e-6
+        if f"out.{n}.bilinear_rgb_uint8" in arrays:
+            bilinear = data.preprocess(expected.shape[0], "bilinear").pixels(image)
+            np.testing.assert_array_equal(bilinear, arrays[f"out.{n}.bilinear_rgb_uint8"])
+
+
+def test_preprocess_of_real_jpegs(shared):
+    folder = shared / "data" / "clip_reference" / "preprocess"
+    recorded = np.load(folder / "golden.npz")
+    for name, expected in zip(recorded["names"], recorded["crops_uint8"]):
+        image = images.open_image(str(folder / "images" / f"{name}.jpg"))
+        np.testing.assert_array_equal(data.preprocess(224).pixels(image), expected)
+
+
+def test_preprocess_refuses_a_line_and_an_unknown_filter():
+    with pytest.raises(ValueError, match="1x30000 pixels"):
+        data.preprocess(224)(Image.new("L", (1, 30000)))
+    with pytest.raises(ValueError, match="'area'; known: bicubic, bilinear"):
+        data.preprocess(224, "area")
+
+
+def test_transforms_can_be_pickled():
+    image = picture(0)
+    for make in (data.preprocess(SIZE), data.RandomCrop(SIZE, flip=True)):
+        again = pickle.loads(pickle.dumps(make))
+        one, other = (m.pixels(image, random.Random(1)) for m in (make, again))
+        np.testing.assert_array_equal(one, other)
+
+
+def test_crop_box_has_the_area_and_ratio_asked_for():
+    rng = random.Random(0)
+    boxes = [images.crop_box(640, 480, rng, (0.25, 0.5), (0.75, 4 / 3)) for _ in range(400)]
+    for left, top, w, h in boxes:
+        assert 0 <= left <= 640 - w and 0 <= top <= 480 - h
+        assert 0.245 < w * h / (640 * 480) < 0.505 and 0.74 < w / h < 1.35
+    area = np.array([w * h for _, _, w, h in boxes]) / (640 * 480)
+    log_ratio = np.log([w / h for _, _, w, h in boxes])
+    assert abs(area.mean() - 0.375) < 0.02 and abs(log_ratio.mean()) < 0.05  # uniform, log-uniform
+    corners = [images.crop_box(9, 9, rng, (0.75, 0.8), (1, 1)) for _ in range(100)]
+    assert {box[:2] for box in corners} == {(x, y) for x in (0, 1) for y in (0, 1)}
+
+
+def test_crop_box_falls_back_to_the_centre():
+    rng = random.Random(0)
+    assert images.crop_box(400, 100, rng, (0.9, 1), (3 / 4, 4 / 3)) == (133, 0, 133, 100)
+    assert images.crop_box(100, 400, rng, (0.9, 1), (3 / 4, 4 / 3)) == (0, 133, 100, 133)
+    assert images.crop_box(100, 100, rng, (2, 3), (1, 1)) == (0, 0, 100, 100)
+
+
+def test_random_crop_is_crop_then_resize():
+    image = picture(1, 60, 50)
+    left, top, w, h = images.crop_box(60, 50, random.Random(5), (0.3, 0.5), (3 / 4, 4 / 3))
+    part = image.crop((left, top, left + w, top + h)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    got = data.random_crop(image, SIZE, random.Random(5), scale=(0.3, 0.5))
+    assert got.tobytes() == part.tobytes()
+    flips = [
+        data.random_crop(image, SIZE, random.Random(s), (1, 1), (1.2, 1.2), flip=True).tobytes()
+        for s in range(40)
+    ]
+    plain = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    mirrored = plain.transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes()
+    assert set(flips) == {plain.tobytes(), mirrored} and 8 < flips.count(mirrored) < 32
+
+
+def test_random_crop_of_a_large_jpeg_decodes_it_smaller():
+    file = encoded(picture(2, 640, 480), quality=95)
+    lazy, loaded = Image.open(io.BytesIO(file)), Image.open(io.BytesIO(file))
+    loaded.load()
+    got = np.asarray(data.random_crop(lazy, 32, random.Random(7)), dtype=int)
+    assert lazy.size == (80, 60)
+    assert np.abs(got - np.asarray(data.random_crop(loaded, 32, random.Random(7)))).mean() < 2
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
+def test_every_kind_of_picture_becomes_rgb(mode, tmp_path):
+    image, form = picture(3), "TIFF" if mode == "CMYK" else "PNG"
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 256)
+    else:
+        image = image.convert(mode)
+    image.save(tmp_path / "x", form)
+    got = data.RandomCrop(SIZE, (1, 1)).pixels(images.open_image(str(tmp_path / "x")), random)
+    assert got.shape == (SIZE, SIZE, 3) and 20 < got.mean() < 235 and got.std() > 5
+
+
+def test_animations_give_their_first_frame(tmp_path):
+    frames = [Image.new("RGB", (20, 20), c) for c in ("red", "blue")]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    got = data.preprocess(SIZE).pixels(images.open_image(str(tmp_path / "x.gif")))
+    assert got[0, 0].tolist() == [255, 0, 0]
+
+
+def test_bombs_and_huge_files_are_refused(tmp_path, monkeypatch):
+    picture(0).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)  # 480 pixels: Pillow itself would only warn
+    with pytest.raises(ValueError, match="480 pixels"):
+        images.open_image(str(tmp_path / "x.png"))
+    monkeypatch.setattr(images, "MAX_IMAGE_BYTES", 10)
+    with pytest.raises(ValueError, match="more than the 10 allowed"):
+        images.open_image(str(tmp_path / "x.png"))
+
+
+# Lists -------------------------------------------------------------------------------------------
+
+
+def opened(dataset):
+    return {dataset.files[i]: dataset.captions[i] for i in range(len(dataset))}
+
+
+@pytest.mark.parametrize("separator", ["\t", ",", ";", "|"])
+def test_tables_with_any_separator(tmp_path, separator):
+    write_images(tmp_path, ["a.png", "b.png"])
+    lines = [["filepath", "title"], ["a.png", "a dog"], ["b.png", "a cat"], ["a.png", "two dogs"]]
+    (tmp_path / "t.csv").write_text("".join(separator.join(line) + "\r\n" for line in lines))
+    dataset = data.open_dataset(tmp_path / "t.csv")
+    assert opened(dataset) == {"a.png": ["a dog", "two dogs"], "b.png": ["a cat"]}
+    assert dataset.image(1).size == (24, 20) and dataset.name(1) == str(tmp_path / "b.png")
+
+
+def test_tables_keep_commas_of_captions(tmp_path):
+    write_images(tmp_path, ["a.jpg"])
+    text = '\ufeffimage,caption\na.jpg,One dog , two "cats"\na.jpg,"quoted, too"\na.jpg\n'
+    (tmp_path / "t.csv").write_text(text, encoding="utf-8")
+    want = {"a.jpg": ['One dog , two "cats"', "quoted, too"]}
+    assert opened(data.open_dataset(tmp_path / "t.csv")) == want
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a.jpg,one, two\n", "a.jpg#0\tone, two\n", "image_name| n| comment\na.jpg| 0| one, two"],
+)
+def test_flickr_lists(tmp_path, text):
+    write_images(tmp_path / "flickr-images", ["a.jpg"])
+    (tmp_path / "t.txt").write_text(text)
+    dataset = data.open_dataset(tmp_path / "t.txt")
+    assert opened(dataset) == {"a.jpg": ["one, two"]}
+    assert dataset.root == str(tmp_path / "flickr-images")
+
+
+def test_tables_of_classes_splits_and_domains(tmp_path):
+    write_images(tmp_path, ["a.png", "b.png", "c.png"])
+    text = "path,label,domain,split\na.png,big_dog,s,train\nb.png,cat,p,train\nc.png,cat,p,test\n"
+    (tmp_path / "t.csv").write_text(text)
+    dataset = data.open_dataset(tmp_path / "t.csv", "test")
+    assert (dataset.labels, dataset.classes) == ([1], ["big dog", "cat"])
+    assert (dataset.domains, dataset.domain_names) == ([0], ["p", "s"])
+    assert dataset.splits == {"train": 2, "test": 1}
+    as_text = data.open_dataset(tmp_path / "t.csv", caption_key="label")
+    assert opened(as_text)["a.png"] == ["big_dog"]
+
+
+@pytest.mark.parametrize(
+    "text, options, message",
+    [
+        ("x,y\n1,2\n", {}, "no image column .*; there are: x, y"),
+        ("image,y\na.png,2\n", {}, r"no caption column \(any of title, .*; there are: image, y"),
+        ("image,title\na.png,t\n", {"caption_key": "z"}, r"\('z'\); there are: image, title"),
+        ("image,title\nb.png,t\n", {}, r"no image at .*b\.png"),
+        ("image,title\na.png,\n", {}, "no caption in 1 rows"),
+        ("image,title\n,dog\n", {}, "row 2: the image is '', expected a file name"),
+        ("image,title\n../t.csv,dog\n", {}, r"'../t\.csv' is outside"),
+        ("image,title\na.png,t\n/etc/passwd,t\n", {}, "'/etc/passwd' is outside"),
+        ("image,title\na.png,t\nx/../../p,t\n", {}, r"'x/\.\./\.\./p' is outside"),
+        ("image,title\na.png,t\n", {"split": "val"}, "no split 'val'; it has no splits"),
+        ("image,title,split\na.png,t,dev\n", {"split": "val"}, "no split 'val'; there are: dev"),
+        ("image,title\n", {}, "no rows"),
+        ("", {}, "first line is empty"),
+        ('image,title\na.png,"t' + "x" * 200000, {}, "row 1: .*unbalanced quote"),
+        ("image,title\na.png,t\n", {"image_root": "/nowhere"}, r"no image at /nowhere/a\.png;"),
+    ],
+)
+def test_table_errors_say_what_is_wrong(tmp_path, text, options, message):
+    folder = tmp_path / "d"
+    write_images(folder, ["a.png"])
+    (tmp_path / "t.csv").write_text("secret")
+    (folder / "t.csv").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        data.open_dataset(folder / "t.csv", **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_outside_can_be_allowed(tmp_path):
+    write_images(tmp_path, ["a.png", "d/b.png"])
+    (tmp_path / "d" / "t.csv").write_text("image,title\nb.png,t\n../a.png,u\n")
+    dataset = data.open_dataset(tmp_path / "d" / "t.csv", allow_outside=True)
+    assert dataset.image(1).size == (24, 20)
+    (tmp_path / "d" / "t.csv").write_text(f"image,title\n{tmp_path}/d/b.png,t\n")  # inside anyway
+    assert len(data.open_dataset(tmp_path / "d" / "t.csv")) == 1
+
+
+def test_specials_and_empty_captions_are_taken_out(tmp_path, capsys):
+    write_images(tmp_path, ["a.png", "b.png"])
+    text = "image,title\na.png,a <|endoftext|> dog\na.png,  \nb.png,<|endoftext|>\n"
+    (tmp_path / "t.csv").write_text(text)
+    assert [*opened(data.open_dataset(tmp_path / "t.csv"))["a.png"][0].split()] == ["a", "dog"]
+    assert "2 empty captions skipped" in capsys.readouterr().err
+
+
+def test_json_lines(tmp_path):
+    write_images(tmp_path / "images", ["a.png", "b.png"])
+    records = [
+        {"image": "images/a.png", "split": "train", "captions": ["x", "y"]},
+        {"image": "images/b.png", "split": "val", "caption": "z\ud800"},
+    ]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, records)))
+    dataset = data.open_dataset(tmp_path)  # the only list in a folder that holds no classes
+    assert opened(dataset) == {"images/a.png": ["x", "y"], "images/b.png": ["z?"]}
+    assert len(data.open_dataset(tmp_path, default_split="train")) == 1
+
+
+def test_karpathy_json_counts_restval_as_train(tmp_path):
+    write_images(tmp_path / "val2014", ["a.png", "b.png", "c.png"])
+    entries = [
+        {
+            "filename": f"{name}.png",
+            "filepath": "val2014",
+            "split": split,
+            "sentences": [{"raw": f"{name} one"}, {"raw": f"{name} two"}],
+        }
+        for name, split in (("a", "train"), ("b", "restval"), ("c", "test"))
+    ]
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": entries}))
+    dataset = data.open_dataset(tmp_path / "dataset_coco.json", "train")
+    assert dataset.captions == [["a one", "a two"], ["b one", "b two"]]
+    assert dataset.splits == {"train": 2, "test": 1} and dataset.image(0).size == (24, 20)
+
+
+def test_coco_json_beside_its_images(tmp_path):
+    write_images(tmp_path / "val2014", ["a.png", "b.png"])
+    content = {
+        "images": [{"id": 7, "file_name": "a.png"}, {"id": 5, "file_name": "b.png"}],
+        "annotations": [{"image_id": 7, "caption": "x"}, {"image_id": 7, "caption": "y"}],
+    }
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "captions_val2014.json").write_text(json.dumps(content))
+    dataset = data.open_dataset(tmp_path / "annotations" / "captions_val2014.json")
+    assert opened(dataset) == {"a.png": ["x", "y"]}
+
+
+def test_coop_json(tmp_path):
+    write_images(tmp_path / "images", ["a.jpg", "b.jpg"])
+    content = {
+        "train": [["a.jpg", 10, "yorkshire_terrier"]],
+        "val": [["b.jpg", 9, "abyssinian"]],
+        "test": [],
+    }
+    (tmp_path / "split_zhou_OxfordPets.json").write_text(json.dumps(content))
+    dataset = data.open_dataset(tmp_path / "split_zhou_OxfordPets.json", "train")
+    assert dataset.classes == ["abyssinian", "yorkshire terrier"] and dataset.labels == [1]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"images": 3}', "not as this format has it"),
+        ('{"images": [{"filename": 3, "split": "x", "sentences": []}]}', "entry is not|expected"),
+        ('{"train": [["a.jpg", 0]]}', "train 0: .*expected .file, number, name."),
+        ('{"train": [["a", 0, "x"], ["b", 0, "y"]]}', "class 0 is 'y' and was 'x'"),
+        ('{"foo": 1, "bar": 2}', "unknown JSON.*found: bar, foo"),
+        ('[{"image": "a", "caption": 5}]', "record 1: captions are '5', expected text"),
+        ('["a"]', "record 1: 'a', expected an object"),
+        ("[" * 100000, "l.json: "),
+        ("nonsense", "l.json: Expecting value"),
+        ('{"images": [], "annotations": [{"image_id": 1}]}', "not as this format has it"),
+        ("\udcff", "can't decode"),
+    ],
+)
+def test_json_errors_are_one_line(tmp_path, content, message):
+    (tmp_path / "l.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=message) as caught:
+        data.open_dataset(tmp_path / "l.json")
+    assert "\n" not in str(caught.value) and "l.json" in str(caught.value)
+
+
+# Folders and splits ------------------------------------------------------------------------------
+
+
+def test_folder_of_classes_in_imagefolder_order(tmp_path):
+    write_images(
+        tmp_path, ["cat/2.png", "cat/10.PNG", "big_dog/1.jpg", "Zebra/1.jpg", "cat/.x.png"]
+    )
+    (tmp_path / "cat" / "notes.txt").write_text("")
+    (tmp_path / "empty").mkdir()
+    dataset = data.open_dataset(tmp_path)
+    assert dataset.classes == ["Zebra", "big dog", "cat"] and dataset.labels == [0, 1, 2, 2]
+    assert dataset.files == ["Zebra/1.jpg", "big_dog/1.jpg", "cat/10.PNG", "cat/2.png"]
+
+
+def test_folder_of_splits(tmp_path):
+    write_images(tmp_path, ["train/a/1.png", "train/b/1.png", "val/b/2.png"])
+    dataset = data.open_dataset(tmp_path, "val")
+    assert dataset.labels == [1] and dataset.classes == ["a", "b"] and dataset.domains is None
+    with pytest.raises(ValueError, match="no split 'test'; there are: train, val"):
+        data.open_dataset(tmp_path, "test")
+
+
+def test_folder_of_domains(tmp_path):
+    names = ["Art/dog/1.png", "Art/cat/1.png", "Real World/dog/1.png", "Real World/cat/1.png"]
+    write_images(tmp_path, names)
+    (tmp_path / "imagelist.txt").write_text("not a domain")
+    (tmp_path / "lists").mkdir()
+    dataset = data.open_dataset(tmp_path)
+    assert dataset.domain_names == ["Art", "Real World"] and dataset.domains == [0, 0, 1, 1]
+    assert dataset.labels == [0, 1, 0, 1] and dataset.files[0] == "Art/cat/1.png"
+    write_images(tmp_path, ["Art/cow/1.png"])
+    with pytest.raises(ValueError, match="class 'cow' is not in both 'Art' and 'Real World'"):
+        data.open_dataset(tmp_path)
+    write_images(tmp_path, ["Flat/1.png"])
+    with pytest.raises(ValueError, match="'Art' holds folders, 'Flat' images"):
+        data.open_dataset(tmp_path)
+
+
+def test_unknown_paths_say_what_was_looked_for(tmp_path):
+    with pytest.raises(ValueError, match="no images found; looked for class/.*0 of .csv"):
+        data.open_dataset(tmp_path)
+    with pytest.raises(ValueError, match="nowhere: no such file"):
+        data.open_dataset(tmp_path / "nowhere")
+    (tmp_path / "x.parquet").write_text("")
+    with pytest.raises(ValueError, match="unknown format '.parquet'; known: .csv"):
+        data.open_dataset(tmp_path / "x.parquet")
+
+
+def test_scenes_are_opened_by_name():
+    dataset = data.open_dataset("scenes", "val", size=3)
+    assert len(dataset) == 3 and dataset.split == "val"
+    assert data.open_dataset("objects", size=3).classes
+    with pytest.raises(ValueError, match="only scenes take the options size"):
+        data.open_dataset("x.csv", size=3)
+
+
+def test_domainbed_splits(golden):
+    for ref in json.loads(golden("domainbed_splits.json").read_text())["splits"]:
+        trial, env, *part = ref["seed_args"]
+        train, holdout = data.domainbed_split(
+            ref["n"], env, ref["holdout_fraction"], trial, part[0] if part else None
+        )
+        assert holdout == ref["holdout_keys"] and len(train) == ref["n_rest"]
+        assert sum((j + 1) * i for j, i in enumerate(train)) == ref["rest_keys_sum_weighted"]
+
+
+def test_base_and_new_classes():
+    assert data.base_new_classes(5) == ([0, 1, 2], [3, 4])
+    assert [len(half) for half in data.base_new_classes(65, "down")] == [32, 33]
+    with pytest.raises(ValueError, match="known: up, down"):
+        data.base_new_classes(5, "ceil")
+
+
+def test_subset_renumbers_classes(tmp_path):
+    names = [f"{d}/{c}/{k}.png" for d in "ab" for c in "xyz" for k in range(2)]
+    write_images(tmp_path, names)
+    full = data.open_dataset(tmp_path)
+    some = data.Subset(full, range(2, 12), classes=[2, 0])
+    assert some.classes == ["z", "x"] and some.labels == [0, 0, 1, 1, 0, 0]
+    assert some.domains == [0, 0, 1, 1, 1, 1] and some.name(0) == full.name(4)
+    assert len(data.Subset(full, classes=[])) == 0
+    held = data.open_dataset("scenes", size=4, image_size=SIZE)
+    part = data.Subset(held, [3, 1])
+    assert part.captions == [held.captions[3], held.captions[1]]
+    np.testing.assert_array_equal(part.pixels, held.pixels[[3, 1]])
+
+
+# Shards ------------------------------------------------------------------------------------------
+
+
+def shard_files(folder, count=3, each=5):
+    for s in range(count):
+        members = []
+        for k in range(each):
+            stem = f"part/{s}{k:03d}.x"
+            members += [
+                (stem + ".jpg", encoded(picture(100 * s + k))),
+                (stem + ".json", json.dumps({"caption": "from json", "width": 24}).encode()),
+                (stem + ".txt", f"shard {s} image {k}".encode()),
+            ]
+        write_tar(folder / f"{s:05d}.tar", members)
+    return str(folder / f"{{00000..{count - 1:05d}}}.tar")
+
+
+def test_shard_names_expand():
+    assert shards.expand_shards("a/{08..10}.tar::b.tar") == [
+        "a/08.tar", "a/09.tar", "a/10.tar", "b.tar",
+    ]  # fmt: skip
+    assert shards.expand_shards("{0..1}{2..3}") == ["02", "03", "12", "13"]
+    with pytest.raises(ValueError, match=r"range \{3\.\.1\} is empty"):
+        shards.expand_shards("{3..1}.tar")
+
+
+def test_shards_are_map_style(tmp_path):
+    dataset = data.open_dataset(shard_files(tmp_path))
+    assert len(dataset) == 15
+    assert dataset.captions[7] == ["shard 1 image 2"] and len(dataset.captions) == 15
+    assert dataset.name(7) == f"{tmp_path}/00001.tar:part/1002.x"
+    assert dataset.image(7).tobytes() == Image.open(io.BytesIO(encoded(picture(102)))).tobytes()
+    assert [*data.open_dataset(tmp_path).captions] == [*dataset.captions]  # a folder of shards
+    assert pickle.loads(pickle.dumps(dataset)).captions[3] == dataset.captions[3]
+    with pytest.raises(ValueError, match="shards have no splits; leave out 'val'"):
+        data.open_dataset(str(tmp_path / "00000.tar"), "val")
+
+
+def test_shards_accept_json_and_skip_what_is_no_sample(tmp_path, capsys):
+    jpeg = encoded(picture(0))
+    link = tarfile.TarInfo("l.jpg")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    members = [
+        ("../../up.jpg", jpeg), ("../../up.json", b'{"captions": ["one", "two", 3]}'),
+        ("no_caption.jpg", jpeg), ("bad.jpg", jpeg), ("bad.json", b"[1"), ("._a.jpg", b"junk"),
+        ("._a.txt", b"junk"), ("empty.jpg", jpeg), ("empty.txt", b" \n"), ("l.txt", b"link"),
+        ("long.jpg", jpeg), ("long.txt", b"x" * (shards.MAX_TEXT_BYTES + 1)),
+    ]  # fmt: skip
+    path = write_tar(tmp_path / "a.tar", members)
+    with tarfile.open(path, "a") as archive:
+        archive.addfile(link)
+    dataset = data.open_dataset(path)
+    assert len(dataset) == 1 and dataset.captions[0] == ["one", "two"]
+    assert "4 images without a caption skipped" in capsys.readouterr().err
+
+
+def test_shard_index_is_remembered_and_checked(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "a.tar", [("a.jpg", encoded(picture(0))), ("a.txt", b"old")])
+    assert data.open_dataset(path).captions[0] == ["old"]
+    scans, scan = [], shards.scan_members
+    monkeypatch.setattr(shards, "scan_members", lambda p: scans.append(p) or scan(p))
+    assert data.open_dataset(path).captions[0] == ["old"] and not scans
+    write_tar(tmp_path / "a.tar", [("b.txt", b"newer"), ("b.jpg", encoded(picture(1, 90, 90)))])
+    assert data.open_dataset(path).captions[0] == ["newer"] and len(scans) == 1
+    for idx in (tmp_path / "cache").rglob("*.idx"):
+        idx.write_text("{")
+    assert len(data.open_dataset(path)) == 1 and len(scans) == 2
+
+
+@pytest.mark.parametrize("cut", ["payload", "boundary", "header", "negative", "gzip", "empty"])
+def test_damaged_shards_name_file_and_member(tmp_path, cut):
+    jpeg = encoded(picture(0))
+    members = [("a.jpg", jpeg), ("a.txt", b"x"), ("b.jpg", jpeg), ("b.txt", b"y")]
+    path = write_tar(tmp_path / "cut.tar", members, end=cut != "boundary")
+    content = bytearray((tmp_path / "cut.tar").read_bytes())
+    second = content.index(b"b.jpg")
+    if cut == "payload":
+        content = content[: second + 600]
+    elif cut == "header":
+        content[second + 100 : second + 400] = b"\xff" * 300
+    elif cut == "negative":
+        info = tarfile.TarInfo("b.jpg")
+        info.size = -1024
+        content[second : second + 512] = info.tobuf(tarfile.GNU_FORMAT)
+    elif cut == "gzip":
+        path = str(tmp_path / "cut.tar.gz")
+        with tarfile.open(path, "w:gz") as archive:
+            archive.add(tmp_path / "cut.tar")
+    elif cut == "empty":
+        content = b""
+    (tmp_path / "cut.tar").write_bytes(content)
+    last = {"boundary": "b.txt", "payload": "b.jpg", "gzip": "none", "empty": "none"}
+    with pytest.raises(ValueError, match="truncated or damaged tar") as caught:
+        data.open_dataset(path)
+    assert path in str(caught.value) and f"{last.get(cut, 'a.txt')!r}" in str(caught.value)
+    assert ("decompressed first" in str(caught.value)) == (cut == "gzip")
+
+
+def test_shards_without_samples_or_missing(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("a.cls", b"1")])
+    with pytest.raises(ValueError, match=r"no samples; looked for NAME\.jpg"):
+        data.open_dataset(path)
+    with pytest.raises(ValueError, match="b.tar: no such tar shard"):
+        data.open_dataset(str(tmp_path / "{a..b}.tar").replace("{a..b}", "b"))
+
+
+def test_oversized_members_are_broken_images(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "a.tar", [("a.jpg", encoded(picture(0))), ("a.txt", b"x")])
+    dataset = data.open_dataset(path)
+    monkeypatch.setattr(images, "MAX_IMAGE_BYTES", 50)
+    with pytest.raises(ValueError, match="more than the 50 allowed"):
+        dataset.image(0)
+
+
+def test_epoch_order_of_shards_stays_within_windows(tmp_path):
+    dataset = data.Shards(shard_files(tmp_path, count=6, each=4), window=2)
+    orders = [dataset.epoch_order(np.random.default_rng((0, e))) for e in (0, 0, 1)]
+    np.testing.assert_array_equal(orders[0], orders[1])
+    assert (orders[0] != orders[2]).any()
+    for order in orders:
+        assert sorted(order) == list(range(24))
+        windows = [set(dataset.table[order[k : k + 8], 0]) for k in (0, 8, 16)]
+        assert all(len(w) == 2 for w in windows)
+    assert any((np.diff(dataset.table[orders[0][:8], 0]) != 0)[[0, 1, 2, 4, 5, 6]])  # mixed inside
+
+
+def test_more_workers_than_shards(tmp_path, tokenizer):
+    dataset = data.open_dataset(shard_files(tmp_path, count=1))
+    alone = take(batches(dataset, tokenizer), 3)
+    assert_same(take(batches(dataset, tokenizer, workers=2), 3), alone)
+
+
+# Training batches --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_is_exact(pairs, tokenizer, workers):
+    whole = take(batches(pairs, tokenizer), 12)  # 5 steps an epoch: two epochs and a bit
+    assert_same(take(batches(pairs, tokenizer, start_step=7, workers=workers), 5), whole[7:])
+    assert whole[0].images.shape == (4, 3, SIZE, SIZE) and whole[0].tokens.shape == (4, 24)
+
+
+def test_ranks_share_one_global_batch(pairs, tokenizer):
+    alone = take(batches(pairs, tokenizer), 6)
+    for world in (2, 4):
+        ranks = [take(batches(pairs, tokenizer, rank=r, world=world), 6) for r in range(world)]
+        assert_same([tuple(map(torch.cat, zip(*parts))) for parts in zip(*ranks)], alone)
+
+
+def test_workers_do_not_touch_the_global_random_state(pairs, tokenizer):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    take(batches(pairs, tokenizer, workers=1), 1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_epochs_do_not_mix_and_differ(pairs, tokenizer):
+    steps = batches(pairs, tokenizer)
+    assert steps.steps_per_epoch == 5
+    epochs = [[b.ids.tolist() for b in take(steps, 5)] for _ in range(3)]
+    for epoch in epochs:
+        assert len(set(sum(epoch, []))) == 20  # no image twice, three left out
+    assert epochs[0] != epochs[1] != epochs[2]
+    other = take(batches(pairs, tokenizer, seed=4), 5)
+    assert [b.ids.tolist() for b in other] != epochs[0]
+
+
+def test_all_captions_are_seen_in_as_many_epochs(pairs, tokenizer):
+    source = batches(pairs, tokenizer).source
+    firsts = set()
+    for i in range(len(pairs)):
+        texts = pairs.captions[i]
+        n = len(texts)
+        for start in (0, 5):
+            shown = [source.caption(i, epoch) for epoch in range(start, start + n)]
+            assert sorted(shown) == sorted(texts)
+        if n == 4:
+            firsts.add(texts.index(source.caption(i, 0)))
+    assert len(firsts) > 1  # not the same one of every image
+
+
+def test_tokens_belong_to_the_image(pairs, tokenizer):
+    for batch in take(batches(pairs, tokenizer), 6):
+        for row, i in zip(batch.tokens, batch.ids.tolist()):
+            assert any(torch.equal(row, tokenizer([t], 24)[0]) for t in pairs.captions[i])
+
+
+def test_crops_differ_between_epochs_and_can_be_switched_off(pairs, tokenizer):
+    def images_of(sample, **options):
+        steps = take(batches(pairs, tokenizer, **options), 15)
+        return [b.images[b.ids.tolist().index(sample)] for b in steps if sample in b.ids.tolist()]
+
+    sample = next(batches(pairs, tokenizer)).ids[0].item()
+    first, second, *_ = images_of(sample)
+    assert not torch.equal(first, second)
+    first, second, *_ = images_of(sample, augment=False)
+    assert torch.equal(first, second)
+    assert torch.equal(first, data.preprocess(SIZE)(pairs.image(sample)))
+    crop = data.RandomCrop(SIZE, (0.2, 0.3))
+    assert not torch.equal(images_of(sample, augment=crop)[0], images_of(sample)[0])
+
+
+def test_each_caption_is_tokenised_once(pairs, tokenizer, monkeypatch):
+    asked = Counter()
+
+    def counting(texts, context_length):
+        asked.update(texts)
+        return tokenizer(texts, context_length)
+
+    take(batches(pairs, counting), 40)
+    assert len(asked) > 40 and max(asked.values()) == 1
+    tokens = data.Tokens(tokenizer, 24)
+    monkeypatch.setattr(data, "TOKEN_CACHE", 3)
+    for texts in (["a", "b"], ["b", "c", "d"], ["a", "b", "c", "d", "e"]):
+        assert torch.equal(tokens(texts), tokenizer(texts, 24)) and len(tokens.cache) <= 5
+
+
+def test_sources_travel_to_spawned_workers(pairs, tokenizer):
+    source = batches(pairs, tokenizer).source
+    assert_same([pickle.loads(pickle.dumps(source))[9].batch], [source[9].batch])
+
+
+def test_sizes_that_do_not_fit_are_named(pairs, tokenizer):
+    with pytest.raises(ValueError, match="23 images are fewer than one batch of 24"):
+        batches(pairs, tokenizer, batch_size=24)
+    with pytest.raises(ValueError, match="global batch 4 is not divisible by 3 ranks"):
+        batches(pairs, tokenizer, world=3)
+
+
+class Held:
+    """A data set in memory; decoding one of its pictures is an error."""
+
+    pixels = np.random.default_rng(0).integers(0, 256, (9, SIZE, SIZE, 3), dtype=np.uint8)
+    captions = [[f"t {k}"] for k in range(9)]
+
+    def __len__(self):
+        return 9
+
+    def image(self, i):
+        raise AssertionError("decoded")
+
+
+def test_pixels_in_memory_are_not_decoded(tokenizer):
+    batch = next(batches(Held(), tokenizer))
+    for row, i in zip(batch.images, batch.ids.tolist()):
+        assert torch.equal(row, data.preprocess(SIZE)(Image.fromarray(Held.pixels[i])))
+    x, ids = next(data.eval_batches(Held(), data.preprocess(SIZE), 4))
+    assert torch.equal(x, data.normalise(Held.pixels[:4])) and ids.tolist() == [0, 1, 2, 3]
+    for options in ({"image_size": 8}, {"augment": True}):  # another size, a crop: through Pillow
+        with pytest.raises(AssertionError, match="decoded"):
+            next(batches(Held(), tokenizer, **options))
+
+
+# Broken images -----------------------------------------------------------------------------------
+
+
+def damage(dataset, numbers):
+    for k, i in enumerate(numbers):
+        with open(dataset.name(i), "r+b") as file:
+            file.truncate((0, 30, 120)[k % 3])  # empty, no header to speak of, cut in the pixels
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_images_are_replaced_counted_and_named(pairs, tokenizer, workers, capsys):
+    damage(pairs, [3, 8, 11])
+    steps = batches(pairs, tokenizer, workers=workers)
+    got = take(steps, 5)
+    assert 1 <= steps.broken_count <= 3 + 2 and pairs.root in steps.broken[0]
+    assert capsys.readouterr().err.count("another image replaces") == len(steps.broken)
+    used = {i for b in got for i in b.ids.tolist()}
+    assert not used & {3, 8, 11}
+    assert_same(take(batches(pairs, tokenizer), 5), got)
+    for batch in got:  # caption and id are those of the replacement
+        for row, i in zip(batch.tokens, batch.ids.tolist()):
+            assert any(torch.equal(row, tokenizer([t], 24)[0]) for t in pairs.captions[i])
+
+
+def test_more_than_one_percent_broken_stops_the_run(pairs, tokenizer):
+    damage(pairs, [3])
+    steps = batches(pairs, tokenizer)
+    with pytest.raises(
+        ValueError, match=r"11 of \d+ images cannot be read, more than 1 %; the first"
+    ):
+        take(steps, 100)
+    assert len(steps.broken) == 10
+    assert next(steps, None) is None  # it is over, and the workers are gone
+    steps = batches(pairs, tokenizer)
+    steps.seen = 10**6  # eleven in a million are no reason
+    take(steps, 100)
+    assert steps.broken_count > 10
+
+
+def test_all_broken_is_one_line(pairs, tokenizer):
+    damage(pairs, range(23))
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match="ten images in a row") as caught:
+            next(batches(pairs, tokenizer, workers=workers))
+        assert "\n" not in str(caught.value)
+
+
+# Evaluation and fine-tuning ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_eval_batches_are_every_image_once_in_order(pairs, workers):
+    make = data.preprocess(SIZE)
+    ids, rows = [], []
+    for rank in range(3):
+        steps = data.eval_batches(pairs, make, 3, rank, 3, workers if rank == 1 else 0)
+        got = list(steps)
+        assert len(got) == len(steps) == 3
+        rows += [x for x, _ in got]
+        ids += sum((i.tolist() for _, i in got), [])
+    assert ids == list(range(23))
+    assert torch.equal(torch.cat(rows), torch.stack([make(pairs.image(i)) for i in ids]))
+    assert list(data.eval_batches(pairs, make, 3, 0, 30)) == []  # more ranks than images
+
+
+def test_eval_names_a_broken_image(pairs):
+    damage(pairs, [5])
+    with pytest.raises(ValueError, match=r"cannot read .*05\.png") as caught:
+        list(data.eval_batches(pairs, data.preprocess(SIZE), 4, workers=1))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    names = [f"{d}/{c}/{k}.png" for d in "pqr" for c in "xy" for k in range(3 + (d == "q"))]
+    write_images(tmp_path / "domains", names)
+    return data.open_dataset(tmp_path / "domains")
+
+
+def test_domain_batches(labelled):
+    make = dict(image_size=SIZE, batch_size=4, seed=2)
+    alone = take(data.domain_batches(labelled, **make), 6)
+    for images_, labels, ids in alone:
+        assert images_.shape == (12, 3, SIZE, SIZE)
+        assert labels.tolist() == [labelled.labels[i] for i in ids.tolist()]
+        assert [labelled.domains[i] for i in ids.tolist()] == [0] * 4 + [1] * 4 + [2] * 4
+    drawn = Counter(i for b in alone for i in b.ids.tolist())
+    assert max(drawn.values()) > 1 and len(drawn) > 15  # with replacement, from all of them
+    assert_same(take(data.domain_batches(labelled, **make, start_step=2, workers=1), 4), alone[2:])
+    ranks = [take(data.domain_batches(labelled, **make, rank=r, world=2), 6) for r in range(2)]
+    assert_same([tuple(map(torch.cat, zip(*parts))) for parts in zip(*ranks)], alone)
+    with pytest.raises(ValueError, match="3 domains x 3 images are not divisible by 2 ranks"):
+        data.domain_batches(labelled, **make | {"batch_size": 3}, world=2)
+
+
+def test_domain_batches_of_some_domains_flip(labelled):
+    some = data.Subset(labelled, [i for i, d in enumerate(labelled.domains) if d != 1])
+    batch = next(data.domain_batches(some, image_size=SIZE, batch_size=5))
+    assert {some.domains[i] for i in batch.ids.tolist()} == {0, 2}
+    one = data.Subset(labelled, [0])
+    one.domains = None
+    x = next(data.domain_batches(one, image_size=SIZE, batch_size=16)).images.mean(1)
+    ramp = torch.linspace(-1, 1, SIZE)
+    assert len({bool(v) for v in (x * ramp).mean((1, 2)) > 0}) == 2  # both ways round
+    plain = next(data.domain_batches(one, image_size=SIZE, batch_size=2, augment=False)).images
+    assert torch.equal(plain[0], data.preprocess(SIZE, "bilinear")(one.image(0)))
+
+
+# Command line ------------------------------------------------------------------------------------
+
+
+def test_show_prints_and_draws(tmp_path, capsys):
+    write_images(tmp_path / "d", ["a/1.png", "b/1.png", "b/2.png"])
+    assert data.main([str(tmp_path / "d"), "--show", "--out", str(tmp_path / "s.png")]) == 0
+    printed = capsys.readouterr().out
+    assert "images    3" in printed and "2, images per class: min 1  mean 1.50  max 2" in printed
+    assert Image.open(tmp_path / "s.png").size == (1340, 172)
+    (tmp_path / "d" / "l.csv").write_text("image,title\na/1.png,dog \u72ac\na/1.png,cat\n")
+    options = ["--out", str(tmp_path / "s.png"), "--size", "40"]
+    assert data.main([str(tmp_path / "d" / "l.csv"), *options]) == 0
+    assert "captions  2, per image: min 2  mean 2.00  max 2" in capsys.readouterr().out
+
+
+def test_show_fails_in_one_line(tmp_path, capsys):
+    assert data.main([str(tmp_path / "nothing"), "--show"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    with pytest.raises(SystemExit):
+        data.main(["--colour"])
