@@ -1,0 +1,472 @@
+"""archive.py: the same tensors as torch reads, and nothing in a stranger's file runs or exhausts memory."""
+
+import io
+import json
+import os
+import pickle
+import runpy
+import struct
+import subprocess
+import time
+import zipfile
+from collections import OrderedDict
+
+import pytest
+import torch
+
+import archive
+import pretrained
+
+STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(3, dtype=torch.float16)}
+
+
+def torch_zip(path, program: bytes, storages=(), method=zipfile.ZIP_STORED, folder="archive"):
+    """A zip as torch.save writes it, around any pickle."""
+    with zipfile.ZipFile(path, "w", method) as file:
+        file.writestr(f"{folder}/data.pkl", program)
+        for key, data in enumerate(storages):
+            file.writestr(f"{folder}/data/{key}", data)
+    return path
+
+
+def text(value: str) -> bytes:
+    """A string in a pickle."""
+    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+
+
+def tensor_program(numel=4, offset=0, size=(4,), stride=(1,), kind="FloatStorage", key="0"):
+    """The pickle of {"state_dict": {"w": a tensor with these numbers}}, as torch.save writes it."""
+
+    def numbers(values):
+        return b"(" + b"".join(b"I%d\n" % n for n in values) + b"t"
+
+    storage = (
+        b"(" + text("storage") + b"ctorch\n" + kind.encode() + b"\n" + text(key) + text("cuda:0")
+    )
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"I%d\ntQI%d\n" % (numel, offset)
+    tensor += numbers(size) + numbers(stride) + b"\x89ccollections\nOrderedDict\n)RtR"
+    return b"\x80\x02}" + text("state_dict") + b"}" + text("w") + tensor + b"ss."
+
+
+def read_all(path):
+    checkpoint = archive.read(path)
+    return checkpoint.tensors(archive.flatten(checkpoint.content))
+
+
+@pytest.mark.parametrize(
+    "protocol, legacy", [(2, False), (3, False), (4, False), (5, False), (2, True)]
+)
+def test_reads_what_torch_reads(tmp_path, legacy, protocol):
+    base = torch.arange(24.0).view(4, 6)
+    state = {
+        "view": base.t()[1:4, ::2],  # strides and an offset
+        "same storage": base[1],
+        "scalar": torch.tensor(2.5),
+        "half": torch.randn(3, 2).half(),
+        "bfloat": torch.randn(5).bfloat16(),
+        "double": torch.randn(2).double(),
+        "long": torch.tensor([2**40, -1]),
+        "parameter": torch.nn.Parameter(torch.randn(2, 2)),
+    }
+    file = tmp_path / "x.bin"
+    torch.save(
+        {"epoch": 3, "list": [1, (2.5, None)], "state_dict": state},
+        file,
+        pickle_protocol=protocol,
+        _use_new_zipfile_serialization=not legacy,
+    )
+    checkpoint = archive.read(file)
+    assert checkpoint.kind == "torch.save file"
+    assert checkpoint.content["epoch"] == 3 and checkpoint.content["list"] == [1, (2.5, None)]
+    found = checkpoint.tensors(checkpoint.content["state_dict"])
+    assert list(found) == list(state)
+    for name, tensor in state.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor.detach()), name
+    found["same storage"].zero_()
+    assert found["view"].sum() == state["view"].sum(), "tensors must not share memory"
+
+
+def test_torchscript_as_torch_reads_it(tmp_path):
+    class Inner(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 2).half()
+            self.register_buffer("size", torch.tensor(224))
+
+        def forward(self, x):
+            return x
+
+    model = torch.nn.Sequential(Inner(), Inner())
+    file = tmp_path / "model.tar.gz"
+    torch.jit.save(torch.jit.trace(model, torch.zeros(1)), file)
+    found = read_all(file)
+    assert archive.read(file).kind == "TorchScript archive"
+    assert found.keys() == model.state_dict().keys()
+    assert all(torch.equal(found[k], v) for k, v in model.state_dict().items())
+
+
+def test_safetensors_as_numpy_and_torch_see_it(tmp_path):
+    header = {
+        "__metadata__": {"format": "pt"},
+        "f": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
+        "h": {"dtype": "F16", "shape": [2], "data_offsets": [16, 20]},
+        "b": {"dtype": "BF16", "shape": [], "data_offsets": [20, 22]},
+    }
+    text = json.dumps(header).encode()
+    data = struct.pack("<4f", 1, 2, 3, 4) + struct.pack("<2e", 0.5, -2) + b"\x80\x3f"
+    (tmp_path / "x").write_bytes(struct.pack("<Q", len(text)) + text + data)
+    found = read_all(tmp_path / "x")
+    assert found["f"].tolist() == [[1, 2], [3, 4]] and found["h"].tolist() == [0.5, -2]
+    assert found["b"].dtype == torch.bfloat16 and found["b"].item() == 1
+
+
+def test_safetensors_round_trip(tmp_path):
+    state = {"x": torch.randn(3, 5), "y": torch.tensor(1.5), "t": torch.randn(4, 2).t()}
+    with open(tmp_path / "x", "wb") as file:
+        archive.write_safetensors(state, file)
+    found = read_all(tmp_path / "x")
+    assert all(torch.equal(found[k], v) for k, v in state.items())
+
+
+# ---- hostile pickles
+
+
+class Call:
+    """Pickled as a call of function with these arguments."""
+
+    def __init__(self, function, *arguments):
+        self.parts = function, arguments
+
+    def __reduce__(self):
+        return self.parts
+
+
+class Armed:
+    def __setstate__(self, state):
+        os.system(state["command"])
+
+
+def hostile(marker) -> dict[str, bytes]:
+    """name -> pickle; most of them make the file marker when pickle.loads reads them."""
+    touch, python = f"touch {marker}", f"open({str(marker)!r}, 'w')"
+    dump, command = pickle.dumps, text(touch)
+    return {
+        "os.system": dump(Call(os.system, touch)),
+        "builtins.eval": dump(Call(eval, python)),
+        "builtins.exec": dump(Call(exec, python)),
+        "builtins.open": dump(Call(open, str(marker), "w")),
+        "subprocess, nested": dump([{"deep": (Call(subprocess.Popen, ["touch", str(marker)]),)}]),
+        "runpy": dump(Call(runpy._run_code, python, {})),
+        "getattr": b"cbuiltins\ngetattr\n(cbuiltins\n__import__\n(" + text("os") + b"tR" + text("system")
+        + b"tR(" + command + b"tR.",
+        "GLOBAL": b"cos\nsystem\n(" + command + b"tR.",
+        "STACK_GLOBAL": b"\x80\x04" + text("os") + text("system") + b"\x93" + command + b"\x85R.",
+        "STACK_GLOBAL out of the memo": b"\x80\x04" + text("system") + b"\x94" + text("os")
+        + b"\x94h\x01h\x00\x93" + command + b"\x85R.",
+        "a dotted name": b"\x80\x04" + text("os") + text("path.os.system") + b"\x93" + command + b"\x85R.",
+        "INST": b"(" + command + b"ios\nsystem\n.",
+        "OBJ": b"(cos\nsystem\n" + command + b"o.",
+        "key of state_dict": dump({"state_dict": {Call(os.system, touch): 1}}),
+        "value of state_dict": dump({"state_dict": {"w": Call(os.system, touch)}}),
+        "in an OrderedDict": dump(OrderedDict(x=Call(os.system, touch))),
+        "copyreg and __setstate__": b"ccopyreg\n_reconstructor\n(c" + __name__.encode()
+        + b"\nArmed\ncbuiltins\nobject\nNtR}" + text("command") + command + b"sb.",
+        "NEWOBJ and BUILD": b"\x80\x02c" + __name__.encode() + b"\nArmed\n)\x81}" + text("command")
+        + command + b"sb.",
+        "after the wanted value": b"cos\nsystem\n(" + command + b"tR0}" + text("state_dict") + b"}s.",
+        "torch.storage bytes": dump(
+            Call(torch.storage._load_from_bytes, dump(Call(os.system, touch)), *())
+        ),
+        "rebuild of a call": b"ctorch._utils\n_rebuild_parameter\n(cos\nsystem\n(" + command
+        + b"tR\x89}tR.",
+        "__torch__ stub": b"\x80\x02c__torch__.os\nsystem\n)\x81" + command + b"b.",
+        "__torch__ called": b"c__torch__\nos.system\n(" + command + b"tR.",
+        "torch.load": dump(Call(torch.load, str(marker))),
+        "EXT1": b"\x80\x02\x82\x01" + command + b"\x85R.",
+        "PERSID": b"Pos.system\n.",
+        "BINPERSID of a call": b"cos\nsystem\n(" + command + b"tRQ.",
+    }  # fmt: skip
+
+
+NOT_ARMED = (
+    "torch.storage bytes",
+    "__torch__ stub",
+    "__torch__ called",
+    "torch.load",
+    "EXT1",
+    "PERSID",
+)
+
+
+@pytest.mark.parametrize("name", hostile("x"))
+def test_hostile_pickles_do_nothing(tmp_path, name):
+    """As the whole file, beside a TorchScript's parts, in the old format, and as our reader sees it."""
+    marker = tmp_path / "marker"
+    program = hostile(marker)[name]
+    torch_zip(tmp_path / "a.pt", program)
+    torch_zip(tmp_path / "b.pt", program)
+    with zipfile.ZipFile(tmp_path / "b.pt", "a", zipfile.ZIP_STORED) as file:
+        file.writestr("archive/constants.pkl", program)
+    start = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
+    (tmp_path / "c.pt").write_bytes(start + program + program + program)
+    for file in ("a.pt", "b.pt", "c.pt"):
+        with pytest.raises(ValueError) as error:
+            pretrained.load(tmp_path / file)
+        assert file in str(error.value) and "\n" not in str(error.value)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", [n for n in hostile("x") if n not in NOT_ARMED])
+def test_the_hostile_pickles_are_armed(tmp_path, name):
+    """The test above could not fail if these did nothing in pickle's hands either."""
+    marker = tmp_path / "marker"
+    try:
+        pickle.Unpickler(io.BytesIO(hostile(marker)[name])).load()
+    except Exception:  # the harm is done by then
+        pass
+    for _ in range(200 * ("subprocess" in name)):
+        if marker.exists():
+            break
+        time.sleep(0.01)
+    assert marker.exists()
+
+
+def test_weights_beside_something_hostile_are_read(tmp_path):
+    marker = tmp_path / "marker"
+    torch.save({"state_dict": STATE, "args": Call(os.system, f"touch {marker}")}, tmp_path / "x")
+    checkpoint = archive.read(tmp_path / "x")
+    assert checkpoint.content["args"].name.endswith(" system")
+    assert torch.equal(
+        checkpoint.tensors(checkpoint.content["state_dict"])["a.weight"], STATE["a.weight"]
+    )
+    assert not marker.exists()
+
+
+def test_harmless_things_that_weights_only_refuses(tmp_path):
+    import argparse
+    import pathlib
+
+    import numpy as np
+
+    extra = {
+        "best": np.float64(0.5),
+        "args": argparse.Namespace(lr=1e-3),
+        "path": pathlib.PurePosixPath("/x"),
+        "random": np.random.get_state(),
+    }
+    torch.save({"state_dict": STATE} | extra, tmp_path / "x")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "x", weights_only=True)
+    checkpoint = archive.read(tmp_path / "x")
+    assert checkpoint.tensors(checkpoint.content["state_dict"]).keys() == STATE.keys()
+
+
+# ---- hostile and damaged containers
+
+
+def refused(path, *words):
+    with pytest.raises(ValueError) as error:
+        read_all(path)
+    message = str(error.value)
+    assert message.startswith(str(path)) and "\n" not in message
+    assert any(word in message for word in words), message
+
+
+NUMBERS = struct.pack("<4f", 1, 2, 3, 4)
+
+
+def test_the_handwritten_tensor_is_read(tmp_path):
+    found = read_all(torch_zip(tmp_path / "x", tensor_program(), [NUMBERS]))
+    assert found["state_dict.w"].tolist() == [1, 2, 3, 4]
+    found = read_all(torch_zip(tmp_path / "x", tensor_program(4, 1, (2,), (2,)), [NUMBERS]))
+    assert found["state_dict.w"].tolist() == [2, 4]
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        dict(size=(5,)),
+        dict(offset=1),
+        dict(stride=(2,)),
+        dict(offset=-1),
+        dict(size=(-4,)),
+        dict(stride=(-1,)),
+        dict(numel=5, size=(5,)),
+        dict(numel=2**62, size=(2**62,)),
+        dict(size=(2, 2), stride=(1,)),
+        dict(size=(1,) * 9, stride=(1,) * 9),
+        dict(size=(10**6,), stride=(0,)),  # one element repeated: memory out of nothing
+        dict(size=(0,), numel=0),
+        dict(kind="QInt8Storage"),
+        dict(key="1"),
+        dict(key="../../etc/passwd"),
+    ],
+)
+def test_tensors_outside_their_storage(tmp_path, numbers):
+    refused(torch_zip(tmp_path / "x", tensor_program(**numbers), [NUMBERS]), "tensor", "storage")
+
+
+def test_zip_containers(tmp_path):
+    x, program = tmp_path / "x", tensor_program()
+    refused(torch_zip(x, program, [NUMBERS], zipfile.ZIP_DEFLATED), "compressed")
+    good = torch_zip(x, program, [NUMBERS]).read_bytes()
+    x.write_bytes(good[:-30])
+    refused(x, "truncated")
+    x.write_bytes(good + b"more")
+    refused(x, "appended")
+    x.write_bytes(good.replace(NUMBERS, NUMBERS[::-1], 1))
+    refused(x, "damaged")
+    torch_zip(x, program, [NUMBERS], folder="a/b")
+    refused(x, "data.pkl")
+
+
+def test_two_members_of_one_name(tmp_path):
+    x = torch_zip(tmp_path / "x", tensor_program(), [NUMBERS])
+    with pytest.warns(UserWarning), zipfile.ZipFile(x, "a", zipfile.ZIP_STORED) as file:
+        file.writestr("archive/data/0", NUMBERS)
+    refused(x, "two members")
+
+
+def test_members_that_share_bytes(tmp_path):
+    """A zip bomb without compression: many names for the same bytes."""
+    x = torch_zip(tmp_path / "x", tensor_program(), [NUMBERS, NUMBERS])
+    data = x.read_bytes()
+    entries = [i for i in range(len(data)) if data[i : i + 4] == b"PK\1\2"]
+    first, second = (slice(entries[i] + 42, entries[i] + 46) for i in (1, 2))
+    data = bytearray(data)
+    data[second] = data[first]
+    x.write_bytes(data)
+    refused(x, "overlap", "File name in directory")
+    data = bytearray(torch_zip(x, tensor_program(), [NUMBERS]).read_bytes())
+    entries = [i for i in range(len(data)) if data[i : i + 4] == b"PK\1\2"]
+    for at in (20, 24):  # sizes in the directory, larger than the file
+        data[entries[1] + at : entries[1] + at + 4] = struct.pack("<I", 2**31)
+    x.write_bytes(data)
+    refused(x, "file's end", "overlap", "Overlapped")
+
+
+def test_a_large_directory_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(archive, "DIRECTORY_BYTES", 100)
+    refused(torch_zip(tmp_path / "x", tensor_program(), [NUMBERS]), "directory of")
+
+
+def test_a_big_endian_file(tmp_path):
+    x = torch_zip(tmp_path / "x", tensor_program(), [NUMBERS])
+    with zipfile.ZipFile(x, "a", zipfile.ZIP_STORED) as file:
+        file.writestr("archive/byteorder", "big")
+    refused(x, "big-endian")
+
+
+def test_pickles_that_exhaust(tmp_path, monkeypatch):
+    """Time and memory bombs: each ends at once with one line."""
+    began = time.monotonic()
+    # 100 tuples, each of the one before and itself, kept in the memo: b"hd" is the last of them
+    laugh = b"N\x85q\x000" + b"".join(b"h%ch%c\x86q%c0" % (i, i, i + 1) for i in range(100))
+    bombs = {
+        "hash of nested tuples": laugh + b"}hdNs.",
+        "memo of 4 billion": b"Nr\xff\xff\xff\xff.",
+        "string of 2**62": b"\x8d" + struct.pack("<Q", 2**62) + b"x.",
+        "bytearray of 2**62": b"\x96" + struct.pack("<Q", 2**62) + b"x.",
+        "stack underflow": b"0000.",
+        "nothing marked": b"t.",
+        "self in self": b"}q\0" + text("state_dict") + b"h\0s.",
+        "a long number": b"L" + b"9" * 100_000 + b"L\n.",
+        "deep": b"(" * 100_000 + b"t" * 100_000 + b".",
+        "no end": b"N",
+    }
+    for name, program in bombs.items():
+        for make in (lambda p: torch_zip(tmp_path / "x", p), lambda p: legacy(tmp_path / "x", p)):
+            with pytest.raises(ValueError) as error:
+                pretrained.load(make(program))
+            assert len(str(error.value)) < 400, name
+    refused(legacy(tmp_path / "x", b"N.", laugh + b"](hde."), "storage key")
+    monkeypatch.setattr(archive, "OPERATIONS", 1000)
+    refused(torch_zip(tmp_path / "x", b"]" * 2000 + b"."), "operations")
+    assert time.monotonic() - began < 30, (
+        "the hash of the nested tuples alone would take 2**100 steps"
+    )
+
+
+def legacy(path, program, keys=b"]."):
+    start = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
+    path.write_bytes(start + b"}" + text("little_endian") + b"\x88s." + program + keys)
+    return path
+
+
+def test_a_module_that_contains_itself():
+    loop = archive.Stub("x")
+    loop.state = {"a": loop, "b": loop}
+    with pytest.raises(ValueError, match="levels"):
+        archive.flatten(loop)
+
+
+@pytest.mark.parametrize("cut", [1, 40, 2000])
+def test_truncated_files(tmp_path, cut):
+    for number, new in enumerate((True, False)):
+        file = tmp_path / f"{number}"
+        torch.save(STATE, file, _use_new_zipfile_serialization=new)
+        file.write_bytes(file.read_bytes()[:-cut] or b"x")
+        refused(file, "truncated", "not a checkpoint", "not readable", "exhausted")
+
+
+def safetensors(path, header, data=b"\0" * 16, length=None):
+    body = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(body) if length is None else length) + body + data)
+    return path
+
+
+def entry(begin=0, end=16, shape=(4,), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+def test_the_good_header_is_read(tmp_path):
+    assert read_all(safetensors(tmp_path / "x", {"a": entry()}))["a"].shape == (4,)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": entry(), "b": entry()},
+        {"a": entry(0, 8, (2,)), "b": entry(4, 12, (2,))},
+        {"a": entry(-8, 8)},
+        {"a": entry(8, 24)},
+        {"a": entry(16, 0)},
+        {"a": entry(0, 12)},
+        {"a": entry(shape=(2, 3))},
+        {"a": entry(shape=(-2, -2))},
+        {"a": entry(shape=(2.0, 2))},
+        {"a": entry(shape=(True, 4))},
+        {"a": entry(shape=(2**40, 2**40))},
+        {"a": entry(dtype="F8")},
+        {"a": entry(dtype=["F32"])},
+        {"a": {"dtype": "F32"}},
+        {"a": entry() | {"data_offsets": "04"}},
+        {"a": 3},
+        b'{"a": {"dtype":"F32","shape":[4],"data_offsets":[0,16]}, "a": 1}',
+        b"{" * 200_000,
+        b'{"a":' + b"[" * 200_000,
+        b"{not json}",
+    ],
+)
+def test_hostile_safetensors(tmp_path, header):
+    refused(safetensors(tmp_path / "x", header), "")
+
+
+@pytest.mark.parametrize("length", [2**63, 10**9, 10_000])
+def test_a_huge_header_is_not_read(tmp_path, length):
+    refused(safetensors(tmp_path / "x", {"a": entry()}, length=length), "header of")
+
+
+@pytest.mark.parametrize(
+    "data, word",
+    [
+        (b"", "not a checkpoint"),
+        (b"<html>404 not found</html>", "not a checkpoint"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"\x80\x04N.", "not a checkpoint"),
+        (b"PK\x05\x06" + bytes(18), "not a checkpoint"),
+    ],
+)
+def test_other_files(tmp_path, data, word):
+    (tmp_path / "x.pt").write_bytes(data)
+    refused(tmp_path / "x.pt", word)

@@ -1,0 +1,189 @@
+"""download.py against a local server: resumed, verified, refused."""
+
+import hashlib
+import http.server
+import threading
+
+import pytest
+
+import download
+
+BODY = bytes(range(256)) * 4000  # 1 MB
+SHA256 = hashlib.sha256(BODY).hexdigest()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves BODY under every path, in the manner that the test sets."""
+
+    ranges, cut, length, redirect, wrong_range = True, None, None, None, False
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked = []
+
+    def handle_error(self, *args):
+        pass  # a client that hangs up, as some of these tests do
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        server, asked = self.server, self.headers.get("Range")
+        server.asked.append((self.path, asked))
+        if server.redirect:
+            self.send_response(302)
+            self.send_header("Location", server.redirect)
+            self.end_headers()
+            return
+        start = int(asked.split("=")[1].strip("-")) if asked and server.ranges else 0
+        if start >= len(BODY):
+            self.send_error(416)
+            return
+        self.send_response(206 if start else 200)
+        if start:
+            begin = 0 if server.wrong_range else start
+            self.send_header("Content-Range", f"bytes {begin}-{len(BODY) - 1}/{len(BODY)}")
+        length = len(BODY) - start if server.length is None else server.length
+        if length >= 0:
+            self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(BODY[start : server.cut])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def get(server, path, sha256=SHA256):
+    download.download(server.url + "/x.pt", path, sha256, ("http",))
+
+
+def test_a_whole_file(server, tmp_path):
+    get(server, tmp_path / "x.pt")
+    assert (tmp_path / "x.pt").read_bytes() == BODY
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"], "the part is gone"
+
+
+def test_interrupted_and_continued(server, tmp_path):
+    server.cut = 300_000
+    with pytest.raises((ValueError, OSError), match="run again to continue"):
+        get(server, tmp_path / "x.pt")
+    assert not (tmp_path / "x.pt").exists()
+    assert (tmp_path / "x.pt.part").stat().st_size == 300_000
+    server.cut = None
+    get(server, tmp_path / "x.pt")
+    assert server.asked[-1][1] == "bytes=300000-"
+    assert (tmp_path / "x.pt").read_bytes() == BODY
+
+
+def test_a_server_without_ranges_begins_again(server, tmp_path):
+    (tmp_path / "x.pt.part").write_bytes(BODY[:1000])
+    server.ranges = False
+    get(server, tmp_path / "x.pt")
+    assert (tmp_path / "x.pt").read_bytes() == BODY
+
+
+def test_a_server_that_sends_another_range(server, tmp_path):
+    (tmp_path / "x.pt.part").write_bytes(BODY[:1000])
+    server.wrong_range = True
+    with pytest.raises(ValueError, match="another range"):
+        get(server, tmp_path / "x.pt")
+
+
+def test_a_part_of_something_else(server, tmp_path):
+    (tmp_path / "x.pt.part").write_bytes(b"x" * 1000)
+    with pytest.raises(ValueError, match="sha256"):
+        get(server, tmp_path / "x.pt")
+    assert not list(tmp_path.iterdir()), "a part that cannot become right is deleted"
+    get(server, tmp_path / "x.pt")
+
+
+def test_a_part_longer_than_the_file(server, tmp_path):
+    (tmp_path / "x.pt.part").write_bytes(BODY + b"x")
+    with pytest.raises(ValueError, match="run again"):
+        get(server, tmp_path / "x.pt")
+    get(server, tmp_path / "x.pt")
+
+
+def test_a_wrong_hash_is_never_seen(server, tmp_path):
+    with pytest.raises(ValueError, match="sha256"):
+        get(server, tmp_path / "x.pt", "0" * 64)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_hash_the_size_counts(server, tmp_path):
+    server.cut = len(BODY) - 1
+    with pytest.raises((ValueError, OSError), match="run again"):
+        get(server, tmp_path / "x.pt", None)
+    assert not (tmp_path / "x.pt").exists()
+    server.cut = None
+    get(server, tmp_path / "x.pt", None)
+    assert (tmp_path / "x.pt").read_bytes() == BODY
+
+
+def test_more_than_the_limit(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "LARGEST", 1000)
+    with pytest.raises(ValueError, match="at most 1,000"):
+        get(server, tmp_path / "x.pt")
+    server.length = -1  # none stated
+    with pytest.raises(ValueError, match="more than 1,000"):
+        get(server, tmp_path / "x.pt")
+
+
+def test_no_length_stated(server, tmp_path):
+    server.length = -1
+    get(server, tmp_path / "x.pt")
+    assert (tmp_path / "x.pt").read_bytes() == BODY
+
+
+@pytest.mark.parametrize(
+    "target", ["ftp://127.0.0.1/x", "file:///etc/passwd", "https://127.0.0.1:1/x"]
+)
+def test_redirects_keep_the_scheme(server, tmp_path, target):
+    server.redirect = target
+    with pytest.raises((ValueError, OSError), match="only http is followed|not allowed"):
+        get(server, tmp_path / "x.pt")
+    assert not (tmp_path / "x.pt").exists()
+
+
+def test_https_only_unless_asked(server, tmp_path):
+    with pytest.raises(ValueError, match="only https"):
+        download.download(server.url + "/x.pt", tmp_path / "x.pt", SHA256)
+    assert not server.asked
+
+
+def test_nobody_answers(tmp_path):
+    with pytest.raises(OSError, match="give a file's path"):
+        download.download("http://127.0.0.1:1/x", tmp_path / "x.pt", SHA256, ("http",))
+
+
+def test_fetch_by_name(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(download.NAMES, "ViT-L-14-336", (SHA256, "ViT-L-14-336px.pt"))
+    path = download.fetch("ViT-L/14@336px", tmp_path / "cache", server.url, ("http",))
+    assert path.read_bytes() == BODY
+    assert server.asked[-1][0] == f"/{SHA256}/ViT-L-14-336px.pt"
+    count = len(server.asked)
+    assert download.fetch("ViT-L-14-336", tmp_path / "cache", server.url, ("http",)) == path
+    assert len(server.asked) == count, "the cache is used"
+    path.write_bytes(BODY[:-1])
+    with pytest.raises(ValueError, match="delete it"):
+        download.fetch("ViT-L-14-336", tmp_path / "cache", server.url, ("http",))
+    download.fetch("llip-B-16", tmp_path / "cache", server.url, ("http",))
+    assert "no hash was published" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="not one of"):
+        download.fetch("ViT-B-33", tmp_path)
+
+
+def test_every_release_has_its_hash():
+    for name, (sha256, file) in download.NAMES.items():
+        assert file.endswith(".pt") and download.canonical_name(name) == name
+        assert name.startswith("llip") if sha256 is None else len(bytes.fromhex(sha256)) == 32
