@@ -1,0 +1,221 @@
+"""AlignCLIP: fine-tuning that aligns attention with the label's text, and predictions with the classes'.
+
+Han et al. 2025, "AlignCLIP: navigating the misalignments for robust vision-language generalization"
+(Machine Learning 114:58, doi 10.1007/s10994-025-06742-z); CLIPood plus two ideas:
+
+    z    = x^(6) + sum_{l=7..12} W_o^l (D V^l) + b_o^l      second branch, section 3.2: D-V attention over
+           V^l = values of LN1(x^(l-1)), x the plain path   the same weights; D = I, no MLP
+    S_s  = cos(head(z)_p, T_c),  S = cos(head(x)_p, T_c)    eq. 4: patch-text similarity, each branch
+    G    = softmax_p(S_s[p, y])                             what the class token should attend to
+    A    = mean_{l=1..5} of the class token's attention     what it does attend to
+    L    = L_SLS + w (KL(G || A) + L_sim)                   eq. 6 is KL(G || A), "AAL"
+
+L_SLS is the margin softmax under semantic label smoothing (section 3.3, losses.smoothing_targets); L_sim
+aligns S with S_s in the last layer. The branch has no weight of its own and exists in training only: the
+finished model is a plain CLIP, and an image's embedding does not depend on any text.
+
+Sources: the abstract, the authors' replies to their reviewers (numbers of equations, sections and figures
+as there) and their training loop, zhyhan/AlignCLIP@bb8c449. The vision tower that the loop calls was
+never published, so the branch is inferred.
+    REF: it is taken to be CLIP Surgery's (last six blocks, input from the plain path, residual kept, no
+    MLP), to which the loop's tensors point: the attention changes shape at block index 6.
+    REF: released weight is w = 10; the submission's code had 1.
+    REF: as released, gradients flow into G and S_s too; detach=True makes the branch a mere teacher.
+    REF: L_sim gathers the label's map and then sums over all classes ("all"); "label" is what its
+    comments describe. The default here is "label".
+    REF: --layer is ignored there, five layers and 196 patches are fixed in the code; here both vary.
+    REF: the smoothing as released does not sum to 1 (losses.smoothing_targets, form "released").
+    REF: CLIP Surgery converts its blocks at the first forward, after the optimiser and the moving average
+    took their copies. Nothing is converted here: the structure is an argument of the call.
+    PAPER: G is nearly uniform at temperature 1, since cosines of patches differ by some 0.03: the demo
+    below. As released AAL mostly flattens early attention; 0.01 to 0.1 makes G pointed.
+    PAPER: the rebuttal's 1549 times fewer GFLOPs compares projections with mixing, see attention.flops.
+    PAPER: the shaded band of Fig. 3c (aligned layers) is random.uniform(0.5, 1) in the authors' notebook.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from attention import attend
+from clipood import FineTune, full_precision, unit
+from losses import attention_alignment, similarity_alignment
+from model import CLIP, Block, VisionTransformer
+
+BRANCHES = ("dv", "vvv", "qqv", "kkv")
+
+
+def cls_attention(weights: list[Tensor]) -> Tensor:
+    """What the class token attends to among the patches, averaged over layers: A_c of eq. 6.
+
+    Its weight on itself is dropped, the rest is normalised to sum 1 in every layer, then averaged.
+    Args:    weights: for each layer, heads averaged, (B, L, L), or only the class token's row (B, 1, L)
+    Returns: (B, P), rows sum to 1.
+    """
+    rows = torch.stack([layer[:, 0, 1:] for layer in weights])  # (layers, B, P)
+    return F.normalize(rows, p=1, dim=-1).mean(0)  # (B, P)
+
+
+def guidance(similarity: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """The label's similarity map as a distribution over patches: G_{D-V} of eq. 6.
+
+    G_p = softmax_p(S[p, y] / temperature);  PAPER: temperature 1, which is almost uniform.
+    Args:    similarity (B, P, C) cosines of the second branch;  labels (B,)
+    Returns: (B, P), rows sum to 1.
+    """
+    own = similarity[torch.arange(len(labels), device=labels.device), :, labels]  # (B, P)
+    return (own / temperature).softmax(-1)
+
+
+def dual_block(
+    block: Block, x: Tensor, branch: str | None, need_row: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """One block of the plain path, and what the second branch takes from it.
+
+    Args:    x (B, L, D) plain path;  branch: the second attention structure, or None before it starts
+    Returns: the plain path after the block (B, L, D), the branch's attention output (B, L, D) or None,
+             the class token's attention averaged over heads (B, 1, L) or None.
+    Cost:    beside the block's own: one output projection for dv, 2 L D^2; vvv, qqv, kkv 4 L^2 D more.
+    """
+    attn = block.attn
+    # SPEED: LN1, queries, keys and values once for both paths; calling block.attn twice is the same
+    q, k, v = attn.project(block.ln_1(x), "qkv")  # (B, H, L, K) each
+    y = attn.merge(attend(q, k, v, branch)) if branch else None  # (B, L, D)
+    row = None
+    if need_row:
+        # SPEED: only the class token's query; all (L, L) weights would leave the fused kernel
+        row = attend(q[:, :, :1], k, v, need_weights=True)[1].mean(1)  # (B, 1, L)
+    x = x + attn.merge(attend(q, k, v))
+    return x + block.mlp(block.ln_2(x)), y, row
+
+
+def two_paths(
+    visual: VisionTransformer, images: Tensor, branch: str, dual_from: int, layers: int
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """The image tower with its second branch, before the head.
+
+    z = x^(dual_from) + sum over the blocks from there on of attn_branch(LN1(x)), x from the plain path.
+    Args:    images (B, 3, S, S);  dual_from: index of the branch's first block;  layers: whose class
+             token attention is wanted, the first ones
+    Returns: x (B, 1 + P, D) plain path, z (B, 1 + P, D) or None without a block left for it, and the
+             attention rows, layers times (B, 1, 1 + P).
+    """
+    transformer, rows, z = visual.transformer, [], None
+    run = dual_block
+    if transformer.grad_checkpointing and torch.is_grad_enabled():
+        run = partial(checkpoint, dual_block, use_reentrant=False)
+    x = visual.embed(images)  # (B, 1 + P, D)
+    for i, block in enumerate(transformer.resblocks):
+        z = x if i == dual_from else z
+        x, y, row = run(block, x, branch if i >= dual_from else None, i < layers)
+        if y is not None:
+            z = z + y  # (B, 1 + P, D)
+        if row is not None:
+            rows.append(row)
+    return x, z, rows
+
+
+class AlignCLIP(FineTune):
+    """CLIPood's objective with attention alignment and semantic label smoothing.
+
+    L = L_SLS + weight * (KL(G || A) + L_sim), see above; predictions and parameters are those of CLIP.
+    Args:   clip, text, margin, epsilon, scale, smoothing: as in clipood.FineTune
+            branch: structure of the second branch, dv, vvv, qqv or kkv
+            dual_from: index of its first block. None is the middle: 6 of 12, as CLIP Surgery
+            layers: how many blocks, from the first, are aligned. None is the released 5, or fewer in a
+            tower whose branch starts before block 5
+            attention, similarity: AAL on or off; L_sim over the "label"'s map, "all" maps or "none".
+            With both off the branch is not computed at all
+            guidance_temperature: of G;  detach: the branch gets no gradient
+    Raises: ValueError for an unknown branch or similarity, or blocks that the tower does not have.
+    Cost:   B/16, forward: 4.9 % more FLOPs than CLIPood with dv, 6.9 % with vvv (paper, seconds per
+            step: 10.5 % and 31.6 %); the backward pass in proportion.
+    """
+
+    def __init__(
+        self,
+        clip: CLIP,
+        text: Tensor,
+        *,
+        branch: str = "dv",
+        dual_from: int | None = None,
+        layers: int | None = None,
+        weight: float = 10.0,
+        smoothing: str = "mixture",
+        epsilon: float = 0.9,
+        scale: float = 35.0,
+        margin: float = 0.3,
+        guidance_temperature: float = 1.0,
+        attention: bool = True,
+        similarity: str = "label",
+        detach: bool = False,
+    ):
+        super().__init__(
+            clip, text, smoothing=smoothing, epsilon=epsilon, scale=scale, margin=margin
+        )
+        depth = len(clip.visual.transformer.resblocks)
+        dual_from = depth // 2 if dual_from is None else dual_from
+        layers = max(1, min(5, dual_from)) if layers is None else layers
+        if branch not in BRANCHES:
+            raise ValueError(f"branch {branch!r}: expected one of {', '.join(BRANCHES)}")
+        if similarity not in ("label", "all", "none"):
+            raise ValueError(f"similarity {similarity!r}: expected label, all or none")
+        if not 0 <= dual_from < depth or not 1 <= layers <= depth:
+            raise ValueError(
+                f"dual_from {dual_from}, layers {layers}: the image tower has {depth} blocks"
+            )
+        self.branch, self.dual_from, self.layers, self.weight = branch, dual_from, layers, weight
+        self.attention, self.similarity, self.detach = attention, similarity, detach
+        self.guidance_temperature = guidance_temperature
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images (B, 3, S, S), labels (B,) -> loss (), and its parts to log, without gradient."""
+        if not self.attention and self.similarity == "none":
+            return super().loss(images, labels)
+        visual, layers = self.clip.visual, self.layers if self.attention else 0
+        x, z, rows = two_paths(visual, images, self.branch, self.dual_from, layers)
+        image = unit(visual.head(x if self.similarity != "none" else x[:, :1]))  # (B, 1 + P, E)
+        guide = unit(visual.head(z[:, 1:]))  # (B, P, E)
+        # REF: the margin moves the class token's feature only; the maps are of unmoved features
+        loss, logs = self.classification(image[:, 0], labels)
+        logs["classification"] = loss.detach()
+        for name, value in self.alignment(image[:, 1:], guide, rows, labels).items():
+            loss, logs[name] = loss + self.weight * value, value.detach()
+        return loss, logs
+
+    def alignment(
+        self, image: Tensor, guide: Tensor, rows: list[Tensor], labels: Tensor
+    ) -> dict[str, Tensor]:
+        """The alignment losses of unit patch features (B, P, E) of both paths: those that are on."""
+        if self.similarity == "all":
+            names, own = self.text.t(), labels  # (E, C)
+        else:  # SPEED: one map instead of C; with a single class, "sum over all" is the label's own
+            names, own = self.text[labels].unsqueeze(-1), torch.zeros_like(labels)  # (B, E, 1)
+        losses = {}
+        with full_precision(image):
+            maps = guide @ names  # eq. 4: (B, P, C) or (B, P, 1)
+            maps = maps.detach() if self.detach else maps
+            if self.attention:
+                target = guidance(maps, own, self.guidance_temperature)  # (B, P)
+                losses["attention"] = attention_alignment(cls_attention(rows), target)
+            if self.similarity != "none":
+                losses["similarity"] = similarity_alignment(image @ names, maps)
+        return losses
+
+
+if __name__ == "__main__":
+    # how pointed is the guidance? cosines of 196 patches that differ by 0.03
+    torch.manual_seed(0)
+    cosines, label = 0.2 + 0.03 * torch.randn(2000, 196, 1), torch.zeros(2000, dtype=torch.long)
+    even = torch.full((2000, 196), 1 / 196)
+    print("temperature   largest weight / mean   KL(G || uniform), nats of ln 196 = 5.28")
+    for t in (1.0, 0.1, 0.01):
+        g = guidance(cosines, label, t)
+        peak = 196 * g.max(-1).values.mean()
+        print(f"{t:8} {peak:18.2f} {attention_alignment(even, g):20.4f}")
+    #      1.0               1.09               0.0004
+    #      0.1               2.20               0.0448
+    #     0.01              76.73               2.8857

@@ -1,0 +1,377 @@
+"""clipood.py: the official loss, training loop and moving average, and what must not change."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import clipood
+from clipood import FLYP, BetaMovingAverage, FineTune, wise_ft
+from llip import Llip, PooledTokens
+from losses import info_nce
+from model import CLIP, Config
+
+CONFIG = Config(16, 16, 4, 32, 4, 2, 64, 12, 40, 16, 2, 2, 32)
+
+
+@pytest.fixture
+def clip():
+    torch.manual_seed(0)
+    return CLIP(CONFIG)
+
+
+@pytest.fixture
+def text():
+    return F.normalize(torch.randn(5, 16, generator=torch.Generator().manual_seed(1)), dim=-1)
+
+
+@pytest.fixture
+def batch():
+    g = torch.Generator().manual_seed(2)
+    return torch.randn(6, 3, 16, 16, generator=g), torch.tensor([0, 3, 1, 0, 4, 2])
+
+
+def class_tokens(n=5):
+    g = torch.Generator().manual_seed(3)
+    tokens = torch.randint(1, 38, (n, 12), generator=g)
+    tokens[:, 0], tokens[:, 8], tokens[:, 9:] = 38, 39, 0  # start, end, padding
+    return tokens
+
+
+# ------------------------------------------------------------------------------------- the objective
+
+
+def test_starts_as_zero_shot_clip(clip, text, batch):
+    method = FineTune(clip, text, margin=0.3)
+    logits = clip.pair_logits(clip.encode_image(batch[0]), text)
+    torch.testing.assert_close(method.predict(batch[0]) * clip.logit_scale.exp(), logits)
+
+
+def test_plain_and_smoothed_losses_are_pytorchs(clip, text, batch):
+    images, labels = batch
+    logits = clip.pair_logits(clip.encode_image(images), text)
+    loss, logs = FineTune(clip, text)(images, labels)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, labels))
+    torch.testing.assert_close(logs["accuracy"], (logits.argmax(1) == labels).float().mean())
+    loss, _ = FineTune(clip, text, smoothing="uniform", epsilon=0.9)(images, labels)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, labels, label_smoothing=0.1))
+
+
+def test_margin_loss_equals_its_additive_form(clip, text, batch):
+    """exp(t) * lambda * (1 - T_y . T_c) added to every logit: zero for the label's own."""
+    images, labels = batch
+    loss, _ = FineTune(clip, text, margin=0.3).loss(images, labels)
+    cosines = F.normalize(clip.encode_image(images), dim=-1) @ text.t()
+    margin = 0.3 * (1 - text[labels] @ text.t())
+    additive = F.cross_entropy(clip.logit_scale.exp() * (cosines + margin), labels)
+    torch.testing.assert_close(loss, additive)
+    assert loss > FineTune(clip, text).loss(images, labels)[0]
+
+
+def test_margin_changes_training_and_not_predictions(clip, text, batch):
+    plain, margin = FineTune(clip, text), FineTune(clip, text, margin=0.3)
+    assert torch.equal(plain.predict(batch[0]), margin.predict(batch[0]))
+
+
+def test_margin_loss_and_gradient_are_the_official_ones(golden_arrays):
+    g = golden_arrays("clipood_mms.npz")
+    for tag in ("lam0.3_temp100", "lam0.1_temp100", "lam0.0_temp100", "lam0.3_temp10"):
+        margin, scale = (float(x) for x in tag[3:].split("_temp"))
+        clip = CLIP(Config(24, 8, 4, 8, 1, 2, 8, 8, 16, 8, 1, 2, 8), scale=scale)
+        method = FineTune(clip, g["in.text_features"], margin=margin)
+        features = g["in.features"].clone().requires_grad_()
+        loss, logs = method.classification(clipood.unit(features), g["in.labels"])
+        loss.backward()
+        torch.testing.assert_close(loss, g[f"out.{tag}.loss"], rtol=1e-4, atol=2e-5)
+        expected = g[f"out.{tag}.grad_features"]
+        torch.testing.assert_close(features.grad, expected, rtol=1e-4, atol=3e-5)
+        percent = 100 * logs["accuracy"]
+        torch.testing.assert_close(percent, g[f"out.{tag}.train_acc_percent"], rtol=0, atol=1e-4)
+
+
+def test_twenty_steps_of_the_official_loop(golden_arrays):
+    """engine.train as released, weights kept in fp32: losses, weights and the moving average."""
+    g = golden_arrays("clipood_train_fp32.npz")
+
+    class Toy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l1, self.ln, self.l2 = nn.Linear(8, 12), nn.LayerNorm(12), nn.Linear(12, 10)
+
+        def forward(self, x):
+            return self.l2(torch.tanh(self.ln(self.l1(x))))
+
+    clip = CLIP(Config(10, 8, 4, 8, 1, 2, 8, 8, 16, 8, 1, 2, 8), scale=30.0)
+    method = FineTune(clip, g["in.text_features"], margin=0.3)
+    clip.visual = Toy()
+    clip.visual.load_state_dict({k[2:]: v for k, v in g.items() if k.startswith("w.")})
+    optimizer = torch.optim.AdamW(clip.visual.parameters(), lr=0.005, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+    moving = BetaMovingAverage(clip.visual, 20, beta=0.5)
+    for step, (x, y) in enumerate(zip(g["in.x"], g["in.y"])):
+        optimizer.zero_grad()
+        loss, _ = method.loss(x, y)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        moving.update(clip.visual)
+        torch.testing.assert_close(loss, g["out.loss"][step], rtol=1e-3, atol=1e-4)
+        average = moving.average.state_dict()
+        for name, value in average.items():
+            expected = g["out.bma." + name][step]
+            torch.testing.assert_close(value, expected, rtol=1e-3, atol=2e-5)
+    for name, value in clip.visual.state_dict().items():
+        torch.testing.assert_close(value, g["out.raw." + name][-1], rtol=1e-3, atol=2e-5)
+
+
+def test_only_the_image_tower_learns(clip, text, batch):
+    names = set(clip.state_dict())
+    method = FineTune(clip, text, margin=0.3)
+    method.loss(*batch)[0].backward()
+    for name, parameter in clip.named_parameters():
+        trained = name.startswith("visual.")
+        assert parameter.requires_grad == trained, name
+        assert (parameter.grad is not None) == trained, name
+    assert set(clip.state_dict()) == names  # the checkpoint is a plain CLIP's
+    assert set(method.state_dict()) == {"clip." + name for name in names}
+
+
+def test_new_classes_can_be_scored(clip, text, batch):
+    others = torch.randn(9, 16)
+    scores = FineTune(clip, text).predict(batch[0], others)
+    expected = F.cosine_similarity(clip.encode_image(batch[0])[:, None], others[None], dim=-1)
+    torch.testing.assert_close(scores, expected)
+
+
+def test_average_pooling_is_the_mean_of_projected_patches(clip, text, batch):
+    visual, images = clip.visual, batch[0]
+    tokens = visual.head(visual.transformer(visual.embed(images)))
+    method = FineTune(clip, text, pooling="average")
+    expected = F.normalize(tokens[:, 1:].mean(1), dim=-1) @ text.t()
+    torch.testing.assert_close(method.predict(images), expected)
+    assert not torch.allclose(method.predict(images), FineTune(clip, text).predict(images))
+
+
+@pytest.mark.parametrize("under", [torch.bfloat16, torch.float16])
+def test_losses_stay_in_full_precision_under_autocast(clip, text, batch, under):
+    method, image = FineTune(clip, text, margin=0.3), clipood.unit(torch.randn(6, 16))
+    expected, _ = method.classification(image, batch[1])
+    with torch.autocast("cpu", dtype=under):
+        assert torch.equal(method.classification(image, batch[1])[0], expected)
+        assert method.predict(batch[0]).dtype == torch.float32
+
+
+def test_user_mistakes(clip, text):
+    for wrong, words in (
+        (text * 2, "length 1"),
+        (text[:, :8], r"\(classes, 16\)"),
+        (text[0], "16"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            FineTune(clip, wrong)
+    with pytest.raises(ValueError, match="pooling"):
+        FineTune(clip, text, pooling="max")
+    for build in (lambda m: FineTune(m, text), lambda m: FLYP(m, class_tokens())):
+        for other in (nn.Linear(2, 2), PooledTokens(CONFIG, 3), Llip(CONFIG, 3, 2)):
+            with pytest.raises(ValueError, match=f"needs a CLIP, not a {type(other).__name__}"):
+                build(other)
+
+
+@pytest.mark.parametrize("options", [{}, {"smoothing": "uniform"}, {"margin": 0.3}])
+def test_learns_eight_images_by_heart(clip, text, options):
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 3, 16, 16), torch.arange(8) % 5
+    method = FineTune(clip, text, **options)
+    optimizer = torch.optim.AdamW(clip.visual.parameters(), 2e-3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        method.loss(images, labels)[0].backward()
+        optimizer.step()
+    assert (method.predict(images).argmax(-1) == labels).all()
+
+
+# -------------------------------------------------------------------------------------------- FLYP
+
+
+def test_flyp_is_pretraining_on_prompts(clip, batch):
+    images, labels = batch
+    tokens = class_tokens()
+    method = FLYP(clip, tokens)
+    loss, logs = method(images, labels)
+    loss.backward()
+    got = {k: p.grad.clone() for k, p in clip.named_parameters()}
+    clip.zero_grad()
+    expected = info_nce(clip.pair_logits(*clip(images, tokens[labels])))  # class 0 encoded twice
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for name, parameter in clip.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert got["logit_scale"] != 0 and 0 <= logs["accuracy"] <= 1
+
+
+def test_flyp_counts_repeated_classes_as_negatives(clip):
+    """Two equal prompts share the probability: their rows cannot fall below ln 2."""
+    labels = torch.zeros(2, dtype=torch.long)
+    loss, _ = FLYP(clip, class_tokens()).loss(torch.randn(2, 3, 16, 16), labels)
+    assert loss >= math.log(2) / 2
+
+
+def test_flyp_over_ranks_is_flyp_of_the_global_batch(clip, batch, monkeypatch):
+    images, labels = batch
+    method = FLYP(clip, class_tokens())
+    whole, _ = method.loss(images, labels)
+    image, text = clip(images, class_tokens()[labels])
+    columns = clip.pair_logits(image, text).t()  # (texts, images)
+    parts = []
+    for r in range(3):
+        mine = slice(2 * r, 2 * r + 2)
+        monkeypatch.setattr(clipood, "rank", lambda r=r: r)
+        monkeypatch.setattr(clipood, "gather", lambda _: clipood.unit(text))
+        monkeypatch.setattr(clipood, "transpose", lambda _, mine=mine: columns[mine])
+        parts.append(method.loss(images[mine], labels[mine])[0])
+    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+
+
+def test_flyp_encodes_classes_again_when_weights_change(clip, batch, monkeypatch):
+    images, calls, encode = batch[0], [], clip.encode_text
+    monkeypatch.setattr(clip, "encode_text", lambda tokens: calls.append(1) or encode(tokens))
+    method = FLYP(clip, class_tokens())
+
+    def current():
+        image, text = clip.encode_image(images), encode(class_tokens())
+        return F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).t()
+
+    torch.testing.assert_close(method.predict(images), current())
+    torch.testing.assert_close(method.predict(images[:2]), current()[:2])
+    assert len(calls) == 1
+    with torch.no_grad():
+        clip.ln_final.bias[3] += 1.0  # any weight, by anybody
+    torch.testing.assert_close(method.predict(images), current())
+    assert len(calls) == 2
+    with torch.no_grad():
+        clip.visual.proj.mul_(2.0)
+    method.predict(images)
+    assert len(calls) == 2  # an image weight says nothing about texts
+    others = F.normalize(torch.randn(3, 16), dim=-1)
+    assert method.predict(images, others).shape == (6, 3)
+
+
+# -------------------------------------------------------------------------------- averages of weights
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 1.0, 2.0])
+def test_streaming_average_equals_the_closed_form(beta):
+    torch.manual_seed(0)
+    module, total = nn.Linear(4, 3).double(), 30
+    path = [copy.deepcopy(module.state_dict())]
+    moving = BetaMovingAverage(module, total, beta)
+    for _ in range(total):
+        with torch.no_grad():
+            for p in module.parameters():
+                p += torch.randn_like(p)
+        moving.update(module)
+        path.append(copy.deepcopy(module.state_dict()))
+    t = (torch.arange(total + 1, dtype=torch.float64) + 0.5) / (total + 1)
+    density = torch.distributions.Beta(*torch.tensor([beta, beta], dtype=torch.float64))
+    weights = density.log_prob(t).exp()
+    for name, mean in moving.average.state_dict().items():
+        stacked = torch.stack([state[name] for state in path])
+        expected = torch.tensordot(weights / weights.sum(), stacked, 1)
+        torch.testing.assert_close(mean, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.1, 1.0])
+def test_moving_average_is_the_official_one(golden_arrays, beta):
+    g = golden_arrays("clipood_bma.npz")
+    path = {k: g["in.theta." + k] for k in "ab"}
+    module = nn.ParameterDict({k: nn.Parameter(v[0].clone()) for k, v in path.items()})
+    moving = BetaMovingAverage(module, 20, beta)
+    weights = torch.tensor([moving.weight(t) for t in range(21)], dtype=torch.float64)
+    official = g[f"out.beta{beta}.weights"]
+    torch.testing.assert_close(weights / weights.sum(), official / official.sum())
+    for t in range(1, 21):
+        for k, v in path.items():
+            module[k].data.copy_(v[t])
+        moving.update(module)
+        for k in path:
+            expected = g[f"out.beta{beta}.avg_{k}"][t]
+            torch.testing.assert_close(moving.average[k].data, expected, rtol=1e-5, atol=5e-6)
+
+
+def test_both_ends_of_training_weigh_most():
+    """beta 0.5, 5,000 steps: 0.64 % for the start, 20.3 % for each tenth at the ends."""
+    moving = BetaMovingAverage(nn.Linear(1, 1), 5000)
+    weights = torch.tensor([moving.weight(t) for t in range(5001)], dtype=torch.float64)
+    share = weights / weights.sum()
+    assert float(share[0]) == pytest.approx(0.0064, abs=5e-5)
+    assert float(share[:500].sum()) == pytest.approx(0.203, abs=1e-3)
+    assert float(share[-500:].sum()) == pytest.approx(0.203, abs=1e-3)
+    assert float(share[2500]) == pytest.approx(1.3e-4, abs=5e-6)
+
+
+def test_weights_that_never_change_stay_bit_for_bit(clip, text):
+    method = FineTune(clip, text)
+    moving = BetaMovingAverage(clip, 50, beta=0.5)
+    for _ in range(50):
+        with torch.no_grad():
+            clip.visual.proj += torch.randn_like(clip.visual.proj)
+        moving.update(method.clip)
+    for (name, mean), now in zip(moving.average.named_parameters(), clip.parameters()):
+        assert torch.equal(mean, now) == (name != "visual.proj"), name
+
+
+def test_average_is_a_module_of_its_own(clip, text, batch):
+    method = FineTune(clip, text)
+    moving = BetaMovingAverage(method, 10)
+    before = moving.average.predict(batch[0])
+    with torch.no_grad():
+        clip.visual.proj.mul_(-1)
+    assert torch.equal(moving.average.predict(batch[0]), before)
+    assert list(moving.average.state_dict()) == list(method.state_dict())
+    assert not any(p.requires_grad for p in moving.average.parameters())
+
+
+def test_average_resumes_exactly():
+    torch.manual_seed(0)
+    steps = [nn.Linear(3, 2) for _ in range(7)]
+    whole = BetaMovingAverage(steps[0], 6)
+    half = BetaMovingAverage(steps[0], 6)
+    for module in steps[1:]:
+        whole.update(module)
+    for module in steps[1:4]:
+        half.update(module)
+    resumed = BetaMovingAverage(nn.Linear(3, 2), 6)
+    resumed.load_state_dict(copy.deepcopy(half.state_dict()))
+    for module in steps[4:]:
+        resumed.update(module)
+    for a, b in zip(whole.average.parameters(), resumed.average.parameters()):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="6 steps"):
+        resumed.update(steps[0])
+    for other in (BetaMovingAverage(steps[0], 7), BetaMovingAverage(steps[0], 6, beta=0.1)):
+        with pytest.raises(ValueError, match="cannot go on"):
+            other.load_state_dict(half.state_dict())
+    with pytest.raises(ValueError, match="beta"):
+        BetaMovingAverage(steps[0], 6, beta=0.0)
+
+
+def test_wise_ft_ends_and_middle(clip):
+    torch.manual_seed(5)
+    start, end = clip.state_dict(), CLIP(CONFIG).state_dict()
+    for alpha, expected in ((0.0, start), (1.0, end)):
+        for name, value in wise_ft(start, end, alpha).items():
+            assert torch.equal(value, expected[name]), name
+    for name, value in wise_ft(start, end, 0.25).items():
+        torch.testing.assert_close(value, 0.75 * start[name] + 0.25 * end[name])
+
+
+def test_wise_ft_refuses_other_architectures(clip):
+    state = clip.state_dict()
+    fewer = {k: v for k, v in state.items() if k != "visual.proj"}
+    with pytest.raises(ValueError, match="visual.proj.*absent"):
+        wise_ft(state, fewer)
+    with pytest.raises(ValueError, match=r"visual.proj.*\(32, 16\).*\(32, 8\)"):
+        wise_ft(state, {**state, "visual.proj": torch.zeros(32, 8)})
