@@ -1,0 +1,622 @@
+"""Dense features against recordings of the official codes and against the formulas written out slowly."""
+
+import copy
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import surgery
+from attention import attend
+from llip import Llip, PooledTokens
+from model import CLIP, CONFIGS, Config
+from surgery import METHODS, dense_features, feature_surgery, map_scores, similarity_map
+from tokenizer import Tokenizer
+
+
+def tiny(layers=4, vocab=50, **changes):
+    return Config(16, 32, 8, 32, layers, 4, 64, 12, vocab, 16, 1, 2, 32, **changes)
+
+
+def clip(layers=4, seed=0):
+    """A small CLIP whose attention is far from uniform, in float64."""
+    torch.manual_seed(seed)
+    model = CLIP(tiny(layers)).double().eval()
+    for block in model.visual.transformer.resblocks:
+        for parameter in block.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+# ---- against the official implementations
+
+
+def dense_model(weights, hp=(32, 40, 8, 64, 8, 4, 256, 77, 49408, 64, 2, 2, 256)):
+    model = CLIP(Config(*hp))
+    visual = {k[len("w.visual.") :]: v for k, v in weights.items() if k.startswith("w.visual.")}
+    model.visual.load_state_dict(visual)
+    return model.visual
+
+
+RECORDED = [  # file, method, image, array, blocks, first recorded token
+    ("surgery", "surgery", "in.image", "tokens_vv6", None, 0),
+    ("surgery", "surgery", "in.image", "tokens_vv1", 1, 0),
+    ("surgery", "surgery", "in.image_hr", "tokens_hr", None, 0),
+    ("surgery", "alignclip", "in.image", "tokens_dv6", None, 0),
+    ("surgery", "alignclip", "in.image", "tokens_dv1", 1, 0),
+    ("sclip", "sclip", "in.image", "tokens_csa", None, 0),
+    ("sclip", "sclip", "in.image_rect", "tokens_csa_rect", None, 0),
+    ("clearclip", "clearclip", "in.image", "ClearCLIP.ignore_residual1.last1", None, 1),
+    ("clearclip", "clearclip", "in.image_rect", "ClearCLIP.rect", None, 1),
+    ("clearclip", "maskclip", "in.image", "MaskCLIP.ignore_residual0.last1", None, 1),
+    ("clearclip", "sclip", "in.image", "SCLIP.ignore_residual0.last1", None, 1),
+    ("gem", "gem", "in.image", "default.gem", None, 0),
+    ("gem", "gem", "in.image_hr", "default.gem_hr", None, 0),
+    ("gem", "gem", "in.image_rect", "default.gem_rect", None, 0),
+    ("gem", "gem", "in.image", "depth4.gem", 3, 0),  # its depth counts one more than the blocks
+]
+
+
+def test_dense_features_equal_the_official_codes(golden_arrays):
+    visual = dense_model(golden_arrays("dense_clip_weights.npz"))
+    for file, method, image, array, blocks, first in RECORDED:
+        recorded = golden_arrays(file + ".npz")
+        got = dense_features(visual, recorded[image], method, blocks)[:, first:]
+        error = (got - recorded["out." + array]).abs().max()
+        assert got.shape == recorded["out." + array].shape and error < 4e-5, (array, error)
+
+
+def test_maps_equal_the_official_code(golden_arrays):
+    g = golden_arrays("surgery.npz")
+    tokens, text = g["out.tokens_vv6"], g["in.text_features"]
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(similarity_map(tokens, text), g["out.map_minmax"], **close)
+    # text features of any length: only directions count
+    torch.testing.assert_close(
+        similarity_map(tokens, 3 * text, (50, 37)), g["out.map_upsampled"], **close
+    )
+    torch.testing.assert_close(feature_surgery(tokens, text), g["out.feature_surgery"], **close)
+    torch.testing.assert_close(
+        feature_surgery(tokens, text, g["in.redundant_features"]),
+        g["out.feature_surgery_redundant"],
+        **close,
+    )
+
+
+# ---- against the formulas, one image and one head at a time
+
+
+def heads_of(block, x):
+    """LN1 x (L, D) as lists of per-head queries, keys and values (L, K)."""
+    y = F.layer_norm(x, (32,), block.ln_1.weight, block.ln_1.bias)
+    rows = y @ block.attn.in_proj_weight.t() + block.attn.in_proj_bias
+    return y, *([part[:, 8 * h : 8 * h + 8] for h in range(4)] for part in rows.split(32, dim=1))
+
+
+def soft(a, b, scale=8**-0.5):
+    return torch.softmax(scale * a @ b.t(), dim=1)
+
+
+def mixed(method, y, q, k, v):
+    if method == "qkv":
+        return soft(q, k) @ v
+    if method == "surgery":
+        return soft(v, v) @ v
+    if method in ("alignclip", "maskclip"):
+        return v
+    if method == "sclip":
+        return soft(q, q) @ v + soft(k, k) @ v
+    if method == "clearclip":
+        return soft(q, q) @ v
+    t, total = y.norm(dim=1).mean() * 8**-0.5, 0
+    for s in (q, k, v):
+        s = F.normalize(s, dim=1)
+        s = F.normalize(soft(s, s, t) @ s, dim=1)
+        total = total + soft(s, s, t) @ v / 3
+    return total
+
+
+def attention(block, x, method):
+    y, q, k, v = heads_of(block, x)
+    merged = torch.cat([mixed(method, y, q[h], k[h], v[h]) for h in range(4)], dim=1)
+    return merged @ block.attn.out_proj.weight.t() + block.attn.out_proj.bias
+
+
+def slow(visual, image, method, blocks):
+    x = visual.embed(image[None])[0]
+    stack = list(visual.transformer.resblocks)
+    two = method in ("surgery", "alignclip", "gem")
+    special, z = set(stack[-blocks:] if two else stack[-1:]), None
+    for block in stack:
+        other = attention(block, x, method) if block in special else None
+        if two and other is not None:
+            z = (x if z is None else z) + other
+        plain = attention(block, x, "qkv") if two or other is None else other
+        x = plain if method == "clearclip" and other is not None else x + plain
+        if not (method == "clearclip" and other is not None):
+            x = x + block.mlp(block.ln_2(x))
+    if two:
+        x = z if method == "gem" else torch.cat([x[:1], z[1:]])
+    return visual.ln_post(x) @ visual.proj
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_equals_its_formula(method, images):
+    visual = clip().visual
+    got = dense_features(visual, images, method, blocks=2)
+    for image, tokens in zip(images, got):
+        torch.testing.assert_close(tokens, slow(visual, image, method, 2), rtol=1e-9, atol=1e-9)
+
+
+def test_the_methods_differ_from_each_other_and_from_clip(images):
+    model = clip()
+    x = model.visual.transformer(model.visual.embed(images))
+    found = [dense_features(model.visual, images, m) for m in METHODS] + [model.visual.head(x)]
+    for i, one in enumerate(found):
+        for other in found[:i]:
+            assert (one - other)[:, 1:].abs().max() > 0.01
+
+
+def test_dv_is_the_attention_of_a_diagonal_mask_bit_for_bit(images):
+    """MaskCLIP as others write it: a softmax that may look only at itself."""
+    visual = clip().visual.float()
+    block = visual.transformer.resblocks[-1]
+    x = visual.embed(images.float())
+    q, k, v = block.attn.project(block.ln_1(x), "qkv")
+    only_self = torch.full((17, 17), float("-inf")).fill_diagonal_(0)
+    assert torch.equal(attend(q, k, v, mask=only_self), attend(None, None, v, "dv"))
+
+
+def test_maskclip_is_the_dv_branch_of_one_block_followed_by_its_mlp(images):
+    visual = clip().visual
+    x = visual.embed(images)
+    block = visual.transformer.resblocks[-1]
+    z = surgery.two_paths(visual, x, "alignclip", 1)[:, 1:]
+    z = z + block.mlp(block.ln_2(z))
+    got = dense_features(visual, images, "maskclip")[:, 1:]
+    torch.testing.assert_close(got, visual.head(z), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layers, expected", [(1, 1), (2, 2), (3, 2), (4, 3), (8, 6), (12, 6)])
+def test_the_number_of_blocks_with_two_paths(layers, expected, images):
+    visual = clip(layers).visual
+    got = dense_features(visual, images, "alignclip")
+    assert torch.equal(got, dense_features(visual, images, "alignclip", blocks=expected))
+    for other in {expected - 1, expected + 1} & set(range(1, layers + 1)):
+        assert not torch.allclose(got, dense_features(visual, images, "alignclip", blocks=other))
+
+
+def test_the_model_stays_as_it_was_and_the_class_token_is_clips(images):
+    model = clip()
+    before = copy.deepcopy(model.state_dict())
+    for method in METHODS:
+        for size in ((32, 32), (40, 24)):
+            tokens = dense_features(model.visual, torch.randn(1, 3, *size).double(), method)
+            assert tokens.shape == (1, 1 + size[0] * size[1] // 64, 16)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    image = model.encode_image(images)
+    for method in ("surgery", "alignclip"):
+        cls = dense_features(model.visual, images, method)[:, 0]
+        torch.testing.assert_close(cls, image, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(dense_features(model.visual, images, "gem")[:, 0], image)
+
+
+def test_features_are_differentiable(images):
+    with torch.enable_grad():
+        model = clip()
+        dense_features(model.visual, images, "alignclip").square().sum().backward()
+    assert model.visual.transformer.resblocks[-1].attn.out_proj.weight.grad.abs().max() > 0
+
+
+# ---- other sizes
+
+
+def bare_positions(method, rows, columns, positions):
+    """What embed adds to patch (i, j) when everything else is zero: (rows, columns)."""
+    visual = clip().visual
+    visual.ln_pre = torch.nn.Identity()
+    for parameter in (visual.conv1.weight, visual.class_embedding):
+        parameter.zero_()
+    visual.positional_embedding.copy_(positions)
+    x = surgery.embed(visual, torch.zeros(1, 3, 8 * rows, 8 * columns).double(), method)
+    assert torch.equal(x[0, 0], visual.positional_embedding[0])
+    return x[0, 1:, 0].view(rows, columns)
+
+
+def keys(t, a=-0.75):
+    """The cubic kernel of torch's bicubic."""
+    t = abs(t)
+    if t < 1:
+        return (a + 2) * t**3 - (a + 3) * t**2 + 1
+    return a * (t**3 - 5 * t**2 + 8 * t - 4) if t < 2 else 0
+
+
+def test_sclip_and_clearclip_space_positions_by_their_factor():
+    """TRAP in embed: row i is taken at (i + 1/2) side / (rows + 0.1) - 1/2, not at (i + 1/2) side / rows."""
+    values = [3.0, -1.0, 4.0, 1.5]  # of the four rows; every column alike
+    positions = (
+        torch.tensor([9.0] + [v for v in values for _ in range(4)]).view(17, 1).expand(17, 32)
+    )
+    for method in ("sclip", "clearclip"):
+        for rows in (3, 9):
+            got = bare_positions(method, rows, 5, positions)
+            for i in range(rows):
+                at = (i + 0.5) * 4 / (rows + 0.1) - 0.5
+                near = range(int(at // 1) - 1, int(at // 1) + 3)
+                expected = sum(keys(at - n) * values[min(max(n, 0), 3)] for n in near)
+                assert got[i].tolist() == pytest.approx([expected] * 5, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method, mode, antialias",
+    [("surgery", "bilinear", False), ("alignclip", "bilinear", False), ("maskclip", "bicubic", False),
+     ("gem", "bicubic", True)],
+)  # fmt: skip
+def test_position_interpolation_of_the_others(method, mode, antialias):
+    positions = torch.randn(17, 1, generator=torch.Generator().manual_seed(0)).expand(17, 32)
+    grid = positions[1:, :1].reshape(1, 1, 4, 4)
+    for size in ((3, 2), (7, 5)):
+        expected = F.interpolate(grid, size, mode=mode, antialias=antialias)[0, 0].double()
+        got = bare_positions(method, *size, positions)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_at_its_own_size_positions_are_untouched(method, images):
+    visual = clip().visual
+    assert torch.equal(surgery.embed(visual, images, method), visual.embed(images))
+
+
+def test_what_dense_features_refuses(images):
+    visual = clip().visual
+    with pytest.raises(ValueError, match="expected one of surgery"):
+        dense_features(visual, images, "Surgery")
+    for blocks in (0, 5, -1):
+        with pytest.raises(ValueError, match=f"{blocks} blocks .* 1 to 4"):
+            dense_features(visual, images, blocks=blocks)
+    with pytest.raises(ValueError, match="7x32 are smaller than a patch, 8"):
+        dense_features(visual, images[..., :7])
+    for model in (Llip(tiny(), 3, 2), PooledTokens(tiny(), 3), Llip(tiny(), 1, 2)):
+        with pytest.raises(ValueError, match="llip_caption_map"):
+            dense_features(model.visual, images)
+
+
+# ---- maps
+
+
+def planted(rows, columns, row, column):
+    """Tokens of one image that all point to the first axis, but one patch to the second."""
+    tokens = torch.zeros(1, 1 + rows * columns, 3)
+    tokens[..., 0] = 1
+    tokens[0, 1 + row * columns + column] = torch.tensor([0.0, 5.0, 0.0])
+    return tokens
+
+
+def test_similarity_map_finds_the_planted_patch():
+    maps = similarity_map(planted(4, 4, 1, 2), torch.eye(3)[:2])
+    assert maps.shape == (1, 4, 4, 2)
+    assert maps[0, 1, 2].tolist() == [0, 1] and maps.sum((1, 2)).tolist() == [[15, 1]]
+    maps = similarity_map(planted(2, 5, 1, 3), torch.eye(3)[1:2], size=(4, 10), grid=(2, 5))
+    assert maps.shape == (1, 4, 10, 1)
+    assert divmod(int(maps[0, ..., 0].argmax()), 10) in [(2, 6), (2, 7), (3, 6), (3, 7)]
+    with pytest.raises(
+        ValueError, match=r"10 patches are not a square: give grid=\(rows, columns\)"
+    ):
+        similarity_map(planted(2, 5, 1, 3), torch.eye(3))
+    with pytest.raises(ValueError, match="10 patches are not grid 5x3"):
+        similarity_map(planted(2, 5, 1, 3), torch.eye(3), grid=(5, 3))
+
+
+def test_maps_are_stretched_before_they_are_resized():
+    """TRAP in stretch: the peak of a resized map lies below 1 when it is between two pixels."""
+    maps = similarity_map(planted(4, 4, 1, 2), torch.eye(3)[1:2], size=8)
+    assert maps.shape == (1, 8, 8, 1) and maps.max() == 0.75**2
+
+
+def test_a_map_without_differences_is_zero_and_finite():
+    tokens = torch.ones(1, 5, 3)
+    assert similarity_map(tokens, torch.eye(3), size=4).eq(0).all()
+    assert similarity_map(torch.ones(1, 2, 3), torch.eye(3)).shape == (1, 1, 1, 3)
+
+
+def test_feature_surgery_equals_its_definition_over_channels():
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2, 5, 7, generator=generator)
+    text = torch.randn(3, 7, generator=generator)
+    unit, words = F.normalize(tokens, dim=-1), F.normalize(text, dim=-1)
+    for b in range(2):
+        p = torch.softmax(1.5 * words @ unit[b, 0], 0)
+        weights = p / p.mean()
+        products = unit[b][:, None] * words[None] * weights[None, :, None]  # (L, C, E)
+        expected = (products - products.mean(1, keepdim=True)).sum(-1)
+        got = feature_surgery(tokens, text, scale=1.5)[b]
+        torch.testing.assert_close(got, expected)
+    less = feature_surgery(tokens, text[:1], redundant=2 * text[1:2])
+    torch.testing.assert_close(less, unit @ (words[:1] - words[1:2]).t())
+
+
+# ---- Llip
+
+
+def llip(**options):
+    torch.manual_seed(0)
+    return Llip(tiny(), 3, 2, **options).double().eval()
+
+
+CAPTIONS = torch.tensor([[48, 5, 49, 0], [48, 6, 49, 0], [48, 7, 8, 49]])
+
+
+def test_token_maps_are_the_last_blocks_attention():
+    model, images = llip(), torch.randn(2, 3, 32, 24).double()
+    maps = surgery.llip_token_maps(model, images)
+    assert maps.shape == (2, 4, 3, 3)
+    torch.testing.assert_close(maps.sum((1, 2)), torch.ones(2, 3).double())
+    x = model.visual.embed(images)
+    for block in model.visual.transformer.resblocks:
+        x, attn = block(x, need_weights=True)
+    for token in range(3):
+        row = attn[1].mean(0)[token, 3:]
+        torch.testing.assert_close(maps[1, ..., token].flatten(), row / row.sum())
+
+
+def test_a_caption_sees_through_the_token_it_chooses(images):
+    model = llip(temperature=1e-4)
+    model.heads = 1  # then Phi is one choice, not one per head
+    keys, queries = model.encode_image(images)[0], model.encode_text(CAPTIONS)[0]
+    choice = torch.einsum("ihmk,jhk->ijm", keys, queries).argmax(-1)
+    maps, tokens = (
+        surgery.llip_caption_map(model, images, CAPTIONS),
+        surgery.llip_token_maps(model, images),
+    )
+    assert maps.shape == (2, 4, 4, 3)
+    for i in range(2):
+        for j in range(3):
+            torch.testing.assert_close(maps[i, ..., j], tokens[i, ..., choice[i, j]])
+
+
+def test_caption_maps_mix_token_maps_by_the_mean_weight_of_the_heads(images):
+    model = llip(temperature=0.05)
+    keys, queries = model.encode_image(images)[0], model.encode_text(CAPTIONS)[0]
+    phi = model.mixing_weights(keys, queries)  # (B_img, B_txt, H, M)
+    tokens = surgery.llip_token_maps(model, images)
+    maps = surgery.llip_caption_map(model, images, CAPTIONS)
+    expected = sum(tokens[1, ..., m] * (phi[1, 2, 0, m] + phi[1, 2, 1, m]) / 2 for m in range(3))
+    torch.testing.assert_close(maps[1, ..., 2], expected)
+    assert (maps[..., 0] - maps[..., 2]).abs().max() > 1e-6
+
+
+def test_caption_maps_with_patches_as_keys(images):
+    model = llip(temperature=0.05, all_tokens=True)
+    maps = surgery.llip_caption_map(model, images, CAPTIONS)
+    torch.testing.assert_close(maps.sum((1, 2)), torch.ones(2, 3).double())
+    keys, queries = model.encode_image(images)[0], model.encode_text(CAPTIONS)[0]
+    phi = model.mixing_weights(keys, queries).mean(2)
+    tokens = surgery.llip_token_maps(model, images)
+    expected = sum(tokens[0, ..., m] * phi[0, 1, m] for m in range(3)) + phi[0, 1, 3:].view(4, 4)
+    torch.testing.assert_close(maps[0, ..., 1], expected)
+    with pytest.raises(ValueError, match="9 patches, .* for 16: use images of 32 pixels"):
+        surgery.llip_caption_map(model, images[..., :24, :24], CAPTIONS)
+
+
+# ---- scores
+
+
+def test_map_scores_by_hand():
+    masks = torch.zeros(1, 4, 4)
+    masks[0, :2, :2] = 1  # a quarter of the image
+    good = masks.clone()
+    assert map_scores(good, masks) == {
+        "lift": 4, "pointing": 1, "area": 0.25, "iou": 1, "best_iou": 1, "best_threshold": 0.01, "images": 1,
+    }  # fmt: skip
+    uniform = map_scores(torch.full((1, 4, 4), 7.0), masks)
+    assert (uniform["lift"], uniform["pointing"], uniform["iou"]) == (1, 0.25, 0)
+    assert uniform["best_iou"] == 0.25 and uniform["best_threshold"] == 0
+    inverted = map_scores(1 - masks, masks)
+    assert (inverted["lift"], inverted["pointing"], inverted["iou"]) == (0, 0, 0)
+    low = masks * 0.2  # found, but another place is brighter
+    low[0, 3, 3] = 1
+    scores = map_scores(low, masks)
+    assert scores["lift"] == pytest.approx(0.8 / 1.8 / 0.25)
+    assert (
+        scores["pointing"] == 0 and scores["iou"] == 0 and scores["best_iou"] == pytest.approx(0.8)
+    )
+    assert map_scores(torch.zeros(1, 4, 4), masks)["lift"] == 1  # says nothing: as good as chance
+
+
+def test_map_scores_use_one_threshold_for_all_images_and_skip_empty_masks():
+    masks = torch.tensor([[[1, 0, 0, 0]], [[1, 0, 0, 0]], [[0, 0, 0, 0]]])
+    maps = torch.tensor([[[1.0, 0.3, 0, 0]], [[0.3, 1.0, 0, 0]], [[1.0, 2.0, 3.0, 4.0]]])
+    scores = map_scores(maps, masks)
+    assert scores["images"] == 2 and scores["pointing"] == 0.5
+    assert scores["iou"] == 0.5  # 1 and 0
+    assert scores["best_iou"] == 0.5  # 1/2 and 1/2 below 0.3, and 1 and 0 above: never 3/4
+    with pytest.raises(ValueError, match="none of the 1 masks"):
+        map_scores(maps[2:], masks[2:])
+    with pytest.raises(ValueError, match=r"maps \(3, 1, 4\) and masks \(2, 1, 4\)"):
+        map_scores(maps, masks[:2])
+    for bad in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="negative or not finite"):
+            map_scores(torch.full((2, 1, 4), bad), masks[:2])
+
+
+# ---- the command line
+
+TOKENIZER = Tokenizer.learn(["a dog on grass", "grass"], 520)
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """run(words) of the command line on a model in memory -> (exit status, stdout, stderr)."""
+
+    def run(*words, model=None, status=0):
+        torch.manual_seed(0)
+        model = model or CLIP(tiny(3, TOKENIZER.vocab_size)).eval()
+        fake = types.SimpleNamespace(
+            load=lambda path, quick_gelu=None: model, tokenizer_beside=lambda path: TOKENIZER
+        )
+        monkeypatch.setitem(sys.modules, "pretrained", fake)
+        out = tmp_path / "map.png"
+        words = [str(w) for w in words]
+        out.unlink(missing_ok=True)
+        assert surgery.main(["--model", "run", "--out", str(out), *words]) == status
+        stdout, stderr = capsys.readouterr()
+        if status:
+            assert stderr.startswith("error: ") and stderr.count("\n") == 1 and not out.exists()
+            return stderr
+        return Image.open(out)
+
+    return run
+
+
+def picture(path, mode="RGB", size=(40, 30), **options):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    if mode == "I;16":
+        image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    (image if mode == "I;16" else image.convert(mode)).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_command_line_draws_a_sheet(method, run, tmp_path):
+    page = run(picture(tmp_path / "a.png"), "a dog", "grass", "--method", method)
+    tile = 256 + 12
+    assert page.size[0] == 12 + 3 * tile
+    pixels = np.asarray(page.convert("RGB")).astype(int)
+    left = pixels[50:200, 12:268]
+    maps = pixels[50:200, 12 + tile : 268 + tile]
+    assert np.abs(left - maps).mean() > 10  # something was drawn over the image
+
+
+def test_the_pictures_map_is_hot_where_the_map_is():
+    maps = torch.zeros(4, 4)
+    maps[1, 3] = 1
+    grey = Image.new("RGB", (80, 40), "#808080")
+    drawn = np.asarray(surgery.overlay(grey, maps)).astype(int).sum(-1)
+    assert drawn.shape == (40, 80)
+    row, column = np.unravel_index(drawn.argmax(), drawn.shape)
+    assert 10 <= row < 20 and column >= 60
+
+
+@pytest.mark.parametrize(
+    "name, mode, size",
+    [
+        ("a.png", "RGBA", (40, 30)), ("a.png", "LA", (40, 30)), ("a.png", "P", (40, 30)),
+        ("a.png", "1", (40, 30)), ("a.png", "I;16", (40, 30)), ("a.jpg", "CMYK", (40, 30)),
+        ("a.png", "RGB", (1, 1)), ("a.png", "RGB", (1, 900)), ("a.png", "RGB", (900, 1)),
+    ],
+)  # fmt: skip
+def test_any_kind_of_image(name, mode, size, run, tmp_path):
+    run(picture(tmp_path / name, mode, size), "a dog")
+
+
+def test_an_animation_shows_its_first_frame(run, tmp_path):
+    frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    page = run(tmp_path / "a.gif", "a dog")
+    assert page.convert("RGB").getpixel((100, 100))[0] > 200
+
+
+def test_several_images_folders_and_texts_that_look_like_paths(run, tmp_path, monkeypatch):
+    one, two = picture(tmp_path / "1.png"), picture(tmp_path / "2.PNG")
+    assert surgery.inputs([str(one), str(two), "a dog", "x.png"]) == (
+        [one, two],
+        ["a dog", "x.png"],
+    )
+    assert surgery.inputs([str(tmp_path), "grass"]) == ([one, two], ["grass"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grass").mkdir()
+    assert surgery.inputs(["1.png", "grass"])[1] == ["grass"]
+    short, tall = run(one, "a dog").size, run(tmp_path, "a dog").size
+    assert tall[1] > 1.5 * short[1]
+    run(one, "a very long text " * 50, "two\nlines", "", "dog \u72ac \U0001f415")
+
+
+def test_llip_on_the_command_line(run, tmp_path):
+    config = tiny(3, TOKENIZER.vocab_size)
+    run(picture(tmp_path / "a.png"), "a dog", model=Llip(config, 3, 2).eval())
+    all_tokens = Llip(config, 3, 2, all_tokens=True).eval()
+    run(tmp_path / "a.png", "a dog", model=all_tokens)
+    message = run(tmp_path / "a.png", "a dog", "--size", 64, model=all_tokens, status=2)
+    assert "use images of 32 pixels" in message
+    pooled = PooledTokens(config, 3).eval()
+    assert "pools 3 tokens" in run(tmp_path / "a.png", "a dog", model=pooled, status=2)
+
+
+def test_a_single_text_is_compared_with_the_empty_one(images):
+    model, ids = clip(), CAPTIONS[:1]
+    tokens = dense_features(model.visual, images[:1], "surgery")
+    both = F.normalize(model.encode_text(CAPTIONS[:2]), dim=-1)
+    less = F.normalize(tokens[0, 1:], dim=-1) @ (both[0] - both[1])
+    got = surgery.heat_maps(model, images[0], ids, "surgery", blank=CAPTIONS[1:2])
+    expected = (less - less.min()) / (less.max() - less.min())
+    torch.testing.assert_close(got.flatten(), expected)
+
+
+def test_subtracting_what_texts_share_changes_the_maps(run, tmp_path):
+    image = picture(tmp_path / "a.png")
+    for texts in (["a dog"], ["a dog", "grass"]):
+        plain = np.asarray(run(image, *texts)).astype(int)
+        less = np.asarray(run(image, *texts, "--subtract-shared")).astype(int)
+        assert np.abs(plain - less).max() > 10
+
+
+def test_clear_errors(run, tmp_path):
+    image = picture(tmp_path / "a.png")
+    assert "no.png: no such image or folder" in run(tmp_path / "no.png", "a dog", status=2)
+    assert "b.jpg: no such image" in run(image, tmp_path / "b.jpg", "a dog", status=2)
+    assert "no text after" in run(image, status=2)
+    (tmp_path / "empty").mkdir()
+    assert "no image in this folder" in run(tmp_path / "empty", "a dog", status=2)
+    (tmp_path / "cut.png").write_bytes(image.read_bytes()[:900])
+    assert "cut.png: not a readable image" in run(tmp_path / "cut.png", "a dog", status=2)
+    (tmp_path / "text.png").write_text("hello")
+    assert "text.png: not a readable image" in run(tmp_path / "text.png", "a dog", status=2)
+    assert "take 16" in run(image, "a dog", "--size", 20, status=2)
+    assert "take 8" in run(image, "a dog", "--size", -3, status=2)
+    assert "400 pictures" in run(image, *["a dog"] * 400, status=2)
+    assert "ends in .png" in run(image, "a dog", "--out", tmp_path / "map.xyz", status=2)
+    half = types.SimpleNamespace(visual=clip().visual)
+    assert "images and texts" in run(image, "a dog", model=half, status=2)
+    message = run(image, "a dog", model=CLIP(CONFIGS["tiny"]), status=2)
+    assert f"1024 token embeddings, the vocabulary {TOKENIZER.vocab_size} tokens" in message
+    with pytest.raises(SystemExit):
+        surgery.main([str(image), "a dog", "--model", "m.pt", "--out", "x.png", "--methods", "gem"])
+
+
+def test_a_run_directory_and_checkpoints_that_lack_a_tower(tmp_path, capsys):
+    import pretrained
+
+    image, out, path = picture(tmp_path / "a.png"), tmp_path / "map.png", tmp_path / "checkpoint.pt"
+    model = CLIP(tiny(3, TOKENIZER.vocab_size))
+    TOKENIZER.save(tmp_path / "tokenizer.json")
+    words = [str(image), "a dog", "--out", str(out), "--model"]
+    torch.save({"state_dict": model.state_dict(), "model": pretrained.describe(model)}, path)
+    for source in (tmp_path, path):  # the tokenizer lies beside the checkpoint
+        assert surgery.main([*words, str(source)]) == 0 and out.exists()
+        out.unlink()
+    capsys.readouterr()
+    state = model.state_dict()
+    for part in ("image", "text"):
+        some = {k: v for k, v in state.items() if k.startswith("visual.") == (part == "image")}
+        torch.save(some, path)
+        assert surgery.main([*words, str(path)]) == 2 and not out.exists()
+        stderr = capsys.readouterr().err
+        assert (
+            stderr.startswith("error: ") and stderr.count("\n") == 1 and "checkpoint.pt" in stderr
+        )
