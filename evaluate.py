@@ -48,7 +48,6 @@ from report import (  # noqa: F401  (train.py and reproduce.py write and print t
     write_json,
     write_text,
 )
-from tokenizer import HEADER, Tokenizer
 
 # Sides: what encoders return, a tensor (CLIP) or a tuple of tensors (Llip) --------------------------------
 
@@ -378,21 +377,11 @@ def read_classes(path: str, folders: list[str]) -> list:
     return names
 
 
-def read_tokenizer(model: str, vocab: str | None) -> Tokenizer:
-    """The vocabulary named, else the one beside the model's checkpoint, else OpenAI's."""
-    beside = Path(model) if Path(model).is_dir() else Path(model).parent
-    path = Path(vocab) if vocab else beside / "tokenizer.json"
-    if not path.exists() and not vocab:
-        return Tokenizer.from_openai()
-    with open(path, "rb") as file:
-        saved = file.read(4) == HEADER[:4].encode()
-    return Tokenizer.load(path) if saved else Tokenizer.from_openai(path)
-
-
-def open_model(args, device: torch.device) -> tuple[nn.Module, Tokenizer]:
+def open_model(args, device: torch.device) -> tuple:
+    """The model on its device, and its tokenizer."""
     told = {name: getattr(args, name) for name in LOAD_OPTIONS}
     model = pretrained.load(args.model, **told).to(device)
-    return model, read_tokenizer(args.model, args.vocab)
+    return model, pretrained.tokenizer_for(args.model, args.vocab)
 
 
 def open_data(args, model: nn.Module, kind: str):

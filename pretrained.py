@@ -128,6 +128,13 @@ def tokenizer_beside(source: str | Path) -> Tokenizer | None:
     return Tokenizer.load(path) if path.is_file() and is_saved(path) else None
 
 
+def tokenizer_for(source: str | Path, vocab: str | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint: the vocabulary named, else the one beside it, else OpenAI's."""
+    if vocab:
+        return Tokenizer.load(vocab) if is_saved(vocab) else Tokenizer.from_openai(vocab)
+    return tokenizer_beside(source) or Tokenizer.from_openai()
+
+
 def weights(checkpoint: archive.Checkpoint) -> tuple[dict[str, archive.Array], dict | None]:
     """The model's tensors by name, out of whatever wraps them; and our own "model" entry, or None."""
     content, description = checkpoint.content, None

@@ -448,7 +448,6 @@ def parser() -> argparse.ArgumentParser:
 def load_model(args: argparse.Namespace):
     """The model and its tokenizer. Raises: ValueError if it has not both towers, or they do not fit."""
     import pretrained
-    from tokenizer import Tokenizer
 
     model = pretrained.load(args.model, quick_gelu=args.quick_gelu)
     visual = getattr(model, "visual", None)
@@ -458,11 +457,7 @@ def load_model(args: argparse.Namespace):
         raise ValueError(
             f"{args.model}: pools {visual.tokens} tokens without a text: no map per text"
         )
-    if args.vocab:
-        saved = args.vocab.endswith(".json")
-        tokenizer = Tokenizer.load(args.vocab) if saved else Tokenizer.from_openai(args.vocab)
-    else:
-        tokenizer = pretrained.tokenizer_beside(args.model) or Tokenizer.from_openai()
+    tokenizer = pretrained.tokenizer_for(args.model, args.vocab)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"{args.model} has {model.config.vocab_size} token embeddings, the vocabulary "

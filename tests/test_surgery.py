@@ -467,7 +467,7 @@ def run(monkeypatch, tmp_path, capsys):
         torch.manual_seed(0)
         model = model or CLIP(tiny(3, TOKENIZER.vocab_size)).eval()
         fake = types.SimpleNamespace(
-            load=lambda path, quick_gelu=None: model, tokenizer_beside=lambda path: TOKENIZER
+            load=lambda path, quick_gelu=None: model, tokenizer_for=lambda path, vocab: TOKENIZER
         )
         monkeypatch.setitem(sys.modules, "pretrained", fake)
         out = tmp_path / "map.png"

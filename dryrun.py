@@ -1,0 +1,127 @@
+"""What a run will cost, before it costs anything: parameters, FLOPs, bytes on the wire, memory per GPU.
+
+    python train.py --preset llip-B-32 --dry-run
+
+Models are built on the meta device, so that the parameter counts are those of the real thing. FLOPs are
+counted as torch's FlopCounterMode does (tests hold them equal). Memory is an estimate by formula, held to a
+measurement within 10 % by a test; what the allocator adds on top (fragments, work buffers) is not in it.
+"""
+
+import torch
+from torch import nn
+
+import llip
+from model import CONFIGS, Config, tower_flops
+from pairs import build_model
+from report import format_table
+
+
+def activation_bytes(config: Config, tokens: int, half: bool, checkpointed: bool) -> int:
+    """What autograd keeps of both towers for one pair, in bytes.
+
+    A block keeps, per token, of width D and MLP width F: two residual streams, two norms' outputs, queries,
+    keys, values, the mixed values before and after merging heads, and three times the MLP's hidden layer:
+    9 D + 3 F numbers; residual streams stay fp32 under autocast. Checkpointed: one stream per block, and
+    the one block that is being computed again.
+    """
+    c, total = config, 0
+    for length, width, mlp, layers in (
+        (tokens + c.patches, c.vision_width, c.vision_mlp, c.vision_layers),
+        (c.context_length, c.text_width, c.text_mlp, c.text_layers),
+    ):
+        small = 2 if half else 4
+        block = length * (2 * 4 * width + small * (7 * width + 3 * mlp))
+        total += layers * 4 * length * width + block if checkpointed else layers * block
+    return total
+
+
+def pair_bytes(c, rows: int, columns: int, embed: int) -> int:
+    """Logits, their gradient, and one chunk of mixed features."""
+    return 3 * 4 * rows * columns + (3 * llip.CHUNK_BYTES if c.method == "llip" else 0)
+
+
+def parameters(model: nn.Module) -> dict[str, int]:
+    """Parameters by part, and in all."""
+    count = lambda keep: sum(p.numel() for n, p in model.named_parameters() if keep(n))  # noqa: E731
+    mixing = ("k_proj", "v_proj", "q_proj", "pred.", "K_norm", "V_norm", "Q_norm")
+    parts = {
+        "image tower": count(lambda n: n.startswith("visual.")),
+        "text tower": count(lambda n: not n.startswith(("visual.", "logit_", *mixing))),
+        "mixing": count(lambda n: n.startswith(mixing)),
+    }
+    return {k: v for k, v in parts.items() if v} | {"all": count(lambda n: True)}
+
+
+def step_flops(c, config: Config) -> dict[str, float]:
+    """FLOPs of one optimizer step over all ranks; the backward pass counts as two forward passes.
+
+    Recomputing adds one: the blocks under --grad-checkpointing, the towers under --accumulate, Llip's
+    chunks of pairs always.
+    """
+    passes = 3 + c.grad_checkpointing + (c.accumulate > 1)
+    N = c.batch_size
+    if c.method == "llip":
+        one = llip.flops(config, c.mixture_tokens, prompts=N)
+        pairs = 4 * N * one["pairs"]
+    else:
+        one, pairs = tower_flops(config), 3 * N * 2 * N * config.embed_dim
+    return {
+        "image tower": passes * N * one["image"],
+        "text tower": passes * N * one["text"],
+        "pairs": pairs,
+    }
+
+
+def wire_bytes(c, config: Config, total: int, world: int) -> dict[str, float]:
+    """Bytes that a rank receives per step: texts out and their gradients back, weights' gradients.
+
+    Llip sends a query and a text feature per caption (2 E), never the M keys and values of an image.
+    """
+    E, N = config.embed_dim, c.batch_size
+    sent = 2 * E if c.method == "llip" else E
+    others = (world - 1) / world
+    found = {"texts": 3 * others * N * sent * 4, "gradients": 2 * others * total * 4}
+    if c.objective == "infonce":  # the other half of the logits, and its gradient
+        found["logits"] = 2 * others * N / world * N * 4
+    return found
+
+
+def describe(c) -> str:
+    """The whole report as text; c is a resolved TrainConfig."""
+    config = CONFIGS[c.model]
+    with torch.device("meta"):
+        model = build_model(c, config)
+    counts = parameters(model)
+    flops = step_flops(c, config)
+    lines = [f"{c.preset or c.method} {c.model}: {c.steps:,} steps of {c.batch_size:,} pairs"]
+    lines.append(f"samples     {c.steps * c.batch_size:,}")
+    lines.append("parameters  " + ", ".join(f"{k} {v:,}" for k, v in counts.items()))
+    share = {k: f"{v:.3g} ({v / sum(flops.values()):.0%})" for k, v in flops.items()}
+    lines.append(
+        f"FLOPs/step  {sum(flops.values()):.4g}: " + ", ".join(f"{k} {v}" for k, v in share.items())
+    )
+    lines.append(f"FLOPs in all {sum(flops.values()) * c.steps:.3g}")
+    half = c.precision != "fp32"
+    tokens = c.mixture_tokens if c.method == "llip" else 1
+    each = activation_bytes(config, tokens, half, c.grad_checkpointing)
+    rows = []
+    for world in (1, 8, 32, 128, 256):
+        if c.batch_size % (world * c.accumulate):
+            continue
+        local = c.batch_size // world
+        memory = {
+            "weights, gradients, Adam": 16 * counts["all"],
+            "activations": each * local // c.accumulate,
+            "pairs": pair_bytes(c, local, c.batch_size, config.embed_dim),
+        }
+        wire = wire_bytes(c, config, counts["all"], world)
+        row = {"ranks": world, "pairs/rank": local}
+        row |= {f"{k} GiB": v / 2**30 for k, v in memory.items()}
+        row["in all GiB"] = sum(memory.values()) / 2**30
+        rows.append(row | {f"{k} MB/step": v / 1e6 for k, v in wire.items()})
+    lines += [
+        "",
+        "per rank (memory is an estimate; bytes are received per step):",
+        format_table(rows),
+    ]
+    return "\n".join(lines)

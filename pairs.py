@@ -1,0 +1,181 @@
+"""Pre-training on image-caption pairs: model, data, step and evaluation of clip, siglip and llip.
+
+A task is what train.py's loop needs to know of a method: .model, .train, .tokenizer, batches(start_step),
+step(model, batch, device), evaluate(model), chance(). c is the run's TrainConfig.
+"""
+
+import contextlib
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+import data
+import distributed
+import evaluate
+import llip
+import pretrained
+import scenes
+from gradcache import training_step
+from model import CLIP, CONFIGS, Config
+from tokenizer import Tokenizer
+
+
+def build_model(c, config: Config) -> nn.Module:
+    """The dual encoder of c.method over config, from scratch or from c.init."""
+    scale = c.logit_scale or (10.0 if c.objective == "siglip" else 1 / 0.07)
+    # PAPER: SigLIP starts at -10, the log-odds of one pair among 22,000; -ln(N - 1) is that for N pairs
+    bias = (
+        max(-10.0, -math.log(max(c.batch_size - 1, 1)))
+        if math.isnan(c.logit_bias)
+        else c.logit_bias
+    )
+    mixing = dict(temperature=c.temperature, norm=c.mixture_norm)
+    if not c.init:
+        if c.method == "llip":
+            return llip.Llip(
+                config, c.mixture_tokens, c.mixture_heads, scale=scale, bias=bias, **mixing
+            )
+        return CLIP(config, scale=scale, bias=bias if c.objective == "siglip" else None)
+    model = pretrained.load(c.init)
+    if c.method == "llip" and not isinstance(model, llip.Llip):
+        return pretrained.warm_start_llip(
+            model, c.mixture_tokens, c.mixture_heads, scale=scale, bias=bias, **mixing
+        )
+    if (model.logit_bias is None) == (c.objective == "siglip"):
+        model.logit_bias = nn.Parameter(torch.tensor(bias)) if c.objective == "siglip" else None
+    return model
+
+
+class PairTask:
+    """Pre-training on image-caption pairs: what the loop trains, on what, and how it is judged."""
+
+    unit = "pairs"
+
+    def __init__(self, c):
+        self.c = c
+        self.train, self.val, self.objects, self.templates = pair_data(c)
+        self.tokenizer = pair_tokenizer(c, self.train.captions)
+        config = CONFIGS[c.model]
+        if c.image_size:
+            config = replace(config, image_size=c.image_size)
+        self.model = build_model(c, replace(config, vocab_size=self.tokenizer.vocab_size))
+        self.config = self.model.config
+        if self.tokenizer.vocab_size != self.config.vocab_size:
+            raise ValueError(
+                f"{c.init} has {self.config.vocab_size} token embeddings, the tokenizer"
+                f" {self.tokenizer.vocab_size} tokens: give its own with --vocab"
+            )
+        self.autocast = contextlib.nullcontext
+
+    def batches(self, start: int):
+        augment = data.RandomCrop(self.config.image_size, (self.c.crop_scale, 1.0))
+        if self.c.crop_scale == 1 or self.c.overfit or hasattr(self.train, "pixels"):
+            augment = False  # scenes are random already
+        return data.train_batches(
+            self.train,
+            self.tokenizer,
+            image_size=self.config.image_size,
+            batch_size=self.c.batch_size,
+            context_length=self.config.context_length,
+            seed=self.c.seed,
+            start_step=start,
+            rank=distributed.rank(),
+            world=distributed.world_size(),
+            workers=self.c.workers,
+            augment=augment,
+        )
+
+    def step(self, model: nn.Module, batch, device: torch.device) -> Tensor:
+        tokens = batch.tokens
+        if (
+            not self.c.compile
+        ):  # SPEED: nothing looks ahead of the end token; what is behind can be cut off
+            tokens = tokens[:, : int(tokens.argmax(-1).max()) + 1]
+        images, tokens = (x.to(device, non_blocking=True) for x in (batch.images, tokens))
+        return training_step(
+            model, images, tokens, self.c.objective, self.c.accumulate, autocast=self.autocast
+        )
+
+    def chance(self) -> str:
+        n = self.c.batch_size
+        if self.c.objective == "infonce":
+            return f"ln {n} = {math.log(n):.2f}; a random CLIP starts a little above"
+        b = self.model.logit_bias.item()
+        start = math.log1p(math.exp(-b)) + (n - 1) * math.log1p(math.exp(b))
+        return f"{start:.2f} at cosine 0: softplus({-b:.2f}) + {n - 1} softplus({b:.2f})"
+
+    def evaluate(self, model: nn.Module) -> dict[str, dict]:
+        rows = {}
+        if self.val is not None:
+            rows["retrieval"] = evaluate.retrieval(model, self.val, self.tokenizer)
+        if self.objects is not None:
+            rows["zeroshot"] = evaluate.zeroshot(
+                model, self.objects, self.tokenizer, self.templates
+            )
+        return rows
+
+
+def pair_data(c):
+    """Training pairs, retrieval set or None, labelled set or None, and the templates of its classes."""
+    templates = ["a photo of a {}."]
+    keys = dict(
+        image_root=c.image_root or None,
+        image_key=c.image_key or None,
+        caption_key=c.caption_key or None,
+    )
+    if c.train_data == "scenes":
+        size = c.image_size or CONFIGS[c.model].image_size
+        train = scenes.Scenes("train", c.train_size, seed=c.seed, image_size=size)
+        val = scenes.Scenes("test", 500, image_size=size)
+        objects = scenes.Objects("test", 960, image_size=size)
+        templates = scenes.TEMPLATES
+    else:
+        train = data.open_dataset(c.train_data, default_split="train", **keys)
+        val = objects = None
+        if not hasattr(train, "captions"):
+            raise ValueError(
+                f"{c.train_data}: no captions in it; --method {c.method} learns from pairs"
+            )
+    if c.val_data:
+        val = data.open_dataset(c.val_data, default_split="test", **keys)
+    elif val is None and ".tar" not in c.train_data:
+        held_out = [s for s in ("test", "val") if s in getattr(train, "splits", {})]
+        val = data.open_dataset(c.train_data, held_out[0], **keys) if held_out else None
+    if c.zeroshot_data and c.zeroshot_data != "scenes":
+        objects = data.open_dataset(c.zeroshot_data, default_split="test")
+    if c.overfit:
+        train, val, objects = FirstPairs(train, c.overfit), None, None
+    return train, val, objects, templates
+
+
+class FirstPairs:
+    """The first n pairs with one caption each, the longest: enough to tell them apart by heart."""
+
+    def __init__(self, dataset, n: int):
+        self.dataset, self.n = dataset, min(n, len(dataset))
+        self.captions = [[max(dataset.captions[i], key=len)] for i in range(self.n)]
+        self.image, self.name = dataset.image, dataset.name
+        if hasattr(dataset, "pixels"):
+            self.pixels = dataset.pixels[: self.n]
+
+    def __len__(self):
+        return self.n
+
+
+def pair_tokenizer(c, captions) -> Tokenizer:
+    """A file's, OpenAI's, the one beside --init, or one learned from the training captions."""
+    if c.init:
+        if distributed.rank() == 0:
+            pretrained.locate(c.init)  # a download, if it is one, happens once
+        distributed.barrier()
+        beside = pretrained.tokenizer_beside(pretrained.locate(c.init))
+        if beside is not None and not c.vocab:
+            return beside
+    small = CONFIGS[c.model].vocab_size != 49408 and not c.init
+    vocab = c.vocab or ("learn" if small else "openai")
+    if vocab == "learn":
+        texts = (text for some in captions for text in some)
+        return Tokenizer.learn(texts, CONFIGS[c.model].vocab_size)
+    return Tokenizer.from_openai() if vocab == "openai" else pretrained.tokenizer_for("", vocab)

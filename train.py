@@ -1,0 +1,406 @@
+"""One training loop for every method, from a laptop to torchrun.
+
+    python train.py --method llip                                    embedded scenes, CPU, two minutes
+    python train.py --method clip --train-data captions.csv          your own pairs
+    torchrun --nproc_per_node 8 train.py --preset llip-B-16 --train-data 'shards/{00000..00999}.tar'
+    python train.py --preset llip-L-14 --dry-run                     parameters, FLOPs, memory, steps
+    python train.py --resume auto                                    go on where the last run stopped
+
+The global batch is what you give; ranks and chunks (--accumulate) only decide where it is computed. The
+contrastive gradient is exact for any of them: local rows against every rank's columns, GradCache (Gao et
+al. 2021, arXiv:2101.06983) over chunks. Every random choice of the data is a function of (seed, epoch,
+sample), so that a resumed run, or one on more ranks, sees the same batches.
+
+A run directory holds config.json, metrics.jsonl, checkpoint.pt, tokenizer.json, results.json, curves.png.
+"""
+
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import distributed
+import evaluate
+import options
+import plots
+import pretrained
+import report
+from gradcache import training_step  # noqa: F401  (train.training_step is public)
+from model import CONFIGS
+from pairs import PairTask
+from rundir import Run, StopSignal, check_same_run, git_commit
+
+OBJECTIVES = {"clip": "infonce", "siglip": "siglip", "llip": "siglip"}
+
+
+# fmt: off
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a run depends on. The parser and its help are generated from these lines."""
+
+    # what is trained
+    method: str = "llip"  # clip, siglip or llip
+    preset: str = ""  # a paper's run: llip-B-32 llip-B-16 llip-L-14 llip-H-14 llip-G-14 clip-B-32 siglip-B-32
+    model: str = "tiny"  # tiny small ViT-S-16 ViT-B-32 ViT-B-16 ViT-L-14 ViT-L-14-336 ViT-H-14 ViT-bigG-14
+    init: str = ""  # start from this checkpoint: a path, a run, or a name as ViT-B/32
+    image_size: int = 0  # pixels; 0: the model's own
+    mixture_tokens: int = 8  # Llip: mixture tokens M
+    mixture_heads: int = 4  # Llip: heads of the pooling
+    temperature: float = 2.0  # Llip: tau, larger is softer
+    mixture_norm: bool = False  # Llip: LayerNorm on keys, values and queries
+    objective: str = ""  # infonce or siglip; empty: the method's own
+    # data
+    train_data: str = "scenes"  # scenes, a CSV/TSV/JSON/JSONL list, a folder, or tar shards a{000..099}.tar
+    val_data: str = ""  # for retrieval; empty: the training data's own test or val split
+    zeroshot_data: str = ""  # a folder of classes, or scenes; empty: scenes for scenes, otherwise none
+    image_root: str = ""  # where the images of a list are; empty: beside the list
+    image_key: str = ""  # column or field of the image path; empty: guessed
+    caption_key: str = ""  # column or field of the caption; empty: guessed
+    vocab: str = ""  # learn, openai, or a vocabulary file; empty: learn for models under 49,408 tokens
+    train_size: int = 12288  # scenes to draw
+    crop_scale: float = 0.9  # random crops keep at least this share of the area; 1: no crops
+    workers: int = 0  # loader processes per rank
+    # optimisation
+    batch_size: int = 96  # pairs over all ranks and chunks
+    accumulate: int = 1  # chunks of a rank's batch, exact
+    steps: int = 1000  # optimizer steps
+    epochs: float = 0.0  # instead of steps
+    lr: float = 1e-3  # peak learning rate
+    warmup: int = 100  # steps of linear warm-up
+    weight_decay: float = 0.1  # not on biases, norms and scalars
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    eps: float = 1e-6  # AdamW
+    clip_norm: float = 0.0  # clip the gradient's norm; 0: off
+    logit_scale: float = 0.0  # start of exp(logit_scale); 0: 1/0.07 for infonce, 10 for siglip
+    logit_bias: float = math.nan  # start of the bias; nan: -ln(batch - 1), at least -10
+    # running
+    precision: str = "auto"  # fp32 or bf16 (towers only); auto: bf16 on GPUs
+    compile: bool = False  # torch.compile the towers
+    grad_checkpointing: bool = False  # recompute blocks in the backward pass
+    device: str = "auto"  # cpu, cuda or auto
+    threads: int = 0  # CPU threads per process; 0: torch's choice
+    seed: int = 0  # of weights, data order, crops and captions
+    out: str = ""  # run directory; empty: runs/METHOD, or the next free runs/METHOD-N
+    resume: str = ""  # auto: the newest checkpoint of this run or method; or a run directory
+    log_every: int = 50  # steps
+    eval_every: int = 0  # steps; 0: only at the end
+    save_every: int = 500  # steps; the end and a signal always save
+    overfit: int = 0  # sanity: fit only the first N pairs, which must reach a loss near 0
+    dry_run: bool = False  # print parameters, FLOPs, bytes and memory, and stop
+
+
+# fmt: on
+def _paper(model, tokens, heads, tau, lr, **more) -> dict:
+    """Llip's recipe (llip.md A3): 12.8 billion samples, AdamW betas .9 .95, 2,000 steps of warm-up."""
+    run = dict(
+        method="llip", model=model, mixture_tokens=tokens, mixture_heads=heads, temperature=tau
+    )
+    run |= dict(
+        batch_size=32768, steps=390625, lr=lr, beta2=0.95, eps=1e-6, weight_decay=0.2, warmup=2000
+    )
+    return (
+        run | dict(precision="bf16", compile=True, workers=8, log_every=100, save_every=1000) | more
+    )
+
+
+PRESETS = {
+    # Lavoie et al. 2024, Table 1, on MetaCLIP's 2.5 billion pairs; zero-shot ImageNet top-1 at the end
+    "llip-B-32": _paper("ViT-B-32", 64, 8, 5.0, 5e-4),  # 128 V100; 70.4
+    "llip-B-16": _paper(
+        "ViT-B-16", 32, 8, 5.0, 5e-4
+    ),  # 128 V100; 75.3 with 64 tokens; the released one has 32
+    "llip-L-14": _paper("ViT-L-14", 32, 8, 1.0, 4e-4),  # 128 A100; 80.9
+    "llip-H-14": _paper(
+        "ViT-H-14", 64, 8, 5.0, 4e-4, mixture_norm=True, grad_checkpointing=True
+    ),  # 82.7
+    "llip-G-14": _paper(
+        "ViT-bigG-14", 64, 8, 5.0, 4e-4, mixture_norm=True, grad_checkpointing=True
+    ),  # 83.5
+    # the baselines of the same table
+    "clip-B-32": _paper("ViT-B-32", 1, 8, 5.0, 5e-4, method="clip", beta2=0.98),  # 67.6 (MetaCLIP)
+    "siglip-B-32": _paper("ViT-B-32", 1, 8, 5.0, 5e-4, method="siglip"),  # 67.3
+}
+
+
+# ---- model, optimizer, schedule ------------------------------------------------------------------------
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Decay on matrices only. PAPER: embeddings, positions and projections are matrices and do decay."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    plain = [(n, p) for n, p in named if p.ndim < 2 or "ln_" in n or "bias" in n]
+    decayed = [p for n, p in named if not any(p is q for _, q in plain)]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": [p for _, p in plain], "weight_decay": 0.0},
+    ]
+    assert sum(len(g["params"]) for g in groups) == len(named)
+    return [g for g in groups if g["params"]]
+
+
+def learning_rate(step: int, c: TrainConfig) -> float:
+    """Linear warm-up to c.lr, then a cosine to 0 at c.steps; step counts from 0."""
+    if step < c.warmup:
+        return c.lr * (step + 1) / c.warmup
+    return c.lr * 0.5 * (1 + math.cos(math.pi * (step - c.warmup) / max(1, c.steps - c.warmup)))
+
+
+# ---- the loop ------------------------------------------------------------------------------------------
+
+
+def train(c: TrainConfig) -> dict:
+    """Trains, evaluates and saves one run; the same code for every method, on one process or many.
+
+    Returns: {"retrieval": {...}, "zeroshot": {...}} as written to results.json.
+    """
+    device = distributed.setup(c.device)
+    torch.manual_seed(c.seed)  # the same weights on every rank
+    if c.threads:
+        torch.set_num_threads(c.threads)
+    main = distributed.rank() == 0
+    say = print if main else (lambda *a, **k: None)
+    world = distributed.world_size()
+    if c.batch_size % (world * c.accumulate):
+        raise ValueError(
+            f"batch {c.batch_size} is not divisible by {world} ranks x {c.accumulate} chunks"
+        )
+    run = Run(c)
+    task = PairTask(c)
+    if c.epochs:
+        c = replace(c, steps=max(1, round(c.epochs * len(task.train) / c.batch_size)))
+    task.c = c
+
+    # initialisation, in this order: the run's own checkpoint, else --init, else random
+    raw = task.model.to(device).train()
+    raw.set_grad_checkpointing(c.grad_checkpointing)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(raw, c.weight_decay),
+        lr=c.lr,
+        betas=(c.beta1, c.beta2),
+        eps=c.eps,
+        fused=device.type == "cuda" or None,
+    )
+    start, window = 0, [0.0, 0]
+    saved = run.load() if c.resume else None
+    if saved:
+        check_same_run(saved["config"], asdict(c))
+        raw.load_state_dict(saved["state_dict"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start, window = saved["step"], list(saved["window"])
+        run.rewind(start)
+        say(f"resuming {run.path} at step {start}")
+    elif c.resume:
+        say(f"no checkpoint in {run.path}: starting from the beginning")
+    model = torch.compile(raw) if c.compile else raw
+    if world > 1:
+        model = DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+    bf16 = c.precision == "bf16" or (c.precision == "auto" and device.type == "cuda")
+    if bf16:
+        task.autocast = lambda: torch.autocast(device.type, torch.bfloat16)
+
+    if main:
+        report.write_json(run.path / "config.json", asdict(c) | {"commit": git_commit()})
+        task.tokenizer.save(run.path / "tokenizer.json")
+    parameters = sum(p.numel() for p in raw.parameters())
+    say(
+        f"{c.method} {c.model}: {parameters:,} parameters, {len(task.train):,} images, {c.steps:,} steps of"
+    )
+    say(
+        f"{c.batch_size} {task.unit} over {world} x {device.type}, {'bf16' if bf16 else 'fp32'} -> {run.path}"
+    )
+    say(f"chance loss: {task.chance()}")
+
+    def state(step: int) -> dict:
+        return {
+            "state_dict": raw.state_dict(),
+            "model": pretrained.describe(raw),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "samples": step * c.batch_size,
+            "window": [float(window[0]), window[1]],
+            "config": asdict(c),
+            "commit": git_commit(),
+        }
+
+    batches, stop, results = task.batches(start), StopSignal(), {}
+    began, seen, waited, last_ids = time.time(), 0, 0.0, None
+    for step in range(
+        start, c.steps + 1
+    ):  # once more than steps: the last pass evaluates and saves
+        last = step == c.steps
+        if step > start and (last or (c.eval_every and step % c.eval_every == 0)) and not c.overfit:
+            results = timed_evaluation(task, raw, say)
+            if results:
+                run.log(step=step, **results)
+        if step > start and (last or step % c.save_every == 0) or stop.agreed(step, c.log_every):
+            check_finite(window, step, c, task, last_ids)
+            run.save(state(step))
+        if stop.now:
+            say(
+                f"stopped at step {step}; python train.py --resume {run.path} with the same flags goes on"
+            )
+            raise KeyboardInterrupt
+        if last:
+            break
+
+        clock = time.time()
+        batch = next(batches)
+        waited += time.time() - clock
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, c)
+        optimizer.zero_grad(set_to_none=True)
+        loss = task.step(model, batch, device)
+        if c.clip_norm:
+            nn.utils.clip_grad_norm_(raw.parameters(), c.clip_norm)
+        optimizer.step()
+        with (
+            torch.no_grad()
+        ):  # PAPER: the scale is kept from exceeding 100; Llip's code keeps it above 1
+            raw.logit_scale.clamp_(0, math.log(100))
+        window, last_ids = [window[0] + loss, window[1] + 1], batch.ids
+        seen += c.batch_size
+
+        if (step + 1) % c.log_every == 0 or step + 1 == c.steps:
+            check_finite(
+                window, step + 1, c, task, last_ids
+            )  # the only place that waits for the GPU
+            mean = distributed.mean({"loss": float(window[0]) / window[1]}, device)["loss"]
+            window = [0.0, 0]
+            scale = raw.logit_scale.exp().item()
+            run.log(step=step + 1, loss=mean, lr=learning_rate(step, c), scale=scale)
+            spent = time.time() - began
+            left = spent / (step + 1 - start) * (c.steps - step - 1)
+            say(
+                f"step {step + 1:6}/{c.steps}  loss {mean:7.4f}  scale {scale:5.1f}  "
+                f"{seen / spent:7.0f} {task.unit}/s  waiting for data {waited / spent:4.0%}  "
+                f"ETA {report.duration(left)}",
+                flush=True,
+            )
+    finish(run, task, c, results, time.time() - began, say)
+    return results
+
+
+def timed_evaluation(task: PairTask, model: nn.Module, say) -> dict:
+    began = time.time()
+    model.eval()
+    with torch.no_grad():
+        results = task.evaluate(model)
+    model.train()
+    say(f"evaluated in {report.duration(time.time() - began)}")
+    return results
+
+
+def check_finite(window: list, step: int, c: TrainConfig, task: PairTask, ids) -> None:
+    """Stops before a broken state is saved.   Raises: ValueError with steps, samples and a hint."""
+    if math.isfinite(float(window[0])):
+        return
+    names = [task.train.name(int(i)) for i in ids[:3]]
+    raise ValueError(
+        f"the loss is not finite in steps {step - window[1] + 1}..{step} (last batch: {', '.join(names)});"
+        f" nothing was saved since. Try a lower --lr (now {c.lr:g}), --clip-norm 1 or --precision fp32"
+    )
+
+
+def finish(run: Run, task: PairTask, c: TrainConfig, results: dict, seconds: float, say) -> None:
+    """Results table, results.json and curves.png."""
+    if c.overfit:
+        loss = run.metrics()[-1]["loss"]
+        verdict = (
+            "the model can learn these pairs by heart"
+            if loss < 0.05
+            else "too high: something is wrong"
+        )
+        say(f"overfit {c.overfit} pairs: loss {loss:.4f}, {verdict}")
+        return
+    if results:
+        say(f"\n{evaluate.results_table(results)}")
+    say(f"trained in {report.duration(seconds)}; model, metrics and picture in {run.path}")
+    if run.writes:
+        report.write_json(run.path / "results.json", results)
+        logged = run.metrics()
+        panels = {
+            "training loss": {"loss": [(m["step"], m["loss"]) for m in logged if "loss" in m]}
+        }
+        for name in results:
+            keys = [k for k in results[name] if k in ("i2t@1", "t2i@1", "top1", "mean_per_class")]
+            panels[name] = {k: [(m["step"], m[name][k]) for m in logged if name in m] for k in keys}
+        plots.lines(run.path / "curves.png", panels)
+
+
+# ---- command line --------------------------------------------------------------------------------------
+
+
+def resolve(c: TrainConfig, given: set[str]) -> TrainConfig:
+    """Presets and derived values, computed once.   Raises: ValueError for values that cannot be."""
+    if c.preset:
+        if c.preset not in PRESETS:
+            raise ValueError(f"preset {c.preset!r}: there are {', '.join(PRESETS)}")
+        c = replace(c, **{k: v for k, v in PRESETS[c.preset].items() if k not in given})
+    if c.method not in OBJECTIVES:
+        raise ValueError(f"method {c.method!r}: there are {', '.join(OBJECTIVES)}")
+    if c.model not in CONFIGS:
+        raise ValueError(f"model {c.model!r}: there are {', '.join(CONFIGS)}")
+    if c.overfit:
+        c = replace(c, batch_size=c.overfit, weight_decay=0.0, warmup=min(c.warmup, 5))
+        c = c if "steps" in given else replace(c, steps=300)
+    c = replace(c, objective=c.objective or OBJECTIVES[c.method])
+    allowed = {"objective": ("infonce", "siglip"), "precision": ("auto", "fp32", "bf16")}
+    for name, values in allowed.items():
+        if getattr(c, name) not in values:
+            raise ValueError(f"{name} {getattr(c, name)!r}: expected one of {', '.join(values)}")
+    for name in (
+        "batch_size",
+        "steps",
+        "accumulate",
+        "log_every",
+        "save_every",
+        "mixture_tokens",
+        "train_size",
+    ):
+        if getattr(c, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
+    for name in ("lr", "temperature", "eps", "crop_scale"):
+        if not 0 < getattr(c, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be positive")
+    return c
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = options.parser(TrainConfig, __doc__).parse_args(argv)
+    try:
+        c = resolve(TrainConfig(**vars(args)), options.given(argv))
+        if c.dry_run:
+            import dryrun
+
+            print(dryrun.describe(c))
+        else:
+            train(c)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        if distributed.rank() == 0 or not isinstance(error, ValueError):
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        distributed.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    if "WORLD_SIZE" in os.environ:
+        os._exit(code)  # TRAP: gloo's destructor can hang at exit
+    sys.exit(code)
