@@ -57,6 +57,8 @@ def _clip(embed, size, patch, vision, text, vision_mlp=None, activation="quick_g
 CONFIGS = {
     # a laptop learns it in two minutes; the vocabulary is learned from the captions, vocab_size is replaced
     "tiny": Config(64, 32, 8, 64, 3, 4, 256, 32, 1024, 64, 2, 4, 256),
+    # Flickr8k and the like on a CPU
+    "small": Config(128, 64, 8, 128, 3, 4, 512, 32, 4096, 128, 2, 4, 512),
     "ViT-S-16": _clip(384, 224, 16, (384, 12, 6), (384, 12, 6)),
     "ViT-B-32": _clip(512, 224, 32, (768, 12, 12), (512, 12, 8)),
     "ViT-B-16": _clip(512, 224, 16, (768, 12, 12), (512, 12, 8)),

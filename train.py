@@ -26,9 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distributed
 import evaluate
+import finetuning
+import openworld
 import options
 import plots
-import pretrained
 import report
 from gradcache import training_step  # noqa: F401  (train.training_step is public)
 from model import CONFIGS
@@ -36,6 +37,9 @@ from pairs import PairTask
 from rundir import Run, StopSignal, check_same_run, git_commit
 
 OBJECTIVES = {"clip": "infonce", "siglip": "siglip", "llip": "siglip"}
+TASKS = dict.fromkeys(OBJECTIVES, PairTask) | dict.fromkeys(
+    finetuning.METHODS, finetuning.LabelTask
+)
 
 
 # fmt: off
@@ -44,14 +48,14 @@ class TrainConfig:
     """Everything a run depends on. The parser and its help are generated from these lines."""
 
     # what is trained
-    method: str = "llip"  # clip, siglip or llip
+    method: str = "llip"  # clip siglip llip, or on classes: finetune labelsmooth clipood alignclip flyp
     preset: str = ""  # a paper's run: llip-B-32 llip-B-16 llip-L-14 llip-H-14 llip-G-14 clip-B-32 siglip-B-32
     model: str = "tiny"  # tiny small ViT-S-16 ViT-B-32 ViT-B-16 ViT-L-14 ViT-L-14-336 ViT-H-14 ViT-bigG-14
     init: str = ""  # start from this checkpoint: a path, a run, or a name as ViT-B/32
     image_size: int = 0  # pixels; 0: the model's own
     mixture_tokens: int = 8  # Llip: mixture tokens M
     mixture_heads: int = 4  # Llip: heads of the pooling
-    temperature: float = 2.0  # Llip: tau, larger is softer
+    temperature: float = 5.0  # Llip: tau, larger is softer
     mixture_norm: bool = False  # Llip: LayerNorm on keys, values and queries
     objective: str = ""  # infonce or siglip; empty: the method's own
     # data
@@ -65,6 +69,25 @@ class TrainConfig:
     train_size: int = 12288  # scenes to draw
     crop_scale: float = 0.9  # random crops keep at least this share of the area; 1: no crops
     workers: int = 0  # loader processes per rank
+    # fine-tuning on classes (defaults of the flags above and below: finetuning.py)
+    open_task: str = "domain-shift"  # what is held out: domain-shift, open-class or in-the-wild
+    target_domain: str = ""  # the domain left out of training
+    whole_target: bool = False  # domain-shift: test on all of the target, not on DomainBed's 20 %
+    shots: int = 0  # images per class to train on; 0: all
+    bias: float = 0.0  # scenes: how often a background is the class's own in training
+    template: str = ""  # a text with {}, or a name in prompts.py; empty: the data's own
+    margin: float = 0.3  # lambda of the margin metric softmax; finetune, labelsmooth: 0
+    smoothing: str = ""  # none, uniform, mixture or released; empty: the method's own
+    epsilon: float = 0.9  # the label's own share of a smoothed target
+    smoothing_scale: float = 35.0  # of the text cosines that share out the rest
+    align_attention: bool = True  # AlignCLIP: attention alignment
+    similarity: str = "label"  # AlignCLIP: align the label's map in the last layer, all maps, or none
+    align_weight: float = 10.0  # AlignCLIP: of both; the submission had 1
+    align_layers: int = 0  # AlignCLIP: first blocks whose attention is aligned; 0: 5
+    branch: str = "dv"  # AlignCLIP: second branch, dv vvv qqv or kkv
+    guidance_temperature: float = 1.0  # AlignCLIP: 1 is nearly uniform, 0.01 pointed
+    detach: bool = False  # AlignCLIP: no gradient into the second branch
+    bma_beta: float = 0.5  # Beta moving average of the weights, the model reported; 0: off
     # optimisation
     batch_size: int = 96  # pairs over all ranks and chunks
     accumulate: int = 1  # chunks of a rank's batch, exact
@@ -171,14 +194,14 @@ def train(c: TrainConfig) -> dict:
             f"batch {c.batch_size} is not divisible by {world} ranks x {c.accumulate} chunks"
         )
     run = Run(c)
-    task = PairTask(c)
+    task = TASKS[c.method](c)
     if c.epochs:
         c = replace(c, steps=max(1, round(c.epochs * len(task.train) / c.batch_size)))
-    task.c = c
 
     # initialisation, in this order: the run's own checkpoint, else --init, else random
     raw = task.model.to(device).train()
-    raw.set_grad_checkpointing(c.grad_checkpointing)
+    task.clip.set_grad_checkpointing(c.grad_checkpointing)
+    task.begin(c)
     optimizer = torch.optim.AdamW(
         parameter_groups(raw, c.weight_decay),
         lr=c.lr,
@@ -190,7 +213,7 @@ def train(c: TrainConfig) -> dict:
     saved = run.load() if c.resume else None
     if saved:
         check_same_run(saved["config"], asdict(c))
-        raw.load_state_dict(saved["state_dict"])
+        task.load(saved)
         optimizer.load_state_dict(saved["optimizer"])
         start, window = saved["step"], list(saved["window"])
         run.rewind(start)
@@ -214,7 +237,7 @@ def train(c: TrainConfig) -> dict:
         task.tokenizer.save(run.path / "tokenizer.json")
     parameters = sum(p.numel() for p in raw.parameters())
     say(
-        f"{c.method} {c.model}: {parameters:,} parameters, {len(task.train):,} images, {c.steps:,} steps of"
+        f"{c.method} {c.init or c.model}: {parameters:,} parameters, {len(task.train):,} images, {c.steps:,} steps of"
     )
     say(
         f"{c.batch_size} {task.unit} over {world} x {device.type}, {'bf16' if bf16 else 'fp32'} -> {run.path}"
@@ -223,8 +246,7 @@ def train(c: TrainConfig) -> dict:
 
     def state(step: int) -> dict:
         return {
-            "state_dict": raw.state_dict(),
-            "model": pretrained.describe(raw),
+            **task.state(),
             "optimizer": optimizer.state_dict(),
             "step": step,
             "samples": step * c.batch_size,
@@ -239,9 +261,10 @@ def train(c: TrainConfig) -> dict:
         start, c.steps + 1
     ):  # once more than steps: the last pass evaluates and saves
         last = step == c.steps
-        if step > start and (last or (c.eval_every and step % c.eval_every == 0)) and not c.overfit:
+        due = last or (c.eval_every and step > start and step % c.eval_every == 0)
+        if due and not c.overfit:
             results = timed_evaluation(task, raw, say)
-            if results:
+            if results and step > start:
                 run.log(step=step, **results)
         if step > start and (last or step % c.save_every == 0) or stop.agreed(step, c.log_every):
             check_finite(window, step, c, task, last_ids)
@@ -264,10 +287,7 @@ def train(c: TrainConfig) -> dict:
         if c.clip_norm:
             nn.utils.clip_grad_norm_(raw.parameters(), c.clip_norm)
         optimizer.step()
-        with (
-            torch.no_grad()
-        ):  # PAPER: the scale is kept from exceeding 100; Llip's code keeps it above 1
-            raw.logit_scale.clamp_(0, math.log(100))
+        task.after_step()
         window, last_ids = [window[0] + loss, window[1] + 1], batch.ids
         seen += c.batch_size
 
@@ -275,14 +295,15 @@ def train(c: TrainConfig) -> dict:
             check_finite(
                 window, step + 1, c, task, last_ids
             )  # the only place that waits for the GPU
-            mean = distributed.mean({"loss": float(window[0]) / window[1]}, device)["loss"]
+            mean = {"loss": float(window[0]) / window[1]} | task.logged(window[1])
+            mean = distributed.mean(mean, device)
             window = [0.0, 0]
-            scale = raw.logit_scale.exp().item()
-            run.log(step=step + 1, loss=mean, lr=learning_rate(step, c), scale=scale)
+            scale = task.clip.logit_scale.exp().item()
+            run.log(step=step + 1, **mean, lr=learning_rate(step, c), scale=scale)
             spent = time.time() - began
             left = spent / (step + 1 - start) * (c.steps - step - 1)
             say(
-                f"step {step + 1:6}/{c.steps}  loss {mean:7.4f}  scale {scale:5.1f}  "
+                f"step {step + 1:6}/{c.steps}  loss {mean['loss']:7.4f}  scale {scale:5.1f}  "
                 f"{seen / spent:7.0f} {task.unit}/s  waiting for data {waited / spent:4.0%}  "
                 f"ETA {report.duration(left)}",
                 flush=True,
@@ -291,7 +312,7 @@ def train(c: TrainConfig) -> dict:
     return results
 
 
-def timed_evaluation(task: PairTask, model: nn.Module, say) -> dict:
+def timed_evaluation(task, model: nn.Module, say) -> dict:
     began = time.time()
     model.eval()
     with torch.no_grad():
@@ -301,7 +322,7 @@ def timed_evaluation(task: PairTask, model: nn.Module, say) -> dict:
     return results
 
 
-def check_finite(window: list, step: int, c: TrainConfig, task: PairTask, ids) -> None:
+def check_finite(window: list, step: int, c: TrainConfig, task, ids) -> None:
     """Stops before a broken state is saved.   Raises: ValueError with steps, samples and a hint."""
     if math.isfinite(float(window[0])):
         return
@@ -312,16 +333,16 @@ def check_finite(window: list, step: int, c: TrainConfig, task: PairTask, ids) -
     )
 
 
-def finish(run: Run, task: PairTask, c: TrainConfig, results: dict, seconds: float, say) -> None:
+def finish(run: Run, task, c: TrainConfig, results: dict, seconds: float, say) -> None:
     """Results table, results.json and curves.png."""
     if c.overfit:
         loss = run.metrics()[-1]["loss"]
         verdict = (
-            "the model can learn these pairs by heart"
-            if loss < 0.05
+            f"the model can learn these {task.unit} by heart"
+            if task.fits(loss)
             else "too high: something is wrong"
         )
-        say(f"overfit {c.overfit} pairs: loss {loss:.4f}, {verdict}")
+        say(f"overfit {c.overfit} {task.unit}: loss {loss:.4f}, {verdict}")
         return
     if results:
         say(f"\n{evaluate.results_table(results)}")
@@ -333,7 +354,8 @@ def finish(run: Run, task: PairTask, c: TrainConfig, results: dict, seconds: flo
             "training loss": {"loss": [(m["step"], m["loss"]) for m in logged if "loss" in m]}
         }
         for name in results:
-            keys = [k for k in results[name] if k in ("i2t@1", "t2i@1", "top1", "mean_per_class")]
+            wanted = ("i2t@1", "t2i@1", "top1", "mean_per_class", *openworld.FIGURES)
+            keys = [k for k in results[name] if k in wanted]
             panels[name] = {k: [(m["step"], m[name][k]) for m in logged if name in m] for k in keys}
         plots.lines(run.path / "curves.png", panels)
 
@@ -347,14 +369,16 @@ def resolve(c: TrainConfig, given: set[str]) -> TrainConfig:
         if c.preset not in PRESETS:
             raise ValueError(f"preset {c.preset!r}: there are {', '.join(PRESETS)}")
         c = replace(c, **{k: v for k, v in PRESETS[c.preset].items() if k not in given})
-    if c.method not in OBJECTIVES:
-        raise ValueError(f"method {c.method!r}: there are {', '.join(OBJECTIVES)}")
+    if c.method not in TASKS:
+        raise ValueError(f"method {c.method!r}: there are {', '.join(TASKS)}")
     if c.model not in CONFIGS:
         raise ValueError(f"model {c.model!r}: there are {', '.join(CONFIGS)}")
+    if c.method in finetuning.METHODS:
+        c = finetuning.defaults(c, given)
     if c.overfit:
         c = replace(c, batch_size=c.overfit, weight_decay=0.0, warmup=min(c.warmup, 5))
         c = c if "steps" in given else replace(c, steps=300)
-    c = replace(c, objective=c.objective or OBJECTIVES[c.method])
+    c = replace(c, objective=c.objective or OBJECTIVES.get(c.method, "infonce"))
     allowed = {"objective": ("infonce", "siglip"), "precision": ("auto", "fp32", "bf16")}
     for name, values in allowed.items():
         if getattr(c, name) not in values:

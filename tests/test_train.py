@@ -196,7 +196,7 @@ def test_checkpoint_rebuilds_the_model(tmp_path):
     assert run(tmp_path / "run", "--steps", 2) == 0
     saved, model = checkpoint(tmp_path / "run"), pretrained.load(tmp_path / "run")
     assert same(saved["state_dict"], dict(model.state_dict()))
-    assert model.temperature == 2.0 and model.heads == 4
+    assert model.temperature == 5.0 and model.heads == 4
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {
         "config.json", "metrics.jsonl", "checkpoint.pt", "tokenizer.json", "results.json", "curves.png",
     }  # fmt: skip
