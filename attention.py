@@ -90,7 +90,7 @@ class MultiheadAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """PyTorch's own start for attention: Xavier-uniform projections, zero biases."""
+        """PyTorch's own start for attention: Xavier-uniform inputs, nn.Linear's output, zero biases."""
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.in_proj_bias)
         nn.init.zeros_(self.out_proj.bias)

@@ -10,6 +10,7 @@ is OpenAI's transform (images.py).
 import argparse
 import itertools
 import random
+import signal
 import sys
 import textwrap
 from collections.abc import Callable
@@ -228,6 +229,12 @@ class StepsFrom:
         return itertools.count(self.start)
 
 
+def leave_signals(worker: int) -> None:
+    """TRAP: torchrun signals the whole process group; a worker that died first would take the loop along."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Batches:
     """Iterator over a Source, by worker processes or in this one; the numbers are the same.
 
@@ -250,6 +257,7 @@ class Batches:
                 # TRAP: without its own generator it draws from torch's global one, and a run with
                 # workers would then differ from one without
                 generator=torch.Generator(),
+                worker_init_fn=leave_signals,
             )
             self.packets = iter(loader)
         else:

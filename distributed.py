@@ -7,13 +7,14 @@ one process on the whole batch; open_clip's flags):
     local_loss   gather_with_grad    |g| / |g_full|    direction
     yes          yes                 1                 right: what this file does, logits cost 1/W
     no           yes                 1                 right
-    no           no                  1/W               right (Adam hides it; clipping and decay do not)
+    no           no                  1/W               right (Adam hides it; clipping, eps and SGD do not)
     yes          no                  0.52              WRONG (cosine 0.97 at W = 2)
 
 Loss curves cannot tell these apart; tests/test_distributed.py compares gradients.
 """
 
 import os
+import re
 from datetime import timedelta
 
 import torch
@@ -36,23 +37,25 @@ def setup(device: str = "auto") -> torch.device:
     Returns: this process' device. Backend: nccl on GPUs, gloo elsewhere.
     Raises:  ValueError if a GPU is asked for and there is none, or fewer than local ranks.
     """
-    env = os.environ
+    env, known = os.environ, device in ("auto", "cpu", "cuda", "mps")
+    if not known and not re.fullmatch(r"cuda:\d+", device):
+        raise ValueError(f"device {device!r}: expected auto, cpu, cuda, cuda:N or mps")
     if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
         env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"])
         env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    local = int(env.get("LOCAL_RANK", "0"))
-    if device == "cuda":
-        if local >= torch.cuda.device_count():
-            raise ValueError(
-                f"local rank {local} finds {torch.cuda.device_count()} GPUs: use --device cpu"
-            )
-        device = f"cuda:{local}"
+    local, GPUs = int(env.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if device.startswith("cuda:") and int(env.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"--device {device} would put every rank on one GPU: use --device cuda")
+    device = f"cuda:{local}" if device == "cuda" else device
+    if device.startswith("cuda") and int(device[5:]) >= GPUs:
+        raise ValueError(f"{device} is asked for, but this process sees {GPUs} GPUs: --device cpu")
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if int(env.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        backend = "nccl" if device.startswith("cuda") else "gloo"
+        # gloo beside nccl: plain numbers on the CPU are reduced without waiting for the GPU
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
     return torch.device(device)
 
@@ -70,9 +73,9 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         # each rank's loss depends on these rows; DDP averages over ranks afterwards, so sum, not mean
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+        own = grad.new_empty(ctx.rows, *grad.shape[1:])
+        dist.reduce_scatter_tensor(own, grad.contiguous())
+        return own
 
 
 class _Transpose(torch.autograd.Function):
@@ -101,7 +104,7 @@ def gather(side):
     """Rows of all ranks with gradient: a tensor (B, ...) to (W B, ...), or a tuple of such tensors.
 
     Every rank must hold the same number of rows. Bytes received per rank and step: (W - 1) times the
-    local rows, and as much again for the gradients. One process: the side itself.
+    local rows, and as much again for their gradients. One process: the side itself.
     """
     if isinstance(side, tuple):
         return tuple(gather(x) for x in side)

@@ -4,8 +4,11 @@
 
 Models are built on the meta device, so that the parameter counts are those of the real thing. FLOPs are
 counted as torch's FlopCounterMode does (tests hold them equal). Memory is an estimate by formula, held to a
-measurement within 10 % by a test; what the allocator adds on top (fragments, work buffers) is not in it.
+measurement within 10 % by a test (fp32, not checkpointed); what the allocator adds (fragments, work
+buffers) is not in it.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -35,7 +38,7 @@ def activation_bytes(config: Config, tokens: int, half: bool, checkpointed: bool
     return total
 
 
-def pair_bytes(c, rows: int, columns: int, embed: int) -> int:
+def pair_bytes(c, rows: int, columns: int) -> int:
     """Logits, their gradient, and one chunk of mixed features."""
     return 3 * 4 * rows * columns + (3 * llip.CHUNK_BYTES if c.method == "llip" else 0)
 
@@ -80,7 +83,7 @@ def wire_bytes(c, config: Config, total: int, world: int) -> dict[str, float]:
     E, N = config.embed_dim, c.batch_size
     sent = 2 * E if c.method == "llip" else E
     others = (world - 1) / world
-    found = {"texts": 3 * others * N * sent * 4, "gradients": 2 * others * total * 4}
+    found = {"texts": 2 * others * N * sent * 4, "gradients": 2 * others * total * 4}
     if c.objective == "infonce":  # the other half of the logits, and its gradient
         found["logits"] = 2 * others * N / world * N * 4
     return found
@@ -88,7 +91,13 @@ def wire_bytes(c, config: Config, total: int, world: int) -> dict[str, float]:
 
 def describe(c) -> str:
     """The whole report as text; c is a resolved TrainConfig."""
+    if c.init or c.epochs:
+        raise ValueError(
+            "--dry-run counts a model of --model over --steps: leave out --init and --epochs"
+        )
     config = CONFIGS[c.model]
+    if c.image_size:
+        config = replace(config, image_size=c.image_size)
     with torch.device("meta"):
         model = build_model(c, config)
     counts = parameters(model)
@@ -112,7 +121,7 @@ def describe(c) -> str:
         memory = {
             "weights, gradients, Adam": 16 * counts["all"],
             "activations": each * local // c.accumulate,
-            "pairs": pair_bytes(c, local, c.batch_size, config.embed_dim),
+            "pairs": pair_bytes(c, local, c.batch_size),
         }
         wire = wire_bytes(c, config, counts["all"], world)
         row = {"ranks": world, "pairs/rank": local}

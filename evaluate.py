@@ -3,6 +3,7 @@
     python evaluate.py zeroshot  --model runs/llip --data scenes
     python evaluate.py zeroshot  --model ViT-B-16.pt --data imagenet/val --templates imagenet80
     python evaluate.py retrieval --model runs/llip --data dataset_coco.json --precision bf16
+    python evaluate.py open-world --model runs/alignclip --data PACS
     torchrun --nproc_per_node 8 evaluate.py retrieval --model ViT-B-16.pt --data dataset_coco.json
 
 Texts are encoded first, once, and are held by every rank. Images then stream through: a batch is encoded,
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 import data
 import distributed
+import openworld
 import plots
 import pretrained
 import prompts
@@ -311,6 +313,35 @@ def retrieval(
     return result | counts
 
 
+# Open world -------------------------------------------------------------------------------------------------
+
+
+def open_world(
+    model: nn.Module, protocol, tokenizer, templates=prompts.PHOTO, transform=None, **options
+) -> dict:
+    """Accuracy on every part of an openworld.Protocol, each among its own class names.
+
+    REF: images are resized bilinearly, as in the loaders of CLIPood and AlignCLIP; CLIP's is bicubic.
+    Args:    options of score_rows
+    Returns: top-1 in [0, 1] of "val" and of "target", or "base", "new" and their harmonic mean "H"; the
+             same under "chance" (answering blindly); "images", those of the tests
+    """
+    transform = transform or data.preprocess(model.config.image_size, "bilinear")
+    val = protocol.val
+    parts = {} if val is None or not len(val) else {"val": (val, val.classes)}
+    result, chance = {}, {}
+    for name, (dataset, classes) in (parts | protocol.tests).items():
+        place, _ = classify(
+            model, dataset, tokenizer, templates, classes, transform=transform, **options
+        )
+        result[name], chance[name] = (place < 1).double().mean().item(), 1 / len(classes)
+    if "new" in result:
+        for figures in (result, chance):
+            figures["H"] = openworld.harmonic(figures["base"], figures["new"])
+    images = sum(len(dataset) for dataset, _ in protocol.tests.values())
+    return result | {"chance": chance, "images": images}
+
+
 # Command line: one function, and perhaps one of arguments, for each subcommand ------------------------------
 
 
@@ -471,6 +502,76 @@ def retrieval_command(args, device: torch.device) -> None:
         finish(args, result)
 
 
+def open_world_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--more", nargs="+", default=[], metavar="RUN", help="further models: other seeds, domains")
+    add("--task", dest="open_task", choices=openworld.TASKS, help="default: a run's own")
+    add(
+        "--target-domain", nargs="+", metavar="NAME", help="default: a run's own, else each in turn"
+    )
+    add(
+        "--whole-target", action="store_true", help="domain-shift: not only DomainBed's 20 %% of it"
+    )
+    add("--templates", nargs="+", metavar="TEXT", help="as for zeroshot (default: the data's own)")
+
+
+def training_of(source: str) -> dict:
+    """What a run of train.py was fine-tuned on: its configuration, {} for any other model."""
+    path = Path(source) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return config if config.get("method") in openworld.METHODS else {}
+
+
+def asked_of(args, source: str, config: dict) -> tuple[str, list[str]]:
+    """Task and target domains for a model.
+
+    Raises: ValueError for another question than a fine-tuned run was trained for: it has seen the answers.
+    """
+    if not config:
+        task = args.open_task or "domain-shift"
+        return task, args.target_domain or openworld.domains_of(args.data, task, args.image_root)
+    task, target = config["open_task"], config["target_domain"]
+    if args.open_task not in (None, task):
+        raise ValueError(f"{source} was fine-tuned for {task}, it cannot be asked {args.open_task}")
+    if args.target_domain and args.target_domain != [target]:
+        there = f"with {target or 'no domain'} left out"
+        raise ValueError(f"{source} was fine-tuned {there}, so {args.target_domain} is no test")
+    return task, [target]
+
+
+def open_world_command(args, device: torch.device) -> None:
+    """Base, new and harmonic mean for each domain; mean and deviation over the models of one method."""
+    if args.split or args.limit:
+        raise ValueError("--split and --limit: the task says what is asked, leave them out")
+    records = []
+    for source in [args.model, *args.more]:
+        args.model, config = source, training_of(source)
+        task, targets = asked_of(args, source, config)
+        model, tokenizer = open_model(args, device)
+        about = {"model": source, "task": task, "method": config.get("method", "zero-shot")}
+        about["seed"] = config.get("seed", source)
+        given = args.templates or list(filter(None, [config.get("template")]))
+        templates = read_templates(given) if given else openworld.templates(args.data)
+        whole = args.whole_target or config.get("whole_target", False)
+        for target in targets:
+            protocol = openworld.protocol(
+                args.data, task, target, whole=whole, image_root=args.image_root,
+                image_size=model.config.image_size,
+            )  # fmt: skip
+            found = open_world(model, protocol, tokenizer, templates, **options_of(args))
+            records.append(about | {"domain": target} | found)
+            chance = about | {"method": "chance", "domain": target} | found["chance"]
+            records.append(chance)
+    if distributed.rank():
+        return
+    rows = openworld.summarise(records)
+    print(openworld.table(rows))
+    if args.out:
+        content = {"task": args.task, "data": args.data, "rows": rows, "records": records}
+        write_json(Path(args.out) / "results.json", content)
+        print(f"written to {Path(args.out) / 'results.json'}")
+
+
 LOAD_OPTIONS = (
     "quick_gelu",
     "vision_heads",
@@ -486,6 +587,11 @@ COMMANDS = {  # name: (what it does, its own arguments or None, function of (arg
         zeroshot_command,
     ),
     "retrieval": ("find captions by image and images by caption", None, retrieval_command),
+    "open-world": (
+        "classify images of domains and classes that fine-tuning has not seen",
+        open_world_arguments,
+        open_world_command,
+    ),
 }
 
 

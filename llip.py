@@ -55,8 +55,9 @@ class Llip(DualEncoder):
 
     Lavoie et al. 2024, section 3; parameter names of the released checkpoints.
     Args:   mixture_tokens M;  heads H of the pooling, E divisible by H
-            temperature: tau of eq. 1, fixed. The paper's best: 5 for B and H/G, 1 for L. A head's logits
-            have variance K at the start, so tau = sqrt(K) is the usual attention scaling.
+            temperature: tau of eq. 1, fixed. REF: the released configurations have 5 (B, H, G) and 1 (L);
+            the paper's sweep on B/32 is flat from 1 to 8. A head's logits have variance K at the start, so
+            tau = sqrt(K) is the usual attention scaling.
             norm: LayerNorm on keys, values and queries, as in the released H/14 and G/14
             all_tokens: patches serve as keys and values too (Fig. 7)
             shared: one W_K and one W_V for all tokens: far fewer parameters, and not what was published
@@ -138,7 +139,8 @@ class Llip(DualEncoder):
         side = *image_side, *text_side
         images, texts = len(image_side[0]), len(text_side[0])
         floats = 2 * image_side[0].shape[1] * image_side[0].shape[2] + 3 * text_side[1].shape[1]
-        chunk = max(1, CHUNK_BYTES // (4 * images * floats))
+        budget = CHUNK_BYTES * (32 if image_side[0].is_cuda else 1)  # few, large kernels on a GPU
+        chunk = max(1, budget // (4 * images * floats))
         if chunk >= texts:
             return self.scale_logits(self.pair_cosines(*side))
         cosines = [
@@ -147,6 +149,7 @@ class Llip(DualEncoder):
                 *image_side,
                 *(t[j : j + chunk] for t in text_side),
                 use_reentrant=False,
+                preserve_rng_state=False,
             )
             for j in range(0, texts, chunk)
         ]

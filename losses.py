@@ -71,8 +71,9 @@ def margin_metric_logits(
 ) -> Tensor:
     """Logits with a class-adaptive margin: near classes get a small one, far classes a large one.
 
-    CLIPood, Shu et al. 2023, eq. 3 (engine.py@bc0d874):  scale * (image - margin * text_y) @ text^T, which
-    under softmax equals adding scale * margin * (1 - text_y . text_c) to every other class c.
+    CLIPood, Shu et al. 2023, margin metric softmax (engine.py@bc0d874):
+        scale * (image - margin * text_y) @ text^T
+    Under softmax it is the same to add scale * margin * (1 - text_y . text_c) to every other class c.
     Args:    image (B, E), text (C, E) unit norm;  labels (B,);  scale: exp(logit_scale);  margin lambda
     Returns: (B, C). For training only: predictions use plain cosines.
     """

@@ -215,7 +215,7 @@ class DualEncoder(nn.Module):
         """Token ids (B, L) to the end token's feature (B, D) after ln_final, before any projection.
 
         The end token has the highest id of the vocabulary, and the first one found counts.
-        Raises: ValueError for another length than the context.
+        Raises: ValueError for more tokens than the context; fewer are the cheaper way to the same number.
         """
         if tokens.shape[-1] > self.config.context_length:
             raise ValueError(

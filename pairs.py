@@ -1,7 +1,8 @@
 """Pre-training on image-caption pairs: model, data, step and evaluation of clip, siglip and llip.
 
 A task is what train.py's loop needs to know of a method: .model, .train, .tokenizer, batches(start_step),
-step(model, batch, device), evaluate(model), chance(). c is the run's TrainConfig.
+step(model, batch, device), evaluate(model), chance(). c is the run's TrainConfig. .model is what is trained,
+.clip the dual encoder in it: the same thing here, but not where a method wraps a CLIP (finetuning.py).
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import distributed
 import evaluate
 import llip
 import pretrained
+import prompts
 import scenes
 from gradcache import training_step
 from model import CLIP, CONFIGS, Config
@@ -39,11 +41,16 @@ def build_model(c, config: Config) -> nn.Module:
             )
         return CLIP(config, scale=scale, bias=bias if c.objective == "siglip" else None)
     model = pretrained.load(c.init)
+    if c.method != "llip" and type(model) is not CLIP:
+        raise ValueError(f"--method {c.method}, but {c.init} is a {type(model).__name__}")
+    if c.image_size not in (0, model.config.image_size):
+        size = model.config.image_size
+        raise ValueError(f"--image-size {c.image_size}, but {c.init} has {size}: leave it out")
     if c.method == "llip" and not isinstance(model, llip.Llip):
         return pretrained.warm_start_llip(
             model, c.mixture_tokens, c.mixture_heads, scale=scale, bias=bias, **mixing
         )
-    if (model.logit_bias is None) == (c.objective == "siglip"):
+    if type(model) is CLIP and (model.logit_bias is None) == (c.objective == "siglip"):
         model.logit_bias = nn.Parameter(torch.tensor(bias)) if c.objective == "siglip" else None
     return model
 
@@ -55,7 +62,7 @@ class PairTask:
 
     def __init__(self, c):
         self.c = c
-        self.train, self.val, self.objects, self.templates = pair_data(c)
+        self.train, self.val, self.aspects, self.objects, self.templates = pair_data(c)
         self.tokenizer = pair_tokenizer(c, self.train.captions)
         config = CONFIGS[c.model]
         if c.image_size:
@@ -67,7 +74,19 @@ class PairTask:
                 f"{c.init} has {self.config.vocab_size} token embeddings, the tokenizer"
                 f" {self.tokenizer.vocab_size} tokens: give its own with --vocab"
             )
+        self.clip = self.model
         self.autocast = contextlib.nullcontext
+
+    def begin(self, c) -> None:
+        """Before the first step, and before a checkpoint is loaded: the number of steps is known."""
+        self.c = c
+
+    def state(self) -> dict:
+        """What a checkpoint holds of the task: enough to rebuild the model, and to go on."""
+        return {"state_dict": self.model.state_dict(), "model": pretrained.describe(self.model)}
+
+    def load(self, saved: dict) -> None:
+        self.model.load_state_dict(saved["state_dict"])
 
     def batches(self, start: int):
         augment = data.RandomCrop(self.config.image_size, (self.c.crop_scale, 1.0))
@@ -98,6 +117,19 @@ class PairTask:
             model, images, tokens, self.c.objective, self.c.accumulate, autocast=self.autocast
         )
 
+    def after_step(self) -> None:
+        """PAPER: the scale is kept from exceeding 100; Llip's code keeps it above 1."""
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0, math.log(100))
+
+    def logged(self, steps: int) -> dict[str, float]:
+        """More figures for the log than the loss: none."""
+        return {}
+
+    def fits(self, loss: float) -> bool:
+        """Whether --overfit succeeded."""
+        return loss < 0.05
+
     def chance(self) -> str:
         n = self.c.batch_size
         if self.c.objective == "infonce":
@@ -107,9 +139,14 @@ class PairTask:
         return f"{start:.2f} at cosine 0: softplus({-b:.2f}) + {n - 1} softplus({b:.2f})"
 
     def evaluate(self, model: nn.Module) -> dict[str, dict]:
+        """retrieval: Recall@k; aspects (scenes only): which short captions are true; zeroshot: accuracy."""
         rows = {}
         if self.val is not None:
-            rows["retrieval"] = evaluate.retrieval(model, self.val, self.tokenizer)
+            result = evaluate.retrieval(model, self.val, self.tokenizer)
+            rows["retrieval"] = figures(result, "@")
+        if self.aspects is not None:
+            result = evaluate.retrieval(model, self.aspects, self.tokenizer)
+            rows["aspects"] = figures(result, "_")
         if self.objects is not None:
             rows["zeroshot"] = evaluate.zeroshot(
                 model, self.objects, self.tokenizer, self.templates
@@ -117,19 +154,31 @@ class PairTask:
         return rows
 
 
+def figures(result: dict, mark: str) -> dict:
+    """A retrieval result with only the figures of a kind: "@" Recall@k, "_" those of relevance."""
+    kept = {k for k in result["chance"] if ("_" if "_" in k else "@") == mark}
+    parts = {
+        k: {n: v for n, v in result.get(k, {}).items() if n in kept} for k in ("chance", "ceiling")
+    }
+    others = {k: v for k, v in result.items() if k not in result["chance"] and k not in parts}
+    return {k: result[k] for k in result["chance"] if k in kept} | parts | others
+
+
 def pair_data(c):
-    """Training pairs, retrieval set or None, labelled set or None, and the templates of its classes."""
-    templates = ["a photo of a {}."]
+    """Training pairs; or None: retrieval set, scenes with one-aspect captions, labelled set; templates."""
+    aspects, templates = None, prompts.PHOTO
     keys = dict(
         image_root=c.image_root or None,
         image_key=c.image_key or None,
         caption_key=c.caption_key or None,
     )
+    size = c.image_size or CONFIGS[c.model].image_size
     if c.train_data == "scenes":
-        size = c.image_size or CONFIGS[c.model].image_size
-        train = scenes.Scenes("train", c.train_size, seed=c.seed, image_size=size)
-        val = scenes.Scenes("test", 500, image_size=size)
-        objects = scenes.Objects("test", 960, image_size=size)
+        look = dict(image_size=size, domains=("photo",))
+        train = scenes.Scenes("train", c.train_size, seed=c.seed, **look)
+        val = scenes.Scenes("test", 500, **look)
+        aspects = scenes.Scenes("test", 500, captions="aspects", **look)
+        objects = scenes.Objects("test", 960, **look)
         templates = scenes.TEMPLATES
     else:
         train = data.open_dataset(c.train_data, default_split="train", **keys)
@@ -143,11 +192,14 @@ def pair_data(c):
     elif val is None and ".tar" not in c.train_data:
         held_out = [s for s in ("test", "val") if s in getattr(train, "splits", {})]
         val = data.open_dataset(c.train_data, held_out[0], **keys) if held_out else None
-    if c.zeroshot_data and c.zeroshot_data != "scenes":
+    if c.zeroshot_data == "scenes" and objects is None:
+        objects, templates = scenes.Objects("test", 960, image_size=size), scenes.TEMPLATES
+    elif c.zeroshot_data and c.zeroshot_data != "scenes":
         objects = data.open_dataset(c.zeroshot_data, default_split="test")
+        templates = prompts.PHOTO
     if c.overfit:
-        train, val, objects = FirstPairs(train, c.overfit), None, None
-    return train, val, objects, templates
+        train, val, aspects, objects = FirstPairs(train, c.overfit), None, None, None
+    return train, val, aspects, objects, templates
 
 
 class FirstPairs:

@@ -3,7 +3,10 @@
 photo        Radford et al. 2021 (arXiv:2103.00020), section 3.1.4: the default
 imagenet80   the 80 of the same paper, as listed in openai/CLIP data/prompts.md @d05afc4 (MIT)
 imagenet7    the 7 of them that the same list names as enough
+OxfordPets   and the other names of CoOp's splits: one each, KaiyangZhou/CoOp @ff61507 trainers/coop.py
 """
+
+import re
 
 PHOTO = ("a photo of a {}.",)
 IMAGENET7 = (
@@ -97,9 +100,25 @@ IMAGENET80 = (
     "a photo of a small {}.",
     "a tattoo of the {}.",
 )
-TEMPLATES = {"photo": PHOTO, "imagenet7": IMAGENET7, "imagenet80": IMAGENET80}
+# by the Name of split_zhou_Name.json; Caltech101, ImageNet, StanfordCars and SUN397 have PHOTO
+COOP = {
+    "OxfordPets": ("a photo of a {}, a type of pet.",),
+    "OxfordFlowers": ("a photo of a {}, a type of flower.",),
+    "FGVCAircraft": ("a photo of a {}, a type of aircraft.",),
+    "DescribableTextures": ("{} texture.",),
+    "EuroSAT": ("a centered satellite photo of {}.",),
+    "Food101": ("a photo of {}, a type of food.",),
+    "UCF101": ("a photo of a person doing {}.",),
+}
+TEMPLATES = {"photo": PHOTO, "imagenet7": IMAGENET7, "imagenet80": IMAGENET80, **COOP}
 
 
 def fill(template: str, name: str) -> str:
     """The prompt for one class; CLIP_benchmark writes {c} where OpenAI writes {}."""
     return template.replace("{}", name).replace("{c}", name)
+
+
+def for_data(path: str) -> tuple[str, ...]:
+    """The templates that papers use with a data set: CoOp's for its splits, PHOTO for all others."""
+    named = re.search(r"split_zhou_(\w+)\.json$", str(path))
+    return COOP.get(named[1], PHOTO) if named else PHOTO

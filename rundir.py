@@ -20,7 +20,9 @@ class Run:
     """A run's directory: lock, configuration, metrics, checkpoint. Only rank 0 writes."""
 
     def __init__(self, c):
-        self.path = Path(distributed.broadcast(str(self.choose(c))))
+        self.path = Path(
+            distributed.broadcast(str(self.choose(c)) if distributed.rank() == 0 else "")
+        )
         self.checkpoint, self.writes = self.path / "checkpoint.pt", distributed.rank() == 0
         if self.writes:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -123,7 +125,8 @@ def check_same_run(old: dict, new: dict) -> None:
     """A resumed run must be the same run; how it is computed and reported may change."""
     free = "accumulate workers precision compile grad_checkpointing device threads out resume log_every"
     free = {*free.split(), "eval_every", "save_every", "dry_run", "preset"}
-    changed = [k for k in new if k not in free and str(old.get(k)) != str(new[k])]
+    # a flag that did not exist when the run began cannot have been another one
+    changed = [k for k in new if k not in free and k in old and str(old[k]) != str(new[k])]
     if changed:
         what = ", ".join(f"{k} {old.get(k)!r} -> {new[k]!r}" for k in changed)
         raise ValueError(
@@ -144,10 +147,7 @@ class StopSignal:
         signal.signal(number, signal.SIG_DFL)
         self.asked = True
 
-    def agreed(self, step: int, log_every: int) -> bool:
-        """Whether every rank stops here; they talk about it only when they log anyway."""
-        if distributed.world_size() == 1:
-            self.now = self.asked
-        elif step % log_every == 0:
-            self.now = distributed.mean({"asked": self.asked})["asked"] > 0
+    def agreed(self) -> bool:
+        """Whether all ranks stop here: one byte over gloo, no waiting for a GPU."""
+        self.now = distributed.mean({"asked": self.asked})["asked"] > 0
         return self.now

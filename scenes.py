@@ -1,6 +1,6 @@
 """The embedded data set: drawn scenes with captions, labels, domains and masks; no files.
 
-What it is for (design.md, section 4): Llip's premise is that one picture has many true captions,
+What it is for: Llip's premise is that one picture has many true captions,
 each about one aspect; AlignCLIP's tables need domains, held-out classes, backgrounds that
 correlate with the class, and masks. Here all of that is known exactly.
 
@@ -354,13 +354,12 @@ def shuffled(n: int, count: int, *parts) -> np.ndarray:
     return np.argsort(keys, axis=1, kind="stable")[:, :count]
 
 
-# What each caption of a picture is about, one of the words by chance. Lists of things are what teaches
-# the kinds: with coloured things alone the colour is enough for most of a batch, and after 1,000 steps
-# a tiny model knows the colours and no kind.
+# What each caption of a picture is about, one of the words by chance. Most captions are about one thing
+# or one place: many true captions per picture, each about something else, is Llip's premise.
 FORMS = {
     "single": ASPECTS,
-    "mixed": ("object", "object", "object", "things", "place")
-    + ("background count", "size pattern group relation", "full"),
+    "mixed": ("object",) * 4 + ("place", "place", "background", "count group"),
+    "aspects": ("object", "place", "background", "count", "group"),
     "full": ("full",) * 5,
 }
 QUERIES = tuple(aspect for aspect in ASPECTS if aspect not in ("relation", "things"))
@@ -589,7 +588,7 @@ class Objects(Drawn):
         facts = {
             "kind": kind,
             "colour": pick(len(COLOURS), key, 12),
-            "pattern": np.maximum(pick(4, key, 13) - 1, 0),  # half of them plain
+            "pattern": np.maximum(pick(8, key, 13) - 5, 0),  # plain: six in eight
             "side": side,
             "top": STEP * pick((64 - side) // STEP + 1, key, 16),
             "left": STEP * pick((64 - side) // STEP + 1, key, 17),
@@ -602,9 +601,9 @@ class Scenes(Drawn):
     """Pictures of one to four things, each in a corner of its own, with captions.
 
     All things of a picture are of different kinds, so "the dog" is never ambiguous.
-    Args: captions: "mixed" (7 about one aspect each, 1 about several), "single" (one for each of
-          ASPECTS), "full" (5 about several aspects, nearly always true of one picture only);
-          by default "mixed" to train on and "full" to test with.
+    Args: captions: "mixed" (8, each about one aspect), "aspects" (one for each aspect of
+          those), "single" (one for each of ASPECTS), "full" (5 about several things, nearly
+          always true of one picture only); by default "mixed" to train on, "full" to test with.
     """
 
     def __init__(
@@ -625,12 +624,12 @@ class Scenes(Drawn):
         place = shuffled(4, 4, key, 20)
         absent = slots >= 1 + pick(4, key, 21)[:, None]
         keys = mix(key[:, None], 22, slots)
-        large = np.minimum(pick(4, keys, 0), 1)  # three in four
+        large = np.minimum(pick(8, keys, 0), 1)  # seven in eight
         side = np.where(large, 32, 24)
         facts = {
             "kind": self.kinds[shuffled(len(self.kinds), 4, key, 23)],
             "colour": pick(len(COLOURS), keys, 1),
-            "pattern": np.maximum(pick(4, keys, 2) - 1, 0),
+            "pattern": np.maximum(pick(8, keys, 2) - 5, 0),  # plain: six in eight
             "size": large,
             "place": place,
             "side": side,

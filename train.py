@@ -93,7 +93,7 @@ class TrainConfig:
     accumulate: int = 1  # chunks of a rank's batch, exact
     steps: int = 1000  # optimizer steps
     epochs: float = 0.0  # instead of steps
-    lr: float = 1e-3  # peak learning rate
+    lr: float = 1.5e-3  # peak learning rate
     warmup: int = 100  # steps of linear warm-up
     weight_decay: float = 0.1  # not on biases, norms and scalars
     beta1: float = 0.9  # AdamW
@@ -120,7 +120,7 @@ class TrainConfig:
 
 # fmt: on
 def _paper(model, tokens, heads, tau, lr, **more) -> dict:
-    """Llip's recipe (llip.md A3): 12.8 billion samples, AdamW betas .9 .95, 2,000 steps of warm-up."""
+    """Llip's recipe (facebookresearch/Llip@d5649c3): 12.8 billion samples, 2,000 steps of warm-up."""
     run = dict(
         method="llip", model=model, mixture_tokens=tokens, mixture_heads=heads, temperature=tau
     )
@@ -132,6 +132,7 @@ def _paper(model, tokens, heads, tau, lr, **more) -> dict:
     )
 
 
+_BIG = dict(grad_checkpointing=True, compile=False)
 PRESETS = {
     # Lavoie et al. 2024, Table 1, on MetaCLIP's 2.5 billion pairs; zero-shot ImageNet top-1 at the end
     "llip-B-32": _paper("ViT-B-32", 64, 8, 5.0, 5e-4),  # 128 V100; 70.4
@@ -139,12 +140,8 @@ PRESETS = {
         "ViT-B-16", 32, 8, 5.0, 5e-4
     ),  # 128 V100; 75.3 with 64 tokens; the released one has 32
     "llip-L-14": _paper("ViT-L-14", 32, 8, 1.0, 4e-4),  # 128 A100; 80.9
-    "llip-H-14": _paper(
-        "ViT-H-14", 64, 8, 5.0, 4e-4, mixture_norm=True, grad_checkpointing=True
-    ),  # 82.7
-    "llip-G-14": _paper(
-        "ViT-bigG-14", 64, 8, 5.0, 4e-4, mixture_norm=True, grad_checkpointing=True
-    ),  # 83.5
+    "llip-H-14": _paper("ViT-H-14", 64, 8, 5.0, 4e-4, mixture_norm=True, **_BIG),  # 82.7
+    "llip-G-14": _paper("ViT-bigG-14", 64, 8, 5.0, 4e-4, mixture_norm=True, **_BIG),  # 83.5
     # the baselines of the same table
     "clip-B-32": _paper("ViT-B-32", 1, 8, 5.0, 5e-4, method="clip", beta2=0.98),  # 67.6 (MetaCLIP)
     "siglip-B-32": _paper("ViT-B-32", 1, 8, 5.0, 5e-4, method="siglip"),  # 67.3
@@ -156,14 +153,11 @@ PRESETS = {
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Decay on matrices only. PAPER: embeddings, positions and projections are matrices and do decay."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    plain = [(n, p) for n, p in named if p.ndim < 2 or "ln_" in n or "bias" in n]
-    decayed = [p for n, p in named if not any(p is q for _, q in plain)]
+    some = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": [p for _, p in plain], "weight_decay": 0.0},
+        {"params": [p for p in some if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in some if p.ndim < 2], "weight_decay": 0.0},
     ]
-    assert sum(len(g["params"]) for g in groups) == len(named)
     return [g for g in groups if g["params"]]
 
 
@@ -196,7 +190,7 @@ def train(c: TrainConfig) -> dict:
     run = Run(c)
     task = TASKS[c.method](c)
     if c.epochs:
-        c = replace(c, steps=max(1, round(c.epochs * len(task.train) / c.batch_size)))
+        c = replace(c, steps=max(1, round(c.epochs * (len(task.train) // c.batch_size))))
 
     # initialisation, in this order: the run's own checkpoint, else --init, else random
     raw = task.model.to(device).train()
@@ -216,10 +210,12 @@ def train(c: TrainConfig) -> dict:
         task.load(saved)
         optimizer.load_state_dict(saved["optimizer"])
         start, window = saved["step"], list(saved["window"])
-        run.rewind(start)
         say(f"resuming {run.path} at step {start}")
-    elif c.resume:
-        say(f"no checkpoint in {run.path}: starting from the beginning")
+    elif c.resume and c.resume != "auto":
+        raise ValueError(f"{run.path}: no checkpoint to go on from")
+    if distributed.mean({"start": start})["start"] != start:
+        raise ValueError(f"{run.path}: not every rank sees the checkpoint; use a shared folder")
+    run.rewind(start)
     model = torch.compile(raw) if c.compile else raw
     if world > 1:
         model = DistributedDataParallel(
@@ -236,12 +232,12 @@ def train(c: TrainConfig) -> dict:
         report.write_json(run.path / "config.json", asdict(c) | {"commit": git_commit()})
         task.tokenizer.save(run.path / "tokenizer.json")
     parameters = sum(p.numel() for p in raw.parameters())
+    say(f"{c.method} {c.init or c.model}: {parameters:,} parameters, {len(task.train):,} images")
+    precision = "bf16" if bf16 else "fp32"
     say(
-        f"{c.method} {c.init or c.model}: {parameters:,} parameters, {len(task.train):,} images, {c.steps:,} steps of"
+        f"{c.steps:,} steps of {c.batch_size} {task.unit} over {world} x {device.type}, {precision}"
     )
-    say(
-        f"{c.batch_size} {task.unit} over {world} x {device.type}, {'bf16' if bf16 else 'fp32'} -> {run.path}"
-    )
+    say(f"-> {run.path}")
     say(f"chance loss: {task.chance()}")
 
     def state(step: int) -> dict:
@@ -250,7 +246,7 @@ def train(c: TrainConfig) -> dict:
             "optimizer": optimizer.state_dict(),
             "step": step,
             "samples": step * c.batch_size,
-            "window": [float(window[0]), window[1]],
+            "window": [distributed.mean({"loss": float(window[0])})["loss"], window[1]],
             "config": asdict(c),
             "commit": git_commit(),
         }
@@ -266,10 +262,11 @@ def train(c: TrainConfig) -> dict:
             results = timed_evaluation(task, raw, say)
             if results and step > start:
                 run.log(step=step, **results)
-        if step > start and (last or step % c.save_every == 0) or stop.agreed(step, c.log_every):
-            check_finite(window, step, c, task, last_ids)
+        stopping = stop.agreed()  # TRAP: asked first, or a step that saves anyway never asks
+        if step > start and (last or step % c.save_every == 0 or stopping):
+            check_finite(window, step, c, task, last_ids, raw.parameters())
             run.save(state(step))
-        if stop.now:
+        if stopping:
             say(
                 f"stopped at step {step}; python train.py --resume {run.path} with the same flags goes on"
             )
@@ -322,19 +319,26 @@ def timed_evaluation(task, model: nn.Module, say) -> dict:
     return results
 
 
-def check_finite(window: list, step: int, c: TrainConfig, task, ids) -> None:
-    """Stops before a broken state is saved.   Raises: ValueError with steps, samples and a hint."""
-    if math.isfinite(float(window[0])):
+def check_finite(window: list, step: int, c: TrainConfig, task, ids, weights=()) -> None:
+    """Stops all ranks before a broken state is saved.
+
+    Raises: ValueError with steps, samples and a hint: the loss of any rank, or a weight, is not finite.
+    """
+    bad = not math.isfinite(float(window[0])) or not all(bool(p.isfinite().all()) for p in weights)
+    if not distributed.mean({"bad": bad})["bad"]:
         return
     names = [task.train.name(int(i)) for i in ids[:3]]
     raise ValueError(
-        f"the loss is not finite in steps {step - window[1] + 1}..{step} (last batch: {', '.join(names)});"
-        f" nothing was saved since. Try a lower --lr (now {c.lr:g}), --clip-norm 1 or --precision fp32"
+        f"the loss or a gradient is not finite in steps {step - window[1] + 1}..{step}"
+        f" (last batch: {', '.join(names)}); nothing was saved since."
+        f" Try a lower --lr (now {c.lr:g}), --clip-norm 1 or --precision fp32"
     )
 
 
 def finish(run: Run, task, c: TrainConfig, results: dict, seconds: float, say) -> None:
     """Results table, results.json and curves.png."""
+    if not run.writes:
+        return
     if c.overfit:
         loss = run.metrics()[-1]["loss"]
         verdict = (
@@ -414,8 +418,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
-        if distributed.rank() == 0 or not isinstance(error, ValueError):
-            print(f"error: {error}", file=sys.stderr)
+        rank = f" on rank {distributed.rank()}" if distributed.rank() else ""
+        print(f"error{rank}: {error}", file=sys.stderr, flush=True)
         return 2
     finally:
         distributed.shutdown()

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import distributed
+import losses
 from gradcache import contrastive_loss, training_step
 from llip import Llip, PooledTokens
 from model import CLIP, Config
@@ -132,7 +133,7 @@ def test_averaging_chunk_losses_is_another_gradient():
     assert torch.cosine_similarity(naive, exact, dim=0) < 0.98
 
 
-def test_gather_without_gradient_is_another_gradient(ranks, monkeypatch):
+def test_gather_without_gradient_is_another_gradient(ranks):
     """The mutant that loss curves do not show: the tower's gradient is another one."""
     name = "clip infonce"
     model, (images, tokens) = build(name), batch()
@@ -145,8 +146,6 @@ def test_gather_without_gradient_is_another_gradient(ranks, monkeypatch):
         logits = model.pair_logits(image_side[own], torch.cat(texts))
         images_ = [x if i == r else x.detach() for i, x in enumerate(image_side.chunk(2))]
         logits_t = model.pair_logits(torch.cat(images_), text_side[own]).t()
-        import losses
-
         total = total + losses.info_nce(logits, logits_t, r * half) / 2
     total.backward()
     wrong = gradients(model)["visual.proj"]

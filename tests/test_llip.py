@@ -269,7 +269,7 @@ def test_learned_pooling_is_llip_with_one_query_for_all():
 
 
 def test_parameter_counts_of_the_paper():
-    """llip.md A1: per-token projections are a quarter of Llip B/32's parameters."""
+    """Official code on the meta device: per-token projections are a quarter of Llip B/32's parameters."""
     counts = {}
     for name, M, more in [
         ("ViT-B-32", 32, {}),

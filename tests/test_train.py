@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -153,8 +152,9 @@ def test_torchrun_equals_one_process(tmp_path):
     ]
     assert logs[0] == pytest.approx(logs[1], rel=1e-4) and len(logs[0]) == 4
     one, two = (checkpoint(tmp_path / n)["state_dict"] for n in "12")
-    for key in one:
-        torch.testing.assert_close(one[key], two[key], rtol=1e-2, atol=2e-4, msg=key)
+    # as a whole: where a gradient is zero by symmetry (key biases) Adam turns rounding into steps
+    a, b = (torch.cat([v.flatten() for v in state.values()]) for state in (one, two))
+    assert (a - b).norm() < 1e-3 * a.norm()
 
 
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
@@ -283,7 +283,7 @@ def test_a_run_is_not_overwritten(tmp_path, monkeypatch, capsys):
     assert run(tmp_path / "run", "--steps", 2) == 2
     assert "already holds a run" in capsys.readouterr().err
     assert run(tmp_path / "run", "--steps", 2, "--resume", "auto", "--lr", 5e-4) == 2
-    assert "lr 0.001 -> 0.0005" in capsys.readouterr().err
+    assert "lr 0.0015 -> 0.0005" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     c = TrainConfig()
     assert Run.choose(c) == Path("runs/llip")
@@ -311,7 +311,7 @@ def test_presets_and_what_is_given():
         resolve(TrainConfig(preset=name), {"preset"})
 
 
-# llip.md A1, counted from the official code on the meta device
+# counted from facebookresearch/Llip@d5649c3 on the meta device
 COUNTS = {
     "llip-B-32": "201,836,802",
     "llip-B-16": "174,965,250",
@@ -352,11 +352,96 @@ def test_activation_estimate_is_close_to_what_autograd_keeps():
 
     measured = (kept(12, False) - kept(4, False)) / 8
     assert dryrun.activation_bytes(config, 1, False, False) == pytest.approx(measured, rel=0.1)
-    assert dryrun.activation_bytes(config, 1, False, True) < 0.5 * measured
+    recomputed = (kept(12, True) - kept(4, True)) / 8
+    assert (
+        recomputed < 0.3 * measured
+        and dryrun.activation_bytes(config, 1, False, True) < 0.5 * measured
+    )
 
 
 def test_time_is_not_in_the_metrics(tmp_path):
     assert run(tmp_path / "run", "--steps", 2, "--log-every", 1) == 0
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert set(line) == {"step", "loss", "lr", "scale"}
-    assert abs(time.time() - (tmp_path / "run" / "results.json").stat().st_mtime) < 600
+
+
+def test_schedule_and_clamp_reach_the_optimizer(tmp_path):
+    assert run(tmp_path / "run", "--steps", 4) == 0
+    c = TrainConfig(steps=4, warmup=2)
+    groups = checkpoint(tmp_path / "run")["optimizer"]["param_groups"]
+    assert {g["lr"] for g in groups} == {learning_rate(3, c)}
+    assert run(tmp_path / "hot", "--steps", 1, "--logit-scale", 500) == 0
+    assert checkpoint(tmp_path / "hot")["state_dict"]["logit_scale"] <= math.log(100)
+
+
+def test_clip_norm_bounds_the_gradient(tmp_path, monkeypatch):
+    seen = []
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda p, n: seen.append(n) or clip(list(p), n)
+    )
+    assert run(tmp_path / "run", "--steps", 2, "--clip-norm", 0.5) == 0
+    assert seen == [0.5, 0.5]
+
+
+def test_epochs_are_the_datas(tmp_path):
+    assert run(tmp_path / "run", "--epochs", 2, "--batch-size", 32) == 0  # 48 images: a batch each
+    assert checkpoint(tmp_path / "run")["step"] == 2
+
+
+def test_bf16_towers(tmp_path):
+    assert run(tmp_path / "run", "--steps", 2, "--precision", "bf16", "--accumulate", 2) == 0
+    state = checkpoint(tmp_path / "run")["state_dict"]
+    assert all(v.dtype == torch.float32 and v.isfinite().all() for v in state.values())
+
+
+def test_a_signal_is_seen_at_a_step_that_saves_anyway(tmp_path, monkeypatch):
+    step, count = pairs.training_step, [0]
+
+    def signalled(*args, **more):
+        count[0] += 1
+        if count[0] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args, **more)
+
+    monkeypatch.setattr(pairs, "training_step", signalled)
+    assert run(tmp_path / "run", "--steps", 30, "--save-every", 1) == 130
+    assert checkpoint(tmp_path / "run")["step"] == 2
+
+
+def test_a_gradient_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
+    step, count = pairs.training_step, [0]
+
+    def broken(model, *args, **more):
+        loss, count[0] = step(model, *args, **more), count[0] + 1
+        if count[0] == 4:
+            next(model.parameters()).grad.fill_(math.nan)
+        return loss
+
+    monkeypatch.setattr(pairs, "training_step", broken)
+    assert run(tmp_path / "run", "--steps", 8, "--save-every", 2) == 2
+    state = checkpoint(tmp_path / "run")
+    assert state["step"] == 2 and all(v.isfinite().all() for v in state["state_dict"].values())
+
+
+def test_resume_of_nothing_is_an_error(tmp_path, capsys):
+    assert run(tmp_path / "run", "--steps", 2, "--resume", tmp_path / "nowhere") == 2
+    assert "no checkpoint to go on from" in capsys.readouterr().err
+
+
+def test_a_fresh_run_does_not_inherit_metrics(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 77, "loss": 1.0}\n')
+    assert run(tmp_path / "run", "--steps", 2) == 0
+    assert '"step": 77' not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_init_must_fit_the_method(tmp_path, capsys):
+    assert run(tmp_path / "llip", "--steps", 1) == 0
+    assert (
+        run(tmp_path / "clip", "--steps", 1, "--method", "clip", "--init", tmp_path / "llip") == 2
+    )
+    assert "is a Llip" in capsys.readouterr().err
+    more = ["--init", tmp_path / "llip", "--objective", "infonce"]
+    assert run(tmp_path / "again", "--steps", 1, *more) == 0
+    pretrained.load(tmp_path / "again")

@@ -1,0 +1,373 @@
+"""finetuning.py under train.py's loop: defaults, learning, resume to the bit, ranks and chunks, mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import clipood
+import evaluate
+import finetuning
+import openworld
+import pretrained
+import scenes
+import train
+from finetuning import METHODS, LabelTask
+from llip import Llip
+from model import CLIP, Config
+from rundir import Run, check_same_run
+from tokenizer import Tokenizer
+from train import TrainConfig, main, resolve
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = Config(16, 16, 8, 32, 2, 2, 64, 16, 600, 32, 1, 2, 64)
+QUICK = ["--device", "cpu", "--threads", "1", "--train-size", "60", "--batch-size", "6"]
+QUICK += ["--target-domain", "sketch"]
+
+
+@pytest.fixture(autouse=True)
+def few_scenes_and_signals(monkeypatch):
+    monkeypatch.setattr(openworld, "HELD_OUT", 32)
+    openworld.scenes_protocol.cache_clear()
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    yield
+    openworld.scenes_protocol.cache_clear()
+    for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
+        signal.signal(number, handler)
+
+
+def save_run(path, model_of):
+    """A random model as a run directory; its vocabulary covers the scenes."""
+    path.mkdir()
+    texts = [t.format(k) for k in scenes.KINDS for t in scenes.TEMPLATES]
+    tokenizer = Tokenizer.learn(texts, 600)
+    tokenizer.save(path / "tokenizer.json")
+    torch.manual_seed(0)
+    model = model_of(replace(CONFIG, vocab_size=tokenizer.vocab_size))
+    pretrained.save(model, path / "checkpoint.pt")
+    return path
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return save_run(tmp_path_factory.mktemp("runs") / "clip", CLIP)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bed")
+    for d, domain in enumerate(("art", "photo", "sketch")):
+        for c, name in enumerate(("cat", "dog", "elk")):
+            (root / domain / name).mkdir(parents=True)
+            for k in range(5):
+                noise = np.random.default_rng((c, d, k)).integers(0, 99, (20, 20, 3))
+                picture = np.uint8(noise + (70 * c, 60 * d, 30 * k))
+                Image.fromarray(picture).save(root / domain / name / f"{k}.png")
+    return root
+
+
+def run(out, clip, method, *flags):
+    command = ["--method", method, "--init", str(clip), "--out", str(out), *QUICK]
+    return main([*command, *map(str, flags)])
+
+
+def task_of(clip, method, **more):
+    flags = dict(method=method, init=str(clip), device="cpu", target_domain="sketch", train_size=60)
+    flags |= dict(batch_size=6) | more
+    c = resolve(TrainConfig(**flags), set(flags))
+    task = LabelTask(c)
+    task.begin(c)
+    return task
+
+
+def checkpoint(out):
+    return torch.load(Path(out) / "checkpoint.pt", weights_only=True)
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+# What a run is -------------------------------------------------------------------------------------------
+
+
+def test_defaults(clip, tmp_path):
+    bare = tmp_path / "published.pt"
+    torch.save(pretrained.load(clip).state_dict(), bare)  # as everybody's: weights alone
+    common = (36, 0, 0.1, 0.999, 1e-8, 0.7)
+    for method, values in {
+        "finetune": ("none", 0.0, 0.0, 5e-6),
+        "labelsmooth": ("uniform", 0.0, 0.0, 5e-6),
+        "clipood": ("none", 0.3, 0.5, 5e-6),
+        "alignclip": ("mixture", 0.3, 0.5, 5e-6),
+    }.items():
+        c = resolve(TrainConfig(method=method, init=str(bare)), {"method", "init"})
+        assert (c.smoothing, c.margin, c.bma_beta, c.lr) == values
+        got = (c.batch_size, c.warmup, c.weight_decay, c.beta2, c.eps, c.crop_scale)
+        assert got == common and c.steps == 5000
+        small = resolve(TrainConfig(method=method, init=str(clip)), {"method", "init"})
+        assert (small.lr, small.steps, small.margin) == (5e-4, 300, c.margin)
+    assert resolve(TrainConfig(method="flyp", init=str(bare)), {"method", "init"}).lr == 1e-5
+    c = TrainConfig(method="finetune", init="ViT-B/16", margin=0.1, lr=1.0, warmup=7)
+    c = resolve(
+        c, {"method", "init", "margin", "lr", "warmup"}
+    )  # a name needs no download to resolve
+    assert (c.margin, c.lr, c.warmup, c.smoothing) == (0.1, 1.0, 7, "none")
+    c = TrainConfig()
+    authors = (c.epsilon, c.smoothing_scale, c.align_weight, c.branch, c.guidance_temperature)
+    assert authors == (0.9, 35.0, 10.0, "dv", 1.0) and tuple(METHODS) == openworld.METHODS
+
+
+def test_flags_reach_the_method(clip):
+    more = dict(branch="vvv", align_layers=2, align_weight=3.0, guidance_temperature=0.1)
+    more |= dict(similarity="all", detach=True, align_attention=False, margin=0.2)
+    model = task_of(clip, "alignclip", **more, smoothing="released", epsilon=0.8).model
+    assert (model.branch, model.layers, model.weight) == ("vvv", 2, 3.0)
+    assert (model.guidance_temperature, model.similarity, model.detach) == (0.1, "all", True)
+    assert model.attention is False and model.margin == 0.2
+    assert model.targets[3, 3] == pytest.approx(0.8)
+    assert model.targets.sum(1).max() > 1.01 or model.targets.sum(1).min() < 0.99  # released
+    smooth = task_of(clip, "labelsmooth").model
+    assert smooth.targets[0, 1] == pytest.approx(0.1 / 16) and smooth.margin == 0.0
+
+
+def test_text_is_the_head_and_the_start_is_zero_shot(clip):
+    task = task_of(clip, "clipood", open_task="in-the-wild")
+    assert task.model.text.shape == (len(scenes.BASE), 16)
+    rows = task.evaluate(task.model)
+    assert rows["zero-shot"] == rows["fine-tuned"] == rows["averaged"]
+    assert set(rows["averaged"]) == {"val", "base", "new", "H", "chance", "images"}
+    one = task_of(clip, "finetune", template="a drawing of one {}").model.text
+    assert not torch.allclose(one, task_of(clip, "finetune").model.text)
+
+
+def test_batches_hold_as_many_of_each_source_domain(folder, clip):
+    task = task_of(clip, "clipood", train_data=str(folder), target_domain="photo")
+    batches, plain = task.batches(0), task_of(
+        clip, "clipood", train_data=str(folder), target_domain="photo", crop_scale=1.0
+    ).batches(0)  # fmt: skip
+    for _ in range(5):
+        batch, still = next(batches), next(plain)
+        domains = [task.train.domain_names[task.train.domains[i]] for i in batch.ids.tolist()]
+        assert domains == 3 * ["art"] + 3 * ["sketch"]
+        assert not any("photo" in task.train.name(i) for i in batch.ids.tolist())
+        assert torch.equal(batch.ids, still.ids) and not torch.equal(batch.images, still.images)
+    classes = dict(open_task="open-class", target_domain="")
+    wild = task_of(clip, "finetune", train_data=str(folder), **classes)
+    assert {wild.train.classes[y] for y in next(wild.batches(0)).labels.tolist()} <= {"cat", "dog"}
+
+
+# Learning ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_three_steps_improve_and_only_the_image_tower_learns(clip, method):
+    task = task_of(clip, method)
+    batch, before = next(task.batches(0)), {n: p.clone() for n, p in task.clip.named_parameters()}
+    optimizer = torch.optim.AdamW(train.parameter_groups(task.model, 0.0), lr=2e-3)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        losses.append(float(task.step(task.model, batch, torch.device("cpu"))))
+        optimizer.step()
+        task.after_step()
+    assert losses[-1] < losses[0] - 0.05
+    changed = {n for n, p in task.clip.named_parameters() if not torch.equal(p, before[n])}
+    if method == "flyp":
+        assert {n for n in before if n not in changed} <= {"positional_embedding"}
+    else:
+        assert changed == {n for n in before if n.startswith("visual.")}
+    logs = task.logged(4)
+    assert 0 <= logs["accuracy"] <= 1 and task.logged(1) == {}
+    if method == "alignclip":
+        parts = logs["classification"] + 10 * (logs["attention"] + logs["similarity"])
+        assert parts == pytest.approx(sum(losses) / 4, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_overfits_six_images(tmp_path, clip, folder, method, capsys):
+    flags = ["--overfit", 6, "--lr", 3e-3, "--steps", 60, "--train-data", folder]
+    assert run(tmp_path / method, clip, method, *flags) == 0
+    assert "can learn these images by heart" in capsys.readouterr().out
+
+
+def test_overfit_can_fail(tmp_path, clip, capsys):
+    assert run(tmp_path / "x", clip, "finetune", "--overfit", 6, "--steps", 1, "--lr", 1e-9) == 0
+    assert "something is wrong" in capsys.readouterr().out
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["finetune", "clipood", "alignclip", "flyp"])
+def test_resume_is_exact(tmp_path, clip, method, monkeypatch):
+    """Six steps equal three, a kill, and three more: both models, optimizer, average and metrics."""
+    flags = ["--steps", 6, "--save-every", 3, "--log-every", 2, "--lr", 1e-3]
+    assert run(tmp_path / "whole", clip, method, *flags) == 0
+    save = Run.save
+
+    def save_and_die(self, state):
+        save(self, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "save", save_and_die)
+    assert run(tmp_path / "killed", clip, method, *flags) == 130
+    assert checkpoint(tmp_path / "killed")["step"] == 3
+    monkeypatch.setattr(Run, "save", save)
+    assert run(tmp_path / "killed", clip, method, *flags, "--resume", "auto") == 0
+    whole, resumed = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "killed")
+    for key in ("state_dict", "task", "optimizer", "step", "samples", "window"):
+        assert same(whole[key], resumed[key]), key
+    files = [(tmp_path / d / f).read_text() for d in ("whole", "killed") for f in
+             ("metrics.jsonl", "results.json")]  # fmt: skip
+    assert files[:2] == files[2:] and '"accuracy"' in files[0]
+    if method in ("clipood", "alignclip"):
+        assert whole["task"]["average"]["step"] == 6
+        assert not same(whole["task"]["clip"], whole["state_dict"])
+
+
+def test_a_run_loads_as_the_reported_clip(tmp_path, clip):
+    """state_dict is a plain CLIP's: the Beta average of steps 0 to 3, recomputed here from all of them."""
+    flags = ["--lr", 1e-3, "--log-every", 1]
+    assert run(tmp_path / "run", clip, "alignclip", "--steps", 3, *flags) == 0
+    model, start = pretrained.load(tmp_path / "run"), pretrained.load(clip)
+    assert type(model) is CLIP and model.state_dict().keys() == start.state_dict().keys()
+    task = task_of(clip, "alignclip", steps=3, lr=1e-3)
+    weights, states = [((t + 0.5) / 4 * (1 - (t + 0.5) / 4)) ** -0.5 for t in range(4)], []
+    optimizer = torch.optim.AdamW(train.parameter_groups(task.model, 0.1), betas=(0.9, 0.999))
+    for step, batch in zip(range(4), task.batches(0)):
+        states.append({n: p.detach().clone() for n, p in task.clip.named_parameters()})
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate(step, task.c)
+        optimizer.zero_grad()
+        task.step(task.model, batch, torch.device("cpu"))
+        optimizer.step()
+    for name, p in model.named_parameters():
+        mean = sum(w * s[name] for w, s in zip(weights, states)) / sum(weights)
+        torch.testing.assert_close(p, mean, rtol=1e-5, atol=1e-6, msg=name)
+    assert torch.equal(model.token_embedding.weight, start.token_embedding.weight)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    again = evaluate.open_world(model, task.protocol, task.tokenizer, task.templates)
+    assert results["averaged"] == again and set(results) == {"zero-shot", "fine-tuned", "averaged"}
+
+
+def test_chunks_do_not_change_the_run(tmp_path, clip):
+    for name, chunks in (("one", 1), ("three", 3)):
+        flags = ["--steps", 2, "--accumulate", chunks, "--lr", 1e-3, "--eps", 1e-3]
+        assert run(tmp_path / name, clip, "alignclip", *flags) == 0
+    one, three = (checkpoint(tmp_path / n)["task"]["clip"] for n in ("one", "three"))
+    for key in one:
+        torch.testing.assert_close(one[key], three[key], rtol=1e-3, atol=2e-5, msg=key)
+
+
+RANKS = """
+import os, sys
+sys.path.insert(0, sys.argv.pop(1))
+import torch, distributed, options, train
+torch.set_num_threads(1)
+for method, chunks in (("alignclip", "3"), ("flyp", "1")):
+    flags = ["--method", method, "--accumulate", chunks, "--out", sys.argv[1] + method, *sys.argv[2:]]
+    c = train.TrainConfig(**vars(options.parser(train.TrainConfig).parse_args(flags)))
+    train.train(train.resolve(c, options.given(flags)))
+distributed.shutdown()
+os._exit(0)
+"""
+
+
+def test_ranks_and_chunks_are_one_process(tmp_path, clip, folder):
+    """Weights after three steps: AlignCLIP by 2 ranks x 3 chunks, FLYP by 2 ranks that gather their texts."""
+    (tmp_path / "go.py").write_text(RANKS)
+    flags = ["--init", str(clip), "--train-data", str(folder), "--steps", "3", "--lr", "1e-3"]
+    flags += ["--log-every", "1", "--eps", "1e-4", *QUICK]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", str(29500 + os.getpid() % 2000), str(tmp_path / "go.py")]
+    command += [str(ROOT), str(tmp_path / "two-"), *flags]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for method in ("alignclip", "flyp"):
+        folders = [tmp_path / f"{n}-{method}" for n in ("one", "two")]
+        assert main(["--method", method, *flags, "--out", str(folders[0])]) == 0
+        one, two = (checkpoint(out)["state_dict"] for out in folders)
+        for key in one:
+            torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=5e-5, msg=key)
+        lines = [(out / "metrics.jsonl").read_text().splitlines()[:3] for out in folders]
+        for a, b in zip(*(map(json.loads, some) for some in lines)):
+            if method == "flyp":
+                del a["accuracy"], b["accuracy"]  # FLYP's is among the prompts of a rank
+            assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_a_run_from_before_a_flag_existed_goes_on():
+    new = {"lr": 1.0, "margin": 0.3, "method": "clip"}
+    check_same_run({"lr": 1.0, "method": "clip"}, new)
+    with pytest.raises(ValueError, match=r"lr 2.0 -> 1.0"):
+        check_same_run({"lr": 2.0, "method": "clip"}, new)
+
+
+# Mistakes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--init", ""], "--method clipood starts from a CLIP: give --init"),
+        (["--init", "nowhere.pt"], "nowhere.pt: no such file"),
+        (["--target-domain", "Sketch"], "no domain 'Sketch'; there are: photo, sketch, cartoon, p"),
+        (["--target-domain", ""], "domain-shift needs a target domain, one of: photo, sketch"),
+        (["--open-task", "shift"], "open_task 'shift': there are domain-shift, open-class"),
+        (["--batch-size", "7"], "batch 7 is not divisible by 3 source domains: try 6"),
+        (["--dry-run"], "--dry-run counts what pre-training costs, not --method clipood"),
+        (["--vocab", "learn"], "a checkpoint keeps the vocabulary"),
+        (["--image-size", "224"], "has 16"),
+        (["--margin", "-1"], "--margin -1.0: must not be negative"),
+        (["--guidance-temperature", "0"], "--guidance-temperature 0.0: must be positive"),
+        (["--smoothing", "semantic"], "form 'semantic': expected mixture"),
+        (["--epsilon", "2", "--smoothing", "uniform"], "epsilon 2.0 is not in [0, 1]"),
+        (["--method", "alignclip", "--branch", "vv"], "branch 'vv': expected one of dv"),
+        (["--method", "alignclip", "--similarity", "both"], "similarity 'both'"),
+        (["--method", "alignclip", "--align-layers", "9"], "the image tower has 2 blocks"),
+        (["--method", "flyp", "--accumulate", "2"], "--accumulate: FLYP"),
+        (["--template", "a photo"], "templates 'a photo'"),
+        (["--train-data", "nowhere"], "nowhere: no such file or folder"),
+    ],
+)
+def test_mistakes_get_one_line(tmp_path, clip, capsys, flags, message):
+    assert run(tmp_path / "run", clip, "clipood", "--steps", 2, *flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_llip_and_one_class_are_refused(tmp_path, clip, capsys):
+    wrong = save_run(tmp_path / "llip", lambda config: Llip(config, 2, 2))
+    assert run(tmp_path / "a", wrong, "clipood") == 2
+    assert "fine-tuning needs a CLIP, not a Llip" in capsys.readouterr().err
+    for domain in ("photo", "sketch"):
+        (tmp_path / "data" / domain / "cat").mkdir(parents=True)
+        for k in range(5):
+            Image.new("RGB", (8, 8)).save(tmp_path / "data" / domain / "cat" / f"{k}.png")
+    assert run(tmp_path / "b", clip, "clipood", "--train-data", tmp_path / "data") == 2
+    assert "one class to train on (cat)" in capsys.readouterr().err
+
+
+def test_broken_loss_is_not_saved(tmp_path, clip, monkeypatch, capsys):
+    loss = clipood.FineTune.loss
+    broken = lambda self, x, y: (loss(self, x, y)[0] * float("nan"), {})  # noqa: E731
+    monkeypatch.setattr(clipood.FineTune, "loss", broken)
+    assert run(tmp_path / "run", clip, "clipood", "--steps", 4, "--log-every", 2) == 2
+    assert "not finite in steps 1..2" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert finetuning.is_small(str(clip))

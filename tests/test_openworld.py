@@ -1,0 +1,423 @@
+"""openworld.py: exact splits, label spaces, no leaks, hand-made answers, tables, and the comparison."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import data
+import evaluate
+import openworld
+import pretrained
+import prompts
+import scenes
+import train
+from model import CLIP, Config
+from openworld import Comparison, harmonic, protocol, summarise
+from readers import Labelled
+from tokenizer import Tokenizer
+
+CONFIG = Config(16, 16, 8, 32, 2, 2, 64, 16, 600, 32, 1, 2, 64)
+DOMAINS, CLASSES = ("art", "photo", "sketch"), ("cat", "dog", "elk", "fox", "hen")
+
+
+@pytest.fixture(autouse=True)
+def few_scenes(monkeypatch):
+    monkeypatch.setattr(openworld, "HELD_OUT", 96)
+    openworld.scenes_protocol.cache_clear()
+    yield
+    openworld.scenes_protocol.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A random CLIP as a run directory: checkpoint and vocabulary."""
+    path = tmp_path_factory.mktemp("clip")
+    texts = [t.format(k) for k in scenes.KINDS for t in scenes.TEMPLATES]
+    tokenizer = Tokenizer.learn(texts, 600)
+    tokenizer.save(path / "tokenizer.json")
+    torch.manual_seed(0)
+    model = CLIP(replace(CONFIG, vocab_size=tokenizer.vocab_size))
+    pretrained.save(model, path / "checkpoint.pt")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """DomainBed's layout: 3 domains of 5 classes of 5 to 7 pictures."""
+    root = tmp_path_factory.mktemp("bed")
+    for d, domain in enumerate(DOMAINS):
+        for c, name in enumerate(CLASSES):
+            (root / domain / name).mkdir(parents=True)
+            for k in range(5 + d):
+                picture = Image.new("RGB", (16, 16), (50 * c, 40 * k, 80 * d))
+                picture.save(root / domain / name / f"{k}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def coop(tmp_path_factory):
+    """A CoOp split of 5 classes: 4, 2 and 3 pictures of each."""
+    root, content = tmp_path_factory.mktemp("pets"), {}
+    for split, n in (("train", 4), ("val", 2), ("test", 3)):
+        content[split] = []
+        for c, name in enumerate(CLASSES):
+            for k in range(n):
+                Image.new("RGB", (16, 16), (50 * c, 40 * k, 0)).save(root / f"{split}{c}{k}.png")
+                content[split].append([f"{split}{c}{k}.png", c, name])
+    (root / "split_zhou_OxfordPets.json").write_text(json.dumps(content))
+    return root / "split_zhou_OxfordPets.json"
+
+
+def names(dataset):
+    return {dataset.name(i) for i in range(len(dataset))}
+
+
+def in_memory(sizes, base=10):
+    """Domains of given sizes; 20 classes, of which the first ten take turns in the first `base` images."""
+    labels = [k % 10 if k < base else 10 + k % 10 for n in sizes for k in range(n)]
+    domains = [d for d, n in enumerate(sizes) for _ in range(n)]
+    domain_names = [f"d{d}" for d in range(len(sizes))]
+    classes = [f"c{c:02}" for c in range(20)]
+    files = [f"{d}-{k}" for d, n in enumerate(sizes) for k in range(n)]
+    return Labelled("root", files, labels, classes, domains, domain_names)
+
+
+def test_splits_are_domainbeds(golden):
+    """Each recorded split, as the target's hold-out, as a source's rest, and as a base part in the wild."""
+    seen = set()
+    for ref in json.loads(golden("domainbed_splits.json").read_text())["splits"]:
+        if ref["seed_args"][0] != 0 or ref["holdout_fraction"] != 0.2:
+            continue
+        n, (_, env, *part) = ref["n"], ref["seed_args"]
+        if part and part != ["base"]:
+            continue
+        sizes = [5] * 6
+        sizes[env] = n + (3 if part else 0)
+        first = sum(sizes[:env])
+        dataset = in_memory(sizes, base=n if part else 10**9)
+        task = "in-the-wild" if part else "domain-shift"
+        other = openworld.domain_protocol(dataset, task, f"d{(env + 1) % 6}", False)
+        held = [i - first for i in other.val.indices if 0 <= i - first < sizes[env]]
+        rest = [i - first for i in other.train.indices if 0 <= i - first < sizes[env]]
+        assert held == ref["holdout_keys"] and rest[:40] == ref["rest_keys_head"][: len(rest)]
+        assert sorted(held + rest) == list(range(n))
+        if not part:
+            own = openworld.domain_protocol(dataset, task, f"d{env}", False)
+            asked = own.tests["target"][0]
+            assert [i - first for i in asked.indices] == ref["holdout_keys"]
+            whole = openworld.domain_protocol(dataset, task, f"d{env}", True).tests["target"][0]
+            assert len(whole) == n
+        seen.add((env, *part))
+    assert (0,) in seen and (2, "base") in seen
+
+
+def test_domain_shift_leaves_the_target_out(folder):
+    p = protocol(folder, "domain-shift", "photo")
+    assert {p.train.domain_names[d] for d in p.train.domains} == {"art", "sketch"}
+    assert p.train.classes == list(CLASSES) and list(p.tests) == ["target"]
+    asked, classes = p.tests["target"]
+    assert classes == list(CLASSES) and len(asked) == 6  # a fifth of 30
+    assert len(p.train) == 20 + 28 and len(p.val) == 5 + 7
+    assert all("photo" in name for name in names(asked))
+    assert len(protocol(folder, "domain-shift", "photo", whole=True).tests["target"][0]) == 30
+
+
+def test_open_class_has_two_label_spaces(folder, coop):
+    for source in (folder, coop):
+        p = protocol(source, "open-class")
+        assert p.train.classes == ["cat", "dog", "elk"]  # ceil(5 / 2)
+        assert {name: classes for name, (_, classes) in p.tests.items()} == {
+            "base": ["cat", "dog", "elk"], "new": ["fox", "hen"],
+        }  # fmt: skip
+        new = p.tests["new"][0]
+        assert new.classes == ["fox", "hen"] and set(new.labels) == {0, 1}
+    assert len(p.train) == 12 and len(p.val) == 6 and len(new) == 6
+    assert (
+        protocol(folder, "open-class").val is None
+    )  # two parts are all that DomainBed's split has
+
+
+def test_in_the_wild_asks_all_names(folder):
+    p = protocol(folder, "in-the-wild", "sketch")
+    assert p.train.classes == ["cat", "dog"] == p.val.classes  # floor(5 / 2)
+    for name, wanted in (("base", {0, 1}), ("new", {2, 3, 4})):
+        asked, classes = p.tests[name]
+        assert classes == list(CLASSES) and set(asked.labels) == wanted
+        assert len(asked) == 7 * len(wanted)  # the whole target
+        assert all("sketch" in n for n in names(asked))
+
+
+@pytest.mark.parametrize("task", openworld.TASKS)
+def test_nothing_asked_is_trained_on(folder, coop, task):
+    target = "" if task == "open-class" else "sketch"
+    for source in [folder, "scenes"] + ([coop] if task == "open-class" else []):
+        p = protocol(source, task, target, size=400)
+        trained = names(p.train) | (names(p.val) if p.val else set())
+        for asked, classes in p.tests.values():
+            assert len(asked) and not trained & names(asked)
+            assert set(asked.labels) <= set(range(len(classes)))
+        used = {p.train.domain_names[d] for d in getattr(p.train, "domains", [])}
+        assert "sketch" not in used or task == "open-class"
+        if task != "domain-shift":
+            asked, classes = p.tests["new"]
+            assert not {classes[y] for y in asked.labels} & set(p.train.classes)
+        if source == "scenes":
+            for asked, _ in p.tests.values():
+                drawn = {x.tobytes() for x in p.train.pixels} & {x.tobytes() for x in asked.pixels}
+                assert not drawn
+
+
+def test_scenes_serve_all_tasks():
+    shift = protocol("scenes", "domain-shift", "cartoon", size=64, seed=1)
+    assert shift.train.classes == list(scenes.KINDS) and shift.train.seed == 1
+    assert shift.tests["target"][0].domain_names == ["cartoon"]
+    wild = protocol("scenes", "in-the-wild", "cartoon", size=64)
+    assert wild.train.classes == list(scenes.BASE)
+    for name, kinds in (("base", scenes.BASE), ("new", scenes.NEW)):
+        asked, classes = wild.tests[name]
+        assert classes == list(scenes.KINDS) and {classes[y] for y in asked.labels} == set(kinds)
+    classes = protocol("scenes", "open-class", size=64)
+    assert classes.tests["new"][1] == list(scenes.NEW)
+    assert classes.train.domain_names == list(scenes.DOMAINS)
+    biased = protocol("scenes", "domain-shift", "cartoon", size=64, bias=1.0)
+    assert biased.train.bias == biased.val.bias == 1.0 and biased.tests["target"][0].bias == 0.0
+    same = protocol("scenes", "domain-shift", "cartoon", size=64, seed=2).tests["target"][0]
+    assert np.array_equal(same.pixels, shift.tests["target"][0].pixels)  # every seed, one question
+
+
+def test_shots(coop, folder):
+    p = protocol(coop, "open-class", shots=2, seed=3)
+    assert sorted(p.train.labels) == [0, 0, 1, 1, 2, 2] and p.train.classes == ["cat", "dog", "elk"]
+    assert names(p.train) == names(protocol(coop, "open-class", shots=2, seed=3).train)
+    assert names(p.train) != names(protocol(coop, "open-class", shots=2, seed=4).train)
+    assert len(protocol(coop, "open-class", shots=99).train) == 12
+    assert protocol(folder, "domain-shift", "art", shots=3).train.domains
+
+
+def test_mistakes_are_named(folder, coop, tmp_path):
+    def said(*args, **more):
+        with pytest.raises(ValueError) as error:
+            protocol(*args, **more)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    for source, known in ((folder, "art, photo, sketch"), ("scenes", ", ".join(scenes.DOMAINS))):
+        message = said(source, "domain-shift", "Sketch")
+        assert "no domain 'Sketch'" in message and known in message and str(source) in message
+        assert known in said(source, "in-the-wild")
+    assert "leave it out" in said(folder, "open-class", "art")
+    assert "there are domain-shift, open-class, in-the-wild" in said(folder, "wild")
+    assert "needs two domains or more, there are 0" in said(coop, "domain-shift", "art")
+    content = json.loads(coop.read_text())
+    content["test"][4][0] = "gone.png"
+    broken = coop.parent / "broken.json"
+    broken.write_text(json.dumps(content))
+    message = said(broken, "open-class")
+    assert "1 of its 45 images are not there" in message and "gone.png" in message
+    for domain in ("a", "b"):
+        (tmp_path / domain / "cat").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / domain / "cat" / "0.png")
+    assert "one class to train on (cat)" in said(tmp_path, "domain-shift", "a", whole=True)
+    (tmp_path / "b" / "dog").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "b" / "dog" / "0.png")
+    assert "class 'dog' is not in both" in said(tmp_path, "domain-shift", "a")
+    (tmp_path / "list.csv").write_text("filepath,title\na/cat/0.png,a cat\n")
+    assert "no classes in it" in said(tmp_path / "list.csv", "open-class")
+
+
+def test_harmonic():
+    assert harmonic(1.0, 0.5) == pytest.approx(2 / 3)
+    assert harmonic(0.0, 0.0) == 0.0 and harmonic(0.8, 0.0) == 0.0
+    assert harmonic(0.8269, 0.6322) == pytest.approx(0.7166, abs=1e-4)  # CoOp's average of 11 sets
+
+
+class Colours(nn.Module):
+    """A dual encoder that reads the class off the red channel: 40 times its number."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = Config(image_size=8, vocab_size=10, context_length=4)
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def encode_image(self, images):
+        red = images[:, 0].mean((1, 2)) * data.STD[0] + data.MEAN[0]
+        return torch.eye(6)[(red * 255 / 40).round().long()]
+
+    def encode_text(self, tokens):
+        return torch.eye(6)[tokens[:, 0]]
+
+    def pair_logits(self, image_side, text_side):
+        return image_side @ text_side.t()
+
+    def ensemble_text(self, text_side, group):
+        return text_side
+
+
+class Names:
+    vocab_size = 10
+
+    def __call__(self, texts, context_length):
+        return torch.tensor([[CLASSES.index(text.split()[-1]), 9] for text in texts])
+
+
+class Painted:
+    """Pictures whose colour is the answer that Colours will give."""
+
+    def __init__(self, answers, labels, classes):
+        pixels = np.zeros((len(answers), 8, 8, 3), np.uint8)
+        pixels[..., 0] = 40 * np.array(answers)[:, None, None]
+        self.pixels, self.labels, self.classes = pixels, labels, list(classes)
+
+    def __len__(self):
+        return len(self.labels)
+
+
+def test_hand_made_answers():
+    """5 names compete in the wild; among its own two names a half cannot be mistaken for the other."""
+    base = Painted([0, 1, 1, 4], [0, 0, 1, 1], CLASSES)  # 2 of 4 right
+    new = Painted([2, 0, 3, 4, 4], [2, 2, 3, 4, 4], CLASSES)  # 4 of 5, one taken for a base class
+    train = Painted([0, 1], [0, 1], CLASSES[:2])
+    wild = openworld.Protocol(train, train, {"base": (base, CLASSES), "new": (new, CLASSES)})
+    found = evaluate.open_world(Colours(), wild, Names(), ("{}",))
+    assert found["val"] == 1.0 and found["base"] == 0.5 and found["new"] == 0.8
+    assert found["H"] == pytest.approx(0.8 / 1.3) and found["images"] == 9
+    chance = {"val": 0.5, "base": 0.2, "new": 0.2, "H": 0.2}
+    assert found["chance"] == pytest.approx(chance)
+    own = Painted([1, 0, 1], [0, 0, 1], CLASSES[:2])
+    alone = openworld.Protocol(train, None, {"target": (own, CLASSES[:2])})
+    found = evaluate.open_world(Colours(), alone, Names(), ("{}",))
+    assert found["target"] == pytest.approx(2 / 3) and "val" not in found and "H" not in found
+    wrong = openworld.Protocol(train, None, {"target": (own, CLASSES)})
+    with pytest.raises(ValueError, match="5 class names for data of 2 classes"):
+        evaluate.open_world(Colours(), wrong, Names(), ("{}",))
+
+
+def test_tables_over_seeds_and_domains():
+    records = []
+    for seed, domain, base, new in (
+        (0, "a", 0.8, 0.4), (0, "b", 0.6, 0.2), (1, "a", 0.9, 0.5), (1, "b", 0.7, 0.1), (2, "a", 1.0, 0.6),
+    ):  # fmt: skip
+        about = {"task": "in-the-wild", "method": "clipood", "domain": domain, "seed": seed}
+        records.append(about | {"base": base, "new": new, "H": harmonic(base, new)})
+    rows = {row["domain"]: row for row in summarise(records)}
+    assert rows["a"]["base"] == pytest.approx((0.9, 0.1)) and rows["a"]["runs"] == 3
+    assert rows["average"]["runs"] == 2  # seed 2 has not seen domain b
+    assert rows["average"]["base"][0] == pytest.approx(0.75)
+    assert rows["average"]["H"][0] == pytest.approx((harmonic(0.7, 0.3) + harmonic(0.8, 0.3)) / 2)
+    text = openworld.table(list(rows.values()))
+    assert "90.0 +- 10.0" in text and "average" in text and "in-the-wild, %" in text
+    one = summarise(records[:1])[0]
+    assert one["base"] == (0.8, None) and "+-" not in openworld.table([one])
+
+
+def test_templates_of_papers():
+    assert prompts.for_data("x/split_zhou_OxfordPets.json") == ("a photo of a {}, a type of pet.",)
+    assert prompts.for_data("x/split_zhou_Caltech101.json") == prompts.PHOTO
+    assert openworld.templates("PACS") == prompts.PHOTO
+    assert openworld.templates("scenes") == scenes.TEMPLATES
+
+
+# Command lines -------------------------------------------------------------------------------------------
+
+
+def compare(out, clip, **more):
+    lines = []
+    c = dict(
+        scenes=True, init=str(clip), out=str(out), steps=2, device="cpu", threads=1, seeds=2,
+        tasks="in-the-wild", methods="finetune,clipood",
+    )  # fmt: skip
+    rows = openworld.compare(Comparison(**c | more), lambda text, **_: lines.append(text))
+    return rows, "\n".join(lines)
+
+
+def test_comparison_runs_and_goes_on(tmp_path, clip, monkeypatch):
+    rows, said = compare(tmp_path / "out", clip)
+    methods = ["chance", "zero-shot", "finetune", "clipood", "clipood, last step"]
+    assert [row["method"] for row in rows] == methods and all(row["runs"] == 2 for row in rows)
+    assert rows[0]["H"] == pytest.approx((1 / 16, 0.0)) and "cartoon" in said and "clipood" in said
+    saved = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(saved["records"]) == 10 and saved["comparison"]["steps"] == 2
+    assert (tmp_path / "out" / "in-the-wild-cartoon-clipood-1" / "checkpoint.pt").exists()
+
+    def forbidden(c):
+        raise AssertionError("trained again")
+
+    whole = train.train
+    monkeypatch.setattr(train, "train", forbidden)
+    again, _ = compare(tmp_path / "out", clip)
+    assert again == rows
+    with pytest.raises(ValueError, match="steps 2 -> 3"):
+        compare(tmp_path / "out", clip, steps=3)
+    # killed between the checkpoint and the results: evaluated, not trained
+    monkeypatch.setattr(train, "train", whole)
+    (tmp_path / "out" / "in-the-wild-cartoon-finetune-0" / "results.json").unlink()
+    again, _ = compare(tmp_path / "out", clip)
+    assert again == rows
+
+
+def test_plan_has_every_run_once(folder):
+    c = Comparison(data=str(folder), init="x", seeds=2, lr=0.5)
+    runs = openworld.plan(c, "x", tmp := folder.parent)
+    assert len(runs) == 2 * 5 * (3 + 1 + 3) == len({r["out"] for r in runs})
+    assert {r["target_domain"] for r in runs if r["open_task"] == "domain-shift"} == set(DOMAINS)
+    assert all(r["lr"] == 0.5 and "steps" not in r for r in runs)
+    some = openworld.plan(replace(c, targets="art", tasks="domain-shift", quick=True), "x", tmp)
+    assert len(some) == 5 and {r["target_domain"] for r in some} == {"art"}
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "exactly one of them"),
+        (["--scenes", "--data", "x"], "exactly one of them"),
+        (["--data", "x"], "--data x needs --init"),
+        (["--scenes", "--init", "x", "--methods", "erm"], "method 'erm': there are finetune"),
+        (["--scenes", "--init", "x", "--targets", "clipart"], "domain 'clipart': there are photo"),
+        (["--scenes", "--seeds", "0"], "--seeds 0: must be at least 1"),
+        (["--data", "nowhere", "--init", "x"], "nowhere: no such file or folder"),
+    ],
+)
+def test_comparison_mistakes(flags, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert openworld.main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_evaluate_command(tmp_path, clip, folder, capsys):
+    common = ["open-world", "--data", str(folder), "--device", "cpu"]
+    out = ["--out", str(tmp_path / "zero")]
+    assert evaluate.main([*common, "--model", str(clip), "--task", "in-the-wild", *out]) == 0
+    rows = json.loads((tmp_path / "zero" / "results.json").read_text())["rows"]
+    wanted = [(m, d) for d in DOMAINS for m in ("zero-shot", "chance")]
+    assert {(r["method"], r["domain"]) for r in rows} >= {*wanted, ("zero-shot", "average")}
+    assert "| average |" in capsys.readouterr().out
+
+    runs = []
+    for seed in "01":
+        runs.append(str(tmp_path / f"run{seed}"))
+        flags = ["--method", "clipood", "--init", str(clip), "--train-data", str(folder)]
+        flags += ["--target-domain", "art", "--steps", "2", "--batch-size", "4", "--seed", seed]
+        assert train.main([*flags, "--device", "cpu", "--out", runs[-1]]) == 0
+    own = json.loads((tmp_path / "run0" / "results.json").read_text())
+    capsys.readouterr()
+    both = [*common, "--model", runs[0], "--more", runs[1], "--out", str(tmp_path / "both")]
+    assert evaluate.main(both) == 0
+    rows = json.loads((tmp_path / "both" / "results.json").read_text())
+    row = next(r for r in rows["rows"] if r["method"] == "clipood")
+    assert (row["task"], row["domain"], row["runs"]) == ("domain-shift", "art", 2)
+    assert rows["records"][0]["target"] == own["averaged"]["target"]  # the model to report
+    for flags, message in (
+        (["--target-domain", "photo"], "with art left out, so ['photo'] is no test"),
+        (["--task", "open-class"], "fine-tuned for domain-shift, it cannot be asked open-class"),
+        (["--limit", "5"], "the task says what is asked"),
+    ):
+        assert evaluate.main([*common, "--model", runs[0], *flags]) == 2
+        assert message in capsys.readouterr().err
+    assert evaluate.main([*common, "--model", str(clip), "--target-domain", "clipart"]) == 2
+    assert "no domain 'clipart'; there are: art, photo, sketch" in capsys.readouterr().err
