@@ -428,7 +428,9 @@ def phrase(claim: tuple, dice: list[int]) -> str:
     return (f"a scene {where}", ground, f"things {where}")[dice[0] % 3]
 
 
-def write(aspect: str, nth: int, row: dict, order: list[int], dice: list[int]) -> tuple:
+def write(
+    aspect: str, nth: int, row: dict, order: list[int], dice: list[int], varied: bool
+) -> tuple:
     """The nth caption of a picture, about an aspect: (text, the claims it makes).
 
     Args: row: the facts of the picture;  order: its slots shuffled;  dice: 12 chance integers
@@ -444,7 +446,7 @@ def write(aspect: str, nth: int, row: dict, order: list[int], dice: list[int]) -
         noun = len(KINDS) + GROUP_OF[kind] if "group" in told else kind
         return Thing(noun, **{name: row[name][slot] for name in told if name != "group"})
 
-    more = ("size", "pattern", "place", "colour")
+    more = ("size", "pattern", "place", "colour") if varied else ("place", "colour") * 2
     if aspect == "relation":
         claims = [relate(row, a, b, dice[4])]
     elif aspect == "count":
@@ -565,15 +567,16 @@ class Objects(Drawn):
     domains (train on some, test on others) and classes (kinds=BASE, kinds=NEW).
     Args: bias in [0, 1]: how often the background is the class's own (HOME) instead of a uniform
           choice, in train and val. The test split is drawn without bias, whatever is asked for.
+          varied: striped and spotted things too
     """
 
     def __init__(
         self, split="train", size=2048, seed=0, image_size=32, domains=DOMAINS, kinds=KINDS,
-        bias=0.0,
+        bias=0.0, varied=False,
     ):  # fmt: skip
         if not 0 <= bias <= 1:
             raise ValueError(f"bias {bias} must be in [0, 1]")
-        self.bias = bias if split != "test" else 0.0
+        self.bias, self.varied = (bias if split != "test" else 0.0), varied
         super().__init__(split, size, seed, image_size, domains, kinds)
         self.classes = list(kinds)
         rank = {kind: label for label, kind in enumerate(self.kinds.tolist())}
@@ -588,7 +591,7 @@ class Objects(Drawn):
         facts = {
             "kind": kind,
             "colour": pick(len(COLOURS), key, 12),
-            "pattern": np.maximum(pick(8, key, 13) - 5, 0),  # plain: six in eight
+            "pattern": np.maximum(pick(4, key, 13) - 1, 0) * self.varied,
             "side": side,
             "top": STEP * pick((64 - side) // STEP + 1, key, 16),
             "left": STEP * pick((64 - side) // STEP + 1, key, 17),
@@ -604,12 +607,14 @@ class Scenes(Drawn):
     Args: captions: "mixed" (8, each about one aspect), "aspects" (one for each aspect of
           those), "single" (one for each of ASPECTS), "full" (5 about several things, nearly
           always true of one picture only); by default "mixed" to train on, "full" to test with.
+          varied: sizes and patterns differ and are told of; harder, and no matter for the method
     """
 
     def __init__(
         self, split="train", size=10000, seed=0, image_size=32, domains=DOMAINS, kinds=KINDS,
-        captions=None,
+        captions=None, varied=False,
     ):  # fmt: skip
+        self.varied = varied
         self.form = captions or ("mixed" if split == "train" else "full")
         if self.form not in FORMS:
             raise ValueError(f"unknown captions {captions!r}: choose from {', '.join(FORMS)}")
@@ -624,12 +629,13 @@ class Scenes(Drawn):
         place = shuffled(4, 4, key, 20)
         absent = slots >= 1 + pick(4, key, 21)[:, None]
         keys = mix(key[:, None], 22, slots)
-        large = np.minimum(pick(8, keys, 0), 1)  # seven in eight
+        large = np.minimum(pick(4, keys, 0), 1) if self.varied else 1  # three in four
+        large = np.broadcast_to(large, keys.shape)
         side = np.where(large, 32, 24)
         facts = {
             "kind": self.kinds[shuffled(len(self.kinds), 4, key, 23)],
             "colour": pick(len(COLOURS), keys, 1),
-            "pattern": np.maximum(pick(8, keys, 2) - 5, 0),  # plain: six in eight
+            "pattern": np.maximum(pick(4, keys, 2) - 1, 0) * self.varied,
             "size": large,
             "place": place,
             "side": side,
@@ -652,7 +658,8 @@ class Scenes(Drawn):
 
     @functools.cached_property
     def _written(self):
-        aspects = FORMS[self.form]
+        known = {*ASPECTS, "full"} - (set() if self.varied else {"size", "pattern"})
+        aspects = [a for a in FORMS[self.form] if known.issuperset(a.split())]
         chance = mix(
             self.facts["key"][:, None, None], 30, np.arange(len(aspects))[:, None], np.arange(12)
         )
@@ -662,7 +669,7 @@ class Scenes(Drawn):
         order = shuffled(4, 4, self.facts["key"], 31).tolist()
         return [
             [
-                write(aspect, n, row, things, dice)
+                write(aspect, n, row, things, dice, self.varied)
                 for n, (aspect, dice) in enumerate(zip(aspects, rolls))
             ]
             for row, things, rolls in zip(rows, order, chance)
