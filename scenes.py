@@ -476,6 +476,8 @@ def write(
             claims.append(Fact("background", row["background"]))
             text = f"{text} {GROUND_WORDS[row['background']]}"
     frame = FRAMES[dice[9] % len(FRAMES)]
+    if text.startswith(("things", "two", "three", "four")):
+        frame = frame.replace("is", "are")
     if "domain" in frame:
         claims.append(Fact("domain", row["domain"]))
     return frame.format(text, domain=DOMAINS[row["domain"]]), tuple(claims)

@@ -60,7 +60,7 @@ def is_true(text, facts):
     style = re.match(rf"a ({'|'.join(DOMAINS)}) of ", text)
     if style and style[1] != domain:
         return False
-    text = re.sub(rf"^(there is |a picture of |a ({'|'.join(DOMAINS)}) of )", "", text)
+    text = re.sub(rf"^(there is |there are |a picture of |a ({'|'.join(DOMAINS)}) of )", "", text)
     if count := re.fullmatch(r"(one|two|three|four) (?:thing|object)s?", text):
         return NUMBERS[count[1]] == len(things)
     if ground := re.fullmatch(r"a background of (\w+)", text):
@@ -120,7 +120,7 @@ def test_chance_is_the_same_on_every_machine():
     h = np.uint64(1234567)
     assert int(scenes.mix(np.array([h]))[0]) == 6457827717110365317
     texts = repr(Scenes("train", 100, seed=1).captions)
-    assert hashlib.sha256(texts.encode()).hexdigest()[:16] == "983cacf9ac5c0d86"
+    assert hashlib.sha256(texts.encode()).hexdigest()[:16] == "e6c6bad836e117e3"
 
 
 @pytest.mark.parametrize("form", scenes.FORMS)
