@@ -108,7 +108,8 @@ def bars(
     """Grouped bars: {group: {label: (mean, spread)}}; the whisker is the spread on either side."""
     labels = list(dict.fromkeys(label for group in groups.values() for label in group))
     each, gap, height = 34, 30, 260
-    width = sum(len(g) * each + gap for g in groups.values()) + gap
+    slots = [max(len(g) * each, 7 * len(name)) + gap for name, g in groups.items()]
+    width = sum(slots) + gap
     width = max(width, 12 * max(map(len, labels)) + 60, 9 * len(title))
     image = Image.new("RGB", (width + 80, height + 90 + 18 * len(labels)), "white")
     draw = ImageDraw.Draw(image)
@@ -118,9 +119,9 @@ def bars(
     panel = Canvas(
         draw, box, (0, 1), (floor if low < floor <= min(values) else low, high), title, xticks=False
     )
-    left = 60 + gap
-    for name, group in groups.items():
-        start = left
+    start = 60 + gap
+    for (name, group), slot in zip(groups.items(), slots):
+        left = start + (slot - gap - len(group) * each) / 2
         for label, (mean, spread) in group.items():
             colour = COLOURS[labels.index(label) % len(COLOURS)]
             top, base = panel.y(mean), panel.y(panel.ylim[0])
@@ -135,8 +136,9 @@ def bars(
                 anchor="mb",
             )
             left += each
-        draw.text(((start + left) / 2, 46 + height), name, fill=INK, font=font(12), anchor="mt")
-        left += gap
+        middle = start + (slot - gap) / 2
+        draw.text((middle, 46 + height), name, fill=INK, font=font(12), anchor="mt")
+        start += slot
     for k, label in enumerate(labels):
         colour = COLOURS[k % len(COLOURS)]
         legend(draw, (64, 70 + height + 18 * k), label, colour)

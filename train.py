@@ -27,7 +27,6 @@ from torch.nn.parallel import DistributedDataParallel
 import distributed
 import evaluate
 import finetuning
-import openworld
 import options
 import plots
 import report
@@ -48,7 +47,7 @@ class TrainConfig:
     """Everything a run depends on. The parser and its help are generated from these lines."""
 
     # what is trained
-    method: str = "llip"  # clip siglip llip, or on classes: finetune labelsmooth clipood alignclip flyp
+    method: str = "llip"  # clip siglip llip, on classes: finetune labelsmooth clipood alignclip flyp coop cocoop maple tes
     preset: str = ""  # a paper's run: llip-B-32 llip-B-16 llip-L-14 llip-H-14 llip-G-14 clip-B-32 siglip-B-32
     model: str = "tiny"  # tiny small ViT-S-16 ViT-B-32 ViT-B-16 ViT-L-14 ViT-L-14-336 ViT-H-14 ViT-bigG-14
     init: str = ""  # start from this checkpoint: a path, a run, or a name as ViT-B/32
@@ -88,7 +87,16 @@ class TrainConfig:
     guidance_temperature: float = 1.0  # AlignCLIP: 1 is nearly uniform, 0.01 pointed
     detach: bool = False  # AlignCLIP: no gradient into the second branch
     bma_beta: float = 0.5  # Beta moving average of the weights, the model reported; 0: off
+    context: int = 0  # coop, cocoop, maple: learned vectors; 0: 16, 4, 2
+    context_words: str = ""  # coop, cocoop, maple: what they start as; empty: random, "a photo of a" twice
+    context_position: str = "end"  # coop: the class name after, amid or before the context: end middle front
+    class_context: bool = False  # coop: a context for each class
+    prompt_depth: int = 0  # maple: blocks with prompts; 0: 9, or all there are
+    tes_temperature: float = 0.03  # tes: of the names' distribution
+    tes_share: float = 0.2  # tes: of the names in the target
+    tes_weight: float = 0.4  # tes: of the projection's own loss
     # optimisation
+    optimizer: str = "adamw"  # adamw, or sgd or nesterov with momentum beta1
     batch_size: int = 96  # pairs over all ranks and chunks
     accumulate: int = 1  # chunks of a rank's batch, exact
     steps: int = 1000  # optimizer steps
@@ -96,7 +104,7 @@ class TrainConfig:
     lr: float = 1.5e-3  # peak learning rate
     warmup: int = 100  # steps of linear warm-up
     weight_decay: float = 0.1  # not on biases, norms and scalars
-    beta1: float = 0.9  # AdamW
+    beta1: float = 0.9  # AdamW, or the momentum of SGD
     beta2: float = 0.95  # AdamW
     eps: float = 1e-6  # AdamW
     clip_norm: float = 0.0  # clip the gradient's norm; 0: off
@@ -161,6 +169,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [g for g in groups if g["params"]]
 
 
+def build_optimizer(c: TrainConfig, groups: list[dict], device: torch.device):
+    if c.optimizer == "adamw":
+        fused = device.type == "cuda" or None
+        return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=fused)
+    return torch.optim.SGD(groups, lr=c.lr, momentum=c.beta1, nesterov=c.optimizer == "nesterov")
+
+
 def learning_rate(step: int, c: TrainConfig) -> float:
     """Linear warm-up to c.lr, then a cosine to 0 at c.steps; step counts from 0."""
     if step < c.warmup:
@@ -196,13 +211,7 @@ def train(c: TrainConfig) -> dict:
     raw = task.model.to(device).train()
     task.clip.set_grad_checkpointing(c.grad_checkpointing)
     task.begin(c)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(raw, c.weight_decay),
-        lr=c.lr,
-        betas=(c.beta1, c.beta2),
-        eps=c.eps,
-        fused=device.type == "cuda" or None,
-    )
+    optimizer = build_optimizer(c, parameter_groups(raw, c.weight_decay), device)
     start, window = 0, [0.0, 0]
     saved = run.load() if c.resume else None
     if saved:
@@ -351,17 +360,27 @@ def finish(run: Run, task, c: TrainConfig, results: dict, seconds: float, say) -
     if results:
         say(f"\n{evaluate.results_table(results)}")
     say(f"trained in {report.duration(seconds)}; model, metrics and picture in {run.path}")
-    if run.writes:
-        report.write_json(run.path / "results.json", results)
-        logged = run.metrics()
-        panels = {
-            "training loss": {"loss": [(m["step"], m["loss"]) for m in logged if "loss" in m]}
-        }
-        for name in results:
-            wanted = ("i2t@1", "t2i@1", "top1", "mean_per_class", *openworld.FIGURES)
-            keys = [k for k in results[name] if k in wanted]
-            panels[name] = {k: [(m["step"], m[name][k]) for m in logged if name in m] for k in keys}
-        plots.lines(run.path / "curves.png", panels)
+    report.write_json(run.path / "results.json", results)
+    pictures(run, results)
+
+
+def pictures(run: Run, results: dict) -> None:
+    """curves.png: the loss, and figures that were measured more than once; results.png: against chance."""
+    logged = run.metrics()
+    panels = {"training loss": {"loss": [(m["step"], m["loss"]) for m in logged if "loss" in m]}}
+    for name, result in results.items():
+        shown = [k for k in result["chance"] if k in result]
+        points = {k: [(m["step"], m[name][k]) for m in logged if name in m] for k in shown}
+        panels |= {name: points} if any(len(line) > 1 for line in points.values()) else {}
+    plots.lines(run.path / "curves.png", panels)
+    bars = {
+        f"{name} {k}": {"here": (100 * result[k], 0.0), "chance": (100 * chance, 0.0)}
+        for name, result in results.items()
+        for k, chance in result["chance"].items()
+        if k in result and k not in ("i2t@5", "t2i@5", "i2t@10", "t2i@10", "top5")
+    }
+    if bars:
+        plots.bars(run.path / "results.png", bars, "per cent")
 
 
 # ---- command line --------------------------------------------------------------------------------------
@@ -384,6 +403,7 @@ def resolve(c: TrainConfig, given: set[str]) -> TrainConfig:
         c = c if "steps" in given else replace(c, steps=300)
     c = replace(c, objective=c.objective or OBJECTIVES.get(c.method, "infonce"))
     allowed = {"objective": ("infonce", "siglip"), "precision": ("auto", "fp32", "bf16")}
+    allowed["optimizer"] = ("adamw", "sgd", "nesterov")
     for name, values in allowed.items():
         if getattr(c, name) not in values:
             raise ValueError(f"{name} {getattr(c, name)!r}: expected one of {', '.join(values)}")
