@@ -4,6 +4,7 @@
     python evaluate.py zeroshot  --model ViT-B-16.pt --data imagenet/val --templates imagenet80
     python evaluate.py retrieval --model runs/llip --data dataset_coco.json --precision bf16
     python evaluate.py open-world --model runs/alignclip --data PACS
+    python evaluate.py map --model runs/clip --more runs/alignclip --data scenes --out maps
     torchrun --nproc_per_node 8 evaluate.py retrieval --model ViT-B-16.pt --data dataset_coco.json
 
 Texts are encoded first, once, and are held by every rank. Images then stream through: a batch is encoded,
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 import data
 import distributed
+import maps
 import openworld
 import plots
 import pretrained
@@ -519,6 +521,11 @@ def training_of(source: str) -> dict:
     """What a run of train.py was fine-tuned on: its configuration, {} for any other model."""
     path = Path(source) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if config.get("method") in ("coop", "cocoop", "maple", "tes"):
+        raise ValueError(
+            f"{source}: what {config['method']} learned lies beside CLIP's weights and would not be asked;"
+            " its figures are in its results.json"
+        )
     return config if config.get("method") in openworld.METHODS else {}
 
 
@@ -572,6 +579,20 @@ def open_world_command(args, device: torch.device) -> None:
         print(f"written to {Path(args.out) / 'results.json'}")
 
 
+def map_command(args, device: torch.device) -> None:
+    """Do attention and similarity maps show the object? Scores on masks, and a contact sheet."""
+    if distributed.world_size() > 1:
+        raise ValueError("map runs in one process: start it without torchrun")
+
+    def opened(source: str) -> tuple:
+        args.model = source
+        model, tokenizer = open_model(args, device)
+        check_vocabulary(model, tokenizer)
+        return model, tokenizer
+
+    maps.command(args, opened)
+
+
 LOAD_OPTIONS = (
     "quick_gelu",
     "vision_heads",
@@ -592,6 +613,7 @@ COMMANDS = {  # name: (what it does, its own arguments or None, function of (arg
         open_world_arguments,
         open_world_command,
     ),
+    "map": ("score heat maps on the masks of scenes", maps.arguments, map_command),
 }
 
 
@@ -647,8 +669,11 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    import probes  # here and not above: it builds on this file
+
+    commands = COMMANDS | probes.COMMANDS
     subparsers = parser.add_subparsers(dest="task", required=True, metavar="TASK")
-    for name, (about, arguments, _) in COMMANDS.items():
+    for name, (about, arguments, _) in commands.items():
         sub = subparsers.add_parser(name, help=about, description=about, allow_abbrev=False)
         common_arguments(sub)
         if arguments:
@@ -661,7 +686,7 @@ def main(argv: list[str] | None = None) -> int:
         device = distributed.setup(args.device)
         if args.out:
             Path(args.out).mkdir(parents=True, exist_ok=True)
-        COMMANDS[args.task][2](args, device)
+        commands[args.task][2](args, device)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

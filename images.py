@@ -45,6 +45,8 @@ def open_image(source: str | bytes) -> Image.Image:
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise ValueError(str(error)) from None
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, whose range nobody knows: save it with 8 bits")
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     return image

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from attention import attend
+from attention import KINDS, attend
 from model import DualEncoder, VisionTransformer
 from plots import INK, font, heat
 
@@ -84,8 +84,11 @@ def gem_attention(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
     return y / 3
 
 
-def two_paths(visual: VisionTransformer, x: Tensor, method: str, blocks: int) -> Tensor:
-    """The Q-K-V path, and beside it the sum of the other attention over the last blocks: (B, 1 + P, D)."""
+def two_paths(visual: VisionTransformer, x: Tensor, kind: str, blocks: int) -> Tensor:
+    """The Q-K-V path, and beside it the sum of the other attention over the last blocks: (B, 1 + P, D).
+
+    Args: kind of the other attention: one of attention.KINDS, or gem
+    """
     stack = visual.transformer.resblocks
     for block in stack[: len(stack) - blocks]:
         x = block(x)
@@ -93,14 +96,12 @@ def two_paths(visual: VisionTransformer, x: Tensor, method: str, blocks: int) ->
     for block in stack[len(stack) - blocks :]:
         attn, y = block.attn, block.ln_1(x)
         q, k, v = attn.project(y, "qkv")  # one projection serves both paths
-        if method == "gem":
-            z = z + attn.merge(gem_attention(q, k, v, y))
-        else:
-            z = z + attn.merge(attend(q, k, v, "dv" if method == "alignclip" else "vvv"))
+        other = gem_attention(q, k, v, y) if kind == "gem" else attend(q, k, v, kind)
+        z = z + attn.merge(other)
         x = x + attn.merge(attend(q, k, v))
         x = x + block.mlp(block.ln_2(x))
     # REF: CLIP Surgery's class token is the Q-K-V path's, GEM keeps its own
-    return z if method == "gem" else torch.cat([x[:, :1], z[:, 1:]], 1)
+    return z if kind == "gem" else torch.cat([x[:, :1], z[:, 1:]], 1)
 
 
 def last_block(visual: VisionTransformer, x: Tensor, method: str) -> Tensor:
@@ -119,7 +120,11 @@ def last_block(visual: VisionTransformer, x: Tensor, method: str) -> Tensor:
 
 
 def dense_features(
-    visual: VisionTransformer, images: Tensor, method: str = "surgery", blocks: int | None = None
+    visual: VisionTransformer,
+    images: Tensor,
+    method: str = "surgery",
+    blocks: int | None = None,
+    kind: str | None = None,
 ) -> Tensor:
     """Every token of the image in the joint space of images and texts.
 
@@ -127,13 +132,21 @@ def dense_features(
     Args:    images (B, 3, height, width), any size of at least one patch;  method, one of METHODS
              blocks with two paths. Default: the last six, as CLIP Surgery whatever the depth, but at most
              two thirds of the stack: 6 of 24, 12 or 8 blocks, 2 of 3.
+             kind: with surgery, another second attention than its vvv, one of attention.KINDS: what
+             AlignCLIP's Fig. 8 compares, everything else being equal. dv is alignclip.
     Returns: (B, 1 + P, E), class token first, not normalised. Patches run along the rows.
-    Raises:  ValueError for an unknown method, too many blocks, images below one patch, and Llip's tower.
+    Raises:  ValueError for an unknown method or kind, too many blocks, images below one patch, and
+             Llip's tower.
     """
     depth = len(visual.transformer.resblocks)
     blocks = min(6, depth - depth // 3) if blocks is None else blocks
     if method not in METHODS:
         raise ValueError(f"method {method!r}: expected one of {', '.join(METHODS)}")
+    if kind is not None and (method != "surgery" or kind not in KINDS):
+        raise ValueError(
+            f"kind {kind!r} of method {method!r}: surgery takes one of {', '.join(KINDS)}, "
+            "the others none"
+        )
     if not 1 <= blocks <= depth:
         raise ValueError(f"{blocks} blocks with two paths: the tower has 1 to {depth}")
     if visual.tokens != 1 or visual.proj is None:
@@ -148,7 +161,8 @@ def dense_features(
         )
     x = embed(visual, images, method)
     if method in TWO_PATHS:
-        return visual.head(two_paths(visual, x, method, blocks))
+        kind = kind or {"surgery": "vvv", "alignclip": "dv", "gem": "gem"}[method]
+        return visual.head(two_paths(visual, x, kind, blocks))
     return visual.head(last_block(visual, x, method))
 
 
@@ -258,18 +272,12 @@ def llip_caption_map(model: DualEncoder, images: Tensor, tokens: Tensor) -> Tens
     return seen + phi[:, M:].view_as(seen) if model.all_tokens else seen
 
 
-def map_scores(maps: Tensor, masks: Tensor) -> dict[str, float]:
-    """Do the maps show the object? Maps against masks of the foreground.
+def image_scores(maps: Tensor, masks: Tensor) -> dict[str, Tensor]:
+    """What map_scores averages, for each image whose mask is not empty: so data can come in batches.
 
     Args:    maps (N, H, W) >= 0, of any scale per map;  masks (N, H, W), nonzero on the foreground
-    Returns: means over the images whose mask is not empty:
-             lift         share of the map's mass on the foreground / share of the area; 1 is chance
-             pointing     is the highest place on the foreground? Ties count in part. Chance: area
-             area         the foreground's share of the image
-             iou          intersection over union, map >= half of its range
-             best_iou     the same at best_threshold, one threshold for all images, of 0, 0.01 .. 1
-             images       how many
-    Raises:  ValueError if shapes differ, no mask has foreground, or a map is negative or not finite.
+    Returns: "lift", "pointing", "area" (N',), and "ious" (N', 101) at thresholds 0, 0.01 .. 1, in float64
+    Raises:  ValueError if shapes differ, or a map is negative or not finite.
     """
     if maps.shape != masks.shape or maps.dim() != 3:
         raise ValueError(f"maps {tuple(maps.shape)} and masks {tuple(masks.shape)}: want (N, H, W)")
@@ -277,43 +285,68 @@ def map_scores(maps: Tensor, masks: Tensor) -> dict[str, float]:
     if not torch.isfinite(maps).all() or (maps < 0).any():
         raise ValueError("maps have values that are negative or not finite")
     kept = masks.any(1)
-    if not kept.any():
-        raise ValueError(f"none of the {len(masks)} masks has a foreground")
     maps, masks = maps[kept], masks[kept].double()
-    area = masks.mean(1)  # (N,)
+    area = masks.mean(1)  # (N',)
     mass = torch.where(
         maps.sum(1, keepdim=True) > 0, maps, 1.0
     )  # an empty map is as good as uniform
     lift = (mass * masks).sum(1) / mass.sum(1) / area
     top = (maps == maps.amax(1, keepdim=True)).double()
     pointing = (top * masks).sum(1) / top.sum(1)
-    levels = stretch(maps[:, :, None, None])[:, :, 0, 0]  # (N, H W) in [0, 1]
-    thresholds = torch.arange(101) / 100
-    ious = torch.stack([iou(levels >= t, masks).mean() for t in thresholds.double()])
+    levels = stretch(maps[:, :, None, None])[:, :, 0, 0]  # (N', H W) in [0, 1]
+    thresholds = torch.arange(101, dtype=torch.float64) / 100
+    # SPEED: sorted into 101 steps and summed from the top, not compared with 101 thresholds
+    step = torch.bucketize(levels, thresholds, right=True)  # (N', H W) in 1 .. 101
+
+    def reach(weights):  # sum of the weights where a level reaches each threshold
+        count = weights.new_zeros(len(weights), 102).scatter_add_(1, step, weights)
+        return count.flip(1).cumsum(1).flip(1)[:, 1:]  # (N', 101)
+
+    found, both = reach(torch.ones_like(masks)), reach(masks)
+    ious = both / (found + masks.sum(1, keepdim=True) - both)  # (N', 101)
+    return {"lift": lift, "pointing": pointing, "area": area, "ious": ious}
+
+
+def map_scores(maps: Tensor, masks: Tensor) -> dict[str, float]:
+    """Do the maps show the object? Maps against masks of the foreground.
+
+    Args:    as image_scores
+    Returns: mean_scores
+    Raises:  ValueError as image_scores and mean_scores.
+    """
+    return mean_scores(image_scores(maps, masks))
+
+
+def mean_scores(scores: dict[str, Tensor]) -> dict[str, float]:
+    """Means of image_scores over the images.
+
+    Returns: lift         share of the map's mass on the foreground / share of the area; 1 is chance
+             pointing     is the highest place on the foreground? Ties count in part. Chance: area
+             area         the foreground's share of the image
+             iou          intersection over union, map >= half of its range
+             best_iou     the same at best_threshold, one threshold for all images, of 0, 0.01 .. 1
+             images       how many
+    Raises:  ValueError if there are none.
+    """
+    ious = scores["ious"].mean(0)  # (101,)
+    if not len(scores["area"]):
+        raise ValueError("no mask has a foreground")
     best = int(ious.argmax())
     return {
-        "lift": float(lift.mean()),
-        "pointing": float(pointing.mean()),
-        "area": float(area.mean()),
+        **{name: float(scores[name].mean()) for name in ("lift", "pointing", "area")},
         "iou": float(ious[50]),
         "best_iou": float(ious[best]),
         "best_threshold": best / 100,
-        "images": len(maps),
+        "images": len(scores["area"]),
     }
 
 
-def iou(found: Tensor, masks: Tensor) -> Tensor:
-    """Intersection over union of boolean (N, P) and masks (N, P) of 0 and 1, per row: (N,)."""
-    found = found.double()
-    both = (found * masks).sum(1)
-    return both / (found.sum(1) + masks.sum(1) - both)
-
-
-def inputs(arguments: list[str]) -> tuple[list[Path], list[str]]:
+def inputs(arguments: list[str], out: str = "") -> tuple[list[Path], list[str]]:
     """Splits the command line's words: images first (or one folder of them), then texts.
 
     Words after the first are images as long as they end like one, so that a text may be called like a folder.
-    Raises: ValueError if an image is missing, a folder has none, or there is no text.
+    Args:   out: the picture that will be written: in a folder of images it is no image
+    Raises: ValueError if an image is missing or is out, a folder has none, or there is no text.
     """
     from readers import IMAGE_SUFFIXES
 
@@ -329,8 +362,11 @@ def inputs(arguments: list[str]) -> tuple[list[Path], list[str]]:
             raise ValueError(f"{name}: no such image or folder; images come first, then the texts")
     if not texts:
         raise ValueError(f'no text after {names[-1]}: say what to look for, as in "a dog"')
+    if any(name.resolve() == Path(out).resolve() for name in names if not name.is_dir()):
+        raise ValueError(f"--out {out} is one of the images and would overwrite it: name another")
     if first.is_dir():
         images = sorted(p for p in first.iterdir() if p.name.lower().endswith(IMAGE_SUFFIXES))
+        images = [p for p in images if p.resolve() != Path(out).resolve()]
         if not images:
             raise ValueError(f"{first}: no image in this folder ({', '.join(IMAGE_SUFFIXES)})")
         names[:1] = images
@@ -347,7 +383,8 @@ def read_image(path: Path) -> Image.Image:
     from images import IMAGE_ERRORS, open_image
 
     try:
-        return open_image(str(path)).convert("RGB")
+        with open_image(str(path)) as image:
+            return image.convert("RGB")
     except IMAGE_ERRORS as error:
         raise ValueError(f"{path}: not a readable image ({error})") from None
 
@@ -470,7 +507,7 @@ def show(args: argparse.Namespace) -> str:
     """Does what the command line says; returns a line about it."""
     from images import normalise
 
-    names, texts = inputs(args.words)
+    names, texts = inputs(args.words, args.out)
     if not Path(args.out).parent.is_dir() or not args.out.lower().endswith(".png"):
         raise ValueError(
             f"--out {args.out}: wants a name that ends in .png, in a folder that exists"

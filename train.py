@@ -47,7 +47,7 @@ class TrainConfig:
     """Everything a run depends on. The parser and its help are generated from these lines."""
 
     # what is trained
-    method: str = "llip"  # clip siglip llip, on classes: finetune labelsmooth clipood alignclip flyp coop cocoop maple tes
+    method: str = "llip"  # clip siglip llip finetune labelsmooth clipood alignclip flyp coop cocoop maple tes
     preset: str = ""  # a paper's run: llip-B-32 llip-B-16 llip-L-14 llip-H-14 llip-G-14 clip-B-32 siglip-B-32
     model: str = "tiny"  # tiny small ViT-S-16 ViT-B-32 ViT-B-16 ViT-L-14 ViT-L-14-336 ViT-H-14 ViT-bigG-14
     init: str = ""  # start from this checkpoint: a path, a run, or a name as ViT-B/32

@@ -845,3 +845,9 @@ def test_show_fails_in_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: ")
     with pytest.raises(SystemExit):
         data.main(["--colour"])
+
+
+def test_floating_point_pixels_are_refused(tmp_path):
+    Image.new("F", (4, 4), 0.5).save(tmp_path / "a.tiff")
+    with pytest.raises(ValueError, match="floating-point pixels"):
+        images.open_image(tmp_path / "a.tiff")

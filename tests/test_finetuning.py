@@ -29,6 +29,7 @@ from train import TrainConfig, main, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = Config(16, 16, 8, 32, 2, 2, 64, 16, 600, 32, 1, 2, 64)
+TUNED, PROMPTED = tuple(METHODS)[:5], ("coop", "cocoop", "maple", "tes")
 QUICK = ["--device", "cpu", "--threads", "1", "--train-size", "60", "--batch-size", "6"]
 QUICK += ["--target-domain", "sketch"]
 
@@ -127,7 +128,7 @@ def test_defaults(clip, tmp_path):
     assert (c.margin, c.lr, c.warmup, c.smoothing) == (0.1, 1.0, 7, "none")
     c = TrainConfig()
     authors = (c.epsilon, c.smoothing_scale, c.align_weight, c.branch, c.guidance_temperature)
-    assert authors == (0.9, 35.0, 10.0, "dv", 1.0) and tuple(METHODS) == openworld.METHODS
+    assert authors == (0.9, 35.0, 10.0, "dv", 1.0) and TUNED == openworld.METHODS[:5]
 
 
 def test_flags_reach_the_method(clip):
@@ -172,7 +173,7 @@ def test_batches_hold_as_many_of_each_source_domain(folder, clip):
 # Learning ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TUNED)
 def test_three_steps_improve_and_only_the_image_tower_learns(clip, method):
     task = task_of(clip, method)
     batch, before = next(task.batches(0)), {n: p.clone() for n, p in task.clip.named_parameters()}
@@ -196,7 +197,7 @@ def test_three_steps_improve_and_only_the_image_tower_learns(clip, method):
         assert parts == pytest.approx(sum(losses) / 4, rel=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TUNED)
 def test_overfits_six_images(tmp_path, clip, folder, method, capsys):
     flags = ["--overfit", 6, "--lr", 3e-3, "--steps", 60, "--train-data", folder]
     assert run(tmp_path / method, clip, method, *flags) == 0
@@ -315,6 +316,183 @@ def test_a_run_from_before_a_flag_existed_goes_on():
     check_same_run({"lr": 1.0, "method": "clip"}, new)
     with pytest.raises(ValueError, match=r"lr 2.0 -> 1.0"):
         check_same_run({"lr": 2.0, "method": "clip"}, new)
+
+
+# Prompts and TeS: what is learned lies beside CLIP ------------------------------------------------------
+
+
+def test_defaults_of_prompts_and_tes(clip, tmp_path):
+    bare = tmp_path / "published.pt"
+    torch.save(pretrained.load(clip).state_dict(), bare)
+    for method, values in {
+        "coop": (16, "", 2e-3, 32, 50.0, "sgd", 5e-4, 16),
+        "cocoop": (4, "a photo of a", 2e-3, 1, 10.0, "sgd", 5e-4, 16),
+        "maple": (2, "a photo of a", 3.5e-3, 4, 5.0, "sgd", 5e-4, 16),
+        "tes": (0, "", 3.16e-3, 256, 100.0, "nesterov", 1e-5, 0),
+    }.items():
+        c = resolve(TrainConfig(method=method, init=str(bare)), {"method", "init"})
+        found = c.context, c.context_words, c.lr, c.batch_size, c.epochs, c.optimizer
+        assert (*found, c.weight_decay, c.shots) == values and c.bma_beta == 0
+        c = resolve(TrainConfig(method=method, init=str(clip)), {"method", "init"})
+        assert (c.steps, c.epochs, c.optimizer, c.shots) == (300, 0.0, "adamw", 0)
+        c = resolve(
+            TrainConfig(method=method, init=str(bare), steps=7), {"method", "init", "steps"}
+        )
+        assert (c.steps, c.epochs) == (
+            7,
+            0.0,
+        )  # steps that were asked for are not the paper's epochs
+    optimizers = [
+        train.build_optimizer(TrainConfig(optimizer=o), [{"params": [torch.ones(1)]}], "cpu")
+        for o in ("sgd", "nesterov")
+    ]
+    assert [o.defaults["nesterov"] for o in optimizers] == [False, True]
+    assert all(o.defaults["momentum"] == 0.9 for o in optimizers)
+
+
+@pytest.mark.parametrize("method", PROMPTED)
+def test_three_steps_improve_and_only_what_is_learned_changes(clip, method):
+    task = task_of(clip, method)
+    batch, before = next(task.batches(0)), {n: p.clone() for n, p in task.clip.named_parameters()}
+    groups = train.parameter_groups(task.model, 0.0)
+    trained = {id(p) for group in groups for p in group["params"]}
+    own = {n: p for n, p in task.model.named_parameters() if not n.startswith("clip.")}
+    learned = {id(p) for p in own.values()}
+    assert trained >= learned and (trained == learned) == (method != "tes")
+    start = {n: p.clone() for n, p in own.items()}
+    optimizer, losses = torch.optim.AdamW(groups, lr=2e-3), []
+    for _ in range(4):
+        optimizer.zero_grad()
+        losses.append(float(task.step(task.model, batch, torch.device("cpu"))))
+        optimizer.step()
+    assert losses[-1] < losses[0] - 0.01
+    still = {n for n, p in own.items() if torch.equal(p, start[n])}
+    assert all(
+        n.startswith("meta_net.linear") for n in still
+    )  # its one hidden unit can be dead here
+    changed = {n for n, p in task.clip.named_parameters() if not torch.equal(p, before[n])}
+    towers = {n for n in before if n.startswith("visual.") and n != "visual.proj"}
+    assert changed == (towers if method == "tes" else set())
+    assert 0 <= task.logged(4)["accuracy"] <= 1
+
+
+def test_prompts_start_where_the_flags_say(clip):
+    words = task_of(clip, "cocoop", context_words="a picture of a")
+    ids = words.tokenizer.encode("a picture of a")
+    assert torch.equal(words.model.ctx, words.clip.token_embedding.weight[ids])
+    maple = task_of(clip, "maple").model
+    assert (
+        len(maple.ctx) == 2 and len(maple.compound_prompts_text) == 0
+    )  # a text tower of one block
+    task = task_of(clip, "maple")
+    assert task.asked_with == ("of a {}.",)
+    whole = task.tokenizer(["a photo of a dog."], 16)[0]
+    rest = task.model.class_tokens[0]  # the first two words are the context's
+    assert rest[1:6].tolist() == whole[3:8].tolist()
+    own = task_of(clip, "coop", class_context=True, context=3).model
+    assert own.ctx.shape == (16, 3, 32) and task_of(clip, "coop").model.ctx.shape == (4, 32)
+    assert task_of(clip, "coop", context_position="front").model.before == 0
+    tes = task_of(clip, "tes", tes_temperature=0.1, tes_share=0.3, tes_weight=0.5).model
+    assert (tes.tau, tes.lambda_v, tes.lambda_t) == (0.1, 0.3, 0.5)
+
+
+@pytest.mark.parametrize("method", PROMPTED)
+def test_new_classes_are_asked_through_what_was_learned(clip, method):
+    """The protocol's figures equal predict's, class by class; the plain CLIP's are others."""
+    task = task_of(clip, method, open_task="open-class", target_domain="")
+    torch.manual_seed(1)
+    for name, p in task.model.named_parameters():
+        if not name.startswith("clip."):
+            p.data.add_(torch.randn_like(p))
+    task.model.eval()
+    result = task.evaluate(task.model)["fine-tuned"]
+    transform = evaluate.data.preprocess(16, "bilinear")
+    for part in ("base", "new"):
+        dataset, classes = task.protocol.tests[part]
+        images = torch.stack([transform(dataset.image(i)) for i in range(len(dataset))])
+        known = None
+        if part == "new" and method == "tes":
+            known = evaluate.encode_classes(task.clip, task.tokenizer, classes, task.templates)
+        elif part == "new":
+            texts = [task.asked_with[0].format(name) for name in classes]
+            known = task.tokenizer(texts, 16)
+        with torch.no_grad():
+            answer = task.model.predict(images, known).argmax(1)
+        right = (answer == torch.tensor(dataset.labels)).double().mean().item()
+        assert result[part] == pytest.approx(right)
+    assert result["H"] == pytest.approx(openworld.harmonic(result["base"], result["new"]))
+    assert not task.model.training
+
+
+@pytest.mark.parametrize("method", PROMPTED)
+def test_what_was_learned_is_resumed_and_clip_is_plain(tmp_path, clip, method, monkeypatch, capsys):
+    flags = ["--steps", 4, "--save-every", 2, "--log-every", 1, "--train-size", 48]
+    assert run(tmp_path / "whole", clip, method, *flags) == 0
+    save = Run.save
+
+    def save_and_die(self, state):
+        save(self, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "save", save_and_die)
+    assert run(tmp_path / "killed", clip, method, *flags) == 130
+    monkeypatch.setattr(Run, "save", save)
+    assert run(tmp_path / "killed", clip, method, *flags, "--resume", "auto") == 0
+    whole, resumed = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "killed")
+    for key in ("state_dict", "task", "optimizer", "step"):
+        assert same(whole[key], resumed[key]), key
+    assert whole["task"]["learned"] and resumed["step"] == 4
+    files = [(tmp_path / d / "results.json").read_text() for d in ("whole", "killed")]
+    assert files[0] == files[1]
+    plain, start = pretrained.load(tmp_path / "whole"), pretrained.load(clip)
+    assert type(plain) is CLIP
+    asked = [
+        "open-world",
+        "--model",
+        str(tmp_path / "whole"),
+        "--data",
+        "scenes",
+        "--device",
+        "cpu",
+    ]
+    assert evaluate.main(asked) == 2  # the plain CLIP would answer under the method's name
+    assert f"what {method} learned lies beside CLIP's weights" in capsys.readouterr().err
+    if method != "tes":
+        assert same(dict(plain.state_dict()), dict(start.state_dict()))
+
+
+@pytest.mark.parametrize("method", PROMPTED)
+def test_prompts_overfit_a_tiny_batch(tmp_path, clip, folder, method, capsys):
+    steps = {"tes": 40}.get(method, 120)
+    flags = ["--overfit", 6, "--lr", 2e-2 if method != "tes" else 3e-3, "--steps", steps]
+    assert run(tmp_path / method, clip, method, *flags, "--train-data", folder) == 0
+    assert "can learn these images by heart" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ["--method", "coop", "--class-context", "--open-task", "in-the-wild"],
+            "--class-context is",
+        ),
+        (["--method", "maple", "--class-context"], "--class-context is CoOp's"),
+        (["--method", "coop", "--context-words", "a photo"], "--context 4, but --context-words"),
+        (["--method", "coop", "--context", "15"], "class 0: "),
+        (["--method", "coop", "--context-position", "back"], "position 'back'"),
+        (["--method", "maple", "--prompt-depth", "2"], "depth 2: the towers have 2 (image) and 1"),
+        (["--method", "coop", "--bma-beta", "0.5"], "--bma-beta averages"),
+        (["--method", "tes", "--accumulate", "2"], "TeS has a BatchNorm"),
+        (
+            ["--method", "tes", "--optimizer", "lion"],
+            "optimizer 'lion': expected one of adamw, sgd",
+        ),
+    ],
+)
+def test_mistakes_with_prompts_get_one_line(tmp_path, clip, capsys, flags, message):
+    assert run(tmp_path / "run", clip, "coop", "--steps", 2, *flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 
 # Mistakes ------------------------------------------------------------------------------------------------

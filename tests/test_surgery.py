@@ -1,8 +1,10 @@
 """Dense features against recordings of the official codes and against the formulas written out slowly."""
 
 import copy
+import gc
 import sys
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -123,6 +125,8 @@ def mixed(method, y, q, k, v):
         return soft(q, q) @ v + soft(k, k) @ v
     if method == "clearclip":
         return soft(q, q) @ v
+    if method == "kkv":
+        return soft(k, k) @ v
     t, total = y.norm(dim=1).mean() * 8**-0.5, 0
     for s in (q, k, v):
         s = F.normalize(s, dim=1)
@@ -163,6 +167,25 @@ def test_every_method_equals_its_formula(method, images):
         torch.testing.assert_close(tokens, slow(visual, image, method, 2), rtol=1e-9, atol=1e-9)
 
 
+def test_the_second_path_takes_any_structure(images):
+    """Queries, keys and values of the plain path, whatever the second path makes of them."""
+    visual = clip().visual
+    for kind, formula in (("qkv", "qkv"), ("vvv", "surgery"), ("qqv", "clearclip"), ("kkv", "kkv")):
+        got = dense_features(visual, images, blocks=2, kind=kind)
+        for image, tokens in zip(images, got):
+            x = visual.embed(image[None])[0]
+            *stack, first, last = visual.transformer.resblocks
+            for block in stack:
+                x = block(x[None])[0]
+            z = x + attention(first, x, formula)
+            x = first(x[None])[0]
+            z = visual.head(z + attention(last, x, formula))
+            torch.testing.assert_close(tokens[1:], z[1:], rtol=1e-9, atol=1e-9)
+    for kind, method in (("vvv", "surgery"), ("dv", "alignclip")):
+        got = dense_features(visual, images, kind=kind)
+        assert torch.equal(got, dense_features(visual, images, method))
+
+
 def test_the_methods_differ_from_each_other_and_from_clip(images):
     model = clip()
     x = model.visual.transformer(model.visual.embed(images))
@@ -186,7 +209,7 @@ def test_maskclip_is_the_dv_branch_of_one_block_followed_by_its_mlp(images):
     visual = clip().visual
     x = visual.embed(images)
     block = visual.transformer.resblocks[-1]
-    z = surgery.two_paths(visual, x, "alignclip", 1)[:, 1:]
+    z = surgery.two_paths(visual, x, "dv", 1)[:, 1:]
     z = z + block.mlp(block.ln_2(z))
     got = dense_features(visual, images, "maskclip")[:, 1:]
     torch.testing.assert_close(got, visual.head(z), rtol=1e-12, atol=1e-12)
@@ -286,6 +309,9 @@ def test_what_dense_features_refuses(images):
     visual = clip().visual
     with pytest.raises(ValueError, match="expected one of surgery"):
         dense_features(visual, images, "Surgery")
+    for method, kind in (("surgery", "gem"), ("surgery", ""), ("gem", "vvv"), ("maskclip", "dv")):
+        with pytest.raises(ValueError, match=f"kind {kind!r} of method {method!r}: surgery takes"):
+            dense_features(visual, images, method, kind=kind)
     for blocks in (0, 5, -1):
         with pytest.raises(ValueError, match=f"{blocks} blocks .* 1 to 4"):
             dense_features(visual, images, blocks=blocks)
@@ -445,13 +471,36 @@ def test_map_scores_use_one_threshold_for_all_images_and_skip_empty_masks():
     assert scores["images"] == 2 and scores["pointing"] == 0.5
     assert scores["iou"] == 0.5  # 1 and 0
     assert scores["best_iou"] == 0.5  # 1/2 and 1/2 below 0.3, and 1 and 0 above: never 3/4
-    with pytest.raises(ValueError, match="none of the 1 masks"):
+    with pytest.raises(ValueError, match="no mask has a foreground"):
         map_scores(maps[2:], masks[2:])
     with pytest.raises(ValueError, match=r"maps \(3, 1, 4\) and masks \(2, 1, 4\)"):
         map_scores(maps, masks[:2])
     for bad in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="negative or not finite"):
             map_scores(torch.full((2, 1, 4), bad), masks[:2])
+
+
+def test_overlap_at_every_threshold_equals_its_definition():
+    """Levels on the thresholds themselves are found: >=, not >."""
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randint(0, 101, (4, 5, 6), generator=generator).double() / 100
+    maps[:, 0, :2] = torch.tensor([0.0, 1.0])
+    masks = torch.rand(4, 5, 6, generator=generator) > 0.7
+    got = surgery.image_scores(maps, masks)["ious"]
+    for n in range(101):
+        found = maps >= n / 100
+        both, either = (found & masks).sum((1, 2)), (found | masks).sum((1, 2))
+        assert got[:, n].tolist() == pytest.approx((both / either).tolist(), abs=1e-7)
+
+
+def test_scores_in_batches_are_the_scores_of_all():
+    maps = torch.rand(7, 3, 5, generator=torch.Generator().manual_seed(0))
+    masks = maps.roll(1, 0) > 0.6
+    masks[2] = 0
+    parts = [surgery.image_scores(maps[a:b], masks[a:b]) for a, b in ((0, 2), (2, 3), (3, 7))]
+    assert [len(part["lift"]) for part in parts] == [2, 0, 4]
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    assert surgery.mean_scores(whole) == map_scores(maps, masks)
 
 
 # ---- the command line
@@ -478,7 +527,7 @@ def run(monkeypatch, tmp_path, capsys):
         if status:
             assert stderr.startswith("error: ") and stderr.count("\n") == 1 and not out.exists()
             return stderr
-        return Image.open(out)
+        return Image.open(words[-1] if "--out" in words else out)
 
     return run
 
@@ -525,11 +574,42 @@ def test_any_kind_of_image(name, mode, size, run, tmp_path):
     run(picture(tmp_path / name, mode, size), "a dog")
 
 
-def test_an_animation_shows_its_first_frame(run, tmp_path):
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp"])
+def test_an_animation_shows_its_first_frame(name, run, tmp_path):
+    frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    page = run(tmp_path / name, "a dog")
+    red, _, blue = page.convert("RGB").getpixel((100, 100))
+    assert red > 200 and blue < 50
+
+
+@pytest.mark.parametrize("name, order", [("a.png", "<u2"), ("a.tiff", "<u2"), ("a.tiff", ">u2")])
+def test_sixteen_bits_keep_their_brightness(name, order, tmp_path):
+    """Pillow's own conversion clips whatever is above 255 to white."""
+    Image.fromarray(np.full((30, 40), 100 << 8, order)).save(tmp_path / name)
+    assert surgery.read_image(tmp_path / name).getpixel((5, 5)) == (100, 100, 100)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.webp", "a.tiff"])
+def test_every_cut_off_file_is_named(name, tmp_path):
+    path = picture(tmp_path / name)
+    whole = path.read_bytes()
+    for length in (0, 3, 20, 300, len(whole) // 2):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=f"{name}: not a readable image"):
+            surgery.read_image(path)
+
+
+def test_a_file_is_closed_after_it_is_read(tmp_path):
+    """An animation's file stays open after loading: a folder of them, and there are no files left."""
     frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    page = run(tmp_path / "a.gif", "a dog")
-    assert page.convert("RGB").getpixel((100, 100))[0] > 200
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        surgery.read_image(tmp_path / "a.gif")
+        gc.collect()
+    assert not caught
 
 
 def test_several_images_folders_and_texts_that_look_like_paths(run, tmp_path, monkeypatch):
@@ -545,6 +625,18 @@ def test_several_images_folders_and_texts_that_look_like_paths(run, tmp_path, mo
     short, tall = run(one, "a dog").size, run(tmp_path, "a dog").size
     assert tall[1] > 1.5 * short[1]
     run(one, "a very long text " * 50, "two\nlines", "", "dog \u72ac \U0001f415")
+
+
+def test_the_picture_of_an_earlier_call_is_not_an_image_of_the_folder(run, tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    one = picture(folder / "1.png")
+    first = run(folder, "a dog", "--out", folder / "map.png").height
+    assert run(folder, "a dog", "--out", f"{folder}/../set/map.png").height == first
+    assert run(folder, "a dog").height > first  # written elsewhere: an image like any other
+    before = one.read_bytes()
+    message = run(one, "a dog", "--out", one, status=2)
+    assert "is one of the images and would overwrite it" in message and one.read_bytes() == before
 
 
 def test_llip_on_the_command_line(run, tmp_path):
