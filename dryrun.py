@@ -40,7 +40,9 @@ def activation_bytes(config: Config, tokens: int, half: bool, checkpointed: bool
 
 def pair_bytes(c, rows: int, columns: int) -> int:
     """Logits, their gradient, and one chunk of mixed features."""
-    return 3 * 4 * rows * columns + (3 * llip.CHUNK_BYTES if c.method == "llip" else 0)
+    return 3 * 4 * rows * columns + (
+        3 * llip.GPU_CHUNKS * llip.CHUNK_BYTES if c.method == "llip" else 0
+    )
 
 
 def parameters(model: nn.Module) -> dict[str, int]:

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from model import CLIP, Config, DualEncoder, VisionTransformer, group_mean, initialize, tower_flops
 
 CHUNK_BYTES = 32 << 20  # what pair_logits may hold at a time for the pairs of one chunk of captions
+GPU_CHUNKS = 32  # times as much on a GPU, which wants few and large kernels
 
 
 def mixture_tokens(visual: VisionTransformer, images: Tensor, all_tokens: bool = False) -> Tensor:
@@ -139,7 +140,7 @@ class Llip(DualEncoder):
         side = *image_side, *text_side
         images, texts = len(image_side[0]), len(text_side[0])
         floats = 2 * image_side[0].shape[1] * image_side[0].shape[2] + 3 * text_side[1].shape[1]
-        budget = CHUNK_BYTES * (32 if image_side[0].is_cuda else 1)  # few, large kernels on a GPU
+        budget = CHUNK_BYTES * (GPU_CHUNKS if image_side[0].is_cuda else 1)
         chunk = max(1, budget // (4 * images * floats))
         if chunk >= texts:
             return self.scale_logits(self.pair_cosines(*side))
