@@ -361,7 +361,7 @@ def test_released_llip_shapes_are_recognised(width, embed, temperature):
     assert found["config"]["vision_heads"] == 16 if width > 768 else 12
 
 
-@pytest.mark.parametrize("name", [n for n in CONFIGS if n != "tiny"])
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n.startswith("ViT")])
 def test_heads_and_sizes_of_the_named_models_come_from_the_shapes(name):
     with torch.device("meta"):
         state = CLIP(CONFIGS[name]).state_dict()
