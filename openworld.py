@@ -37,6 +37,7 @@ from report import duration, format_table, write_json
 
 TASKS = ("domain-shift", "open-class", "in-the-wild")
 METHODS = ("finetune", "labelsmooth", "clipood", "alignclip", "flyp")
+OTHERS = ("coop", "cocoop", "maple", "tes")  # on request: prompts, and TeS
 FIGURES = ("val", "target", "base", "new", "H")
 HELD_OUT = 960  # scenes to validate on, and for each test
 
@@ -341,7 +342,7 @@ def plan(c: Comparison, init: str, out: Path) -> list[dict]:
             targets = choose("domain", c.targets or "cartoon", targets)
         for target in targets:
             for seed in range(1 if c.quick else c.seeds):
-                for method in choose("method", c.methods, METHODS):
+                for method in choose("method", c.methods, (*METHODS, *OTHERS)):
                     name = "-".join(x for x in (task, target, method, str(seed)) if x)
                     run = dict(method=method, init=init, train_data=source, open_task=task)
                     run |= dict(target_domain=target, seed=seed, out=str(out / name))
