@@ -73,9 +73,9 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         # each rank's loss depends on these rows; DDP averages over ranks afterwards, so sum, not mean
-        own = grad.new_empty(ctx.rows, *grad.shape[1:])
-        dist.reduce_scatter_tensor(own, grad.contiguous())
-        return own
+        received = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(received, grad.contiguous())  # a block of rows from every rank
+        return received.unflatten(0, (-1, ctx.rows)).sum(0)
 
 
 class _Transpose(torch.autograd.Function):

@@ -230,7 +230,6 @@ def train(c: TrainConfig) -> dict:
         model = DistributedDataParallel(
             model,
             device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
     bf16 = c.precision == "bf16" or (c.precision == "auto" and device.type == "cuda")

@@ -7,6 +7,7 @@ that the comparison is about the algorithm and not about the order of a sum.
 import multiprocessing
 import os
 import traceback
+import warnings
 
 import pytest
 import torch
@@ -57,6 +58,7 @@ def worker(rank, world, folder):
     """Every model at 1 chunk and at one pair a chunk, with DDP; leaves losses and gradients in a file."""
     try:
         torch.set_num_threads(1)
+        warnings.simplefilter("error", FutureWarning)  # no deprecated collective
         store = f"file://{folder}/store{world}"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
         images, tokens = (x.chunk(world)[rank] for x in batch())

@@ -143,6 +143,7 @@ def test_torchrun_equals_one_process(tmp_path):
         command += [str(tmp_path / "go.py"), *flags, "--out", str(tmp_path / str(n))]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]
+        assert "FutureWarning" not in done.stderr  # a deprecated collective or flag
     logs = [
         [
             json.loads(line)["loss"]
