@@ -92,6 +92,7 @@ class Tokens:
 class Source:
     """source[t] is the Packet of step t: to DataLoader, a data set whose items are batches.
 
+    What batch(step, broken) is made of, the three kinds of source below say.
     Args: transform Preprocess or RandomCrop;  strict: a broken image is an error, not replaced
     """
 
@@ -105,9 +106,6 @@ class Source:
         except (ValueError, OSError) as error:
             # as a value: an exception from a worker arrives wrapped in a page of traceback
             return Packet(None, broken, str(error))
-
-    def batch(self, step: int, broken: list) -> tuple:
-        raise NotImplementedError
 
     def images(self, ids: list, keys: list, broken: list) -> tuple:
         """Images of samples; the crop of ids[k] depends on keys[k] alone.

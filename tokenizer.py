@@ -362,7 +362,7 @@ class Tokenizer:
             if strict and len(ids) + 2 > context_length:
                 raise ValueError(
                     f"text {len(rows)}, {text[:60]!r}, has {len(ids) + 2} tokens with start and "
-                    f"end, the context {context_length}: shorten it, or truncate (strict=False)"
+                    f"end, the context {context_length}: shorten it, or leave out strict"
                 )
             row = [self.start, *ids[: context_length - 2], self.end]
             rows.append(row + [0] * (context_length - len(row)))

@@ -40,6 +40,20 @@ def load_golden(name):
     }
 
 
+def checkpoint(out):
+    """What a run left, read as any user can: nothing in it can execute."""
+    return torch.load(Path(out) / "checkpoint.pt", weights_only=True)
+
+
+def same(a, b):
+    """Equal to the bit, through dicts and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
 @pytest.fixture
 def golden():
     return golden_path

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import checkpoint, same
 from PIL import Image
 
 import clipood
@@ -87,18 +88,6 @@ def task_of(clip, method, **more):
     task = LabelTask(c)
     task.begin(c)
     return task
-
-
-def checkpoint(out):
-    return torch.load(Path(out) / "checkpoint.pt", weights_only=True)
-
-
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 # What a run is -------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import checkpoint, same
 
 import dryrun
 import options
@@ -53,18 +54,6 @@ def keep_signals():
 
 def run(out, *flags):
     return main([*QUICK, "--out", str(out), *map(str, flags)])
-
-
-def checkpoint(out):
-    return torch.load(Path(out) / "checkpoint.pt", weights_only=True)
-
-
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def test_learning_rate():
