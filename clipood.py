@@ -46,6 +46,12 @@ def require_clip(clip: nn.Module) -> None:
         raise ValueError(f"fine-tuning needs a CLIP, not a {type(clip).__name__}")
 
 
+def average_of_patches(visual: nn.Module, images: Tensor) -> Tensor:
+    """The other pooling, (B, 3, S, S) -> (B, E): the mean over the patches after the projection."""
+    tokens = visual.head(visual.transformer(visual.embed(images)))  # (B, 1 + P, E)
+    return tokens[:, visual.tokens :].mean(1)  # (B, E)
+
+
 class FineTune(nn.Module):
     """Cross-entropy between an image's cosines to the class texts and its label; margin 0.3 is CLIPood.
 
@@ -94,9 +100,7 @@ class FineTune(nn.Module):
         """(B, 3, S, S) -> (B, E) unit norm."""
         if self.pooling == "cls":
             return unit(self.clip.encode_image(images))
-        visual = self.clip.visual
-        tokens = visual.head(visual.transformer(visual.embed(images)))  # (B, 1 + P, E)
-        return unit(tokens[:, visual.tokens :].mean(1))  # (B, E)
+        return unit(average_of_patches(self.clip.visual, images))
 
     def classification(self, image: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of unit features (B, E) under labels (B,), and the accuracy.

@@ -54,7 +54,7 @@ import openworld
 import pretrained
 import prompts
 from alignclip import AlignCLIP
-from clipood import FLYP, BetaMovingAverage, FineTune, require_clip
+from clipood import FLYP, BetaMovingAverage, FineTune, average_of_patches, require_clip
 from model import CLIP
 from pairs import pair_tokenizer
 from prompt_learning import CoCoOp, CoOp, MaPLe
@@ -125,6 +125,8 @@ def defaults(c, given: set[str]):
     c = replace(c, **{k: v for k, v in values.items() if k not in given})
     if c.open_task not in openworld.TASKS:
         raise ValueError(f"open_task {c.open_task!r}: there are {', '.join(openworld.TASKS)}")
+    if c.image_pooling not in ("cls", "average"):
+        raise ValueError(f"--image-pooling {c.image_pooling}: cls or average")
     for name in ("shots", "align_layers", "margin", "align_weight", "bma_beta"):
         if not 0 <= getattr(c, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: must not be negative")
@@ -142,6 +144,8 @@ def defaults(c, given: set[str]):
         raise ValueError(
             "--class-context is CoOp's, and no other classes can be asked: --open-task domain-shift"
         )
+    if c.image_pooling != "cls" and c.method not in ("finetune", "labelsmooth", "clipood"):
+        raise ValueError(f"--image-pooling {c.image_pooling}: {c.method} has the class token only")
     if c.dry_run:
         raise ValueError(f"--dry-run counts what pre-training costs, not --method {c.method}")
     return c
@@ -189,7 +193,7 @@ def build_method(
         smoothing=c.smoothing, epsilon=c.epsilon, scale=c.smoothing_scale, margin=c.margin
     )  # fmt: skip
     if c.method != "alignclip":
-        return FineTune(clip, text, **head)
+        return FineTune(clip, text, pooling=c.image_pooling, **head)
     return AlignCLIP(
         clip,
         text,
@@ -210,6 +214,20 @@ def first_images(dataset, n: int):
     part = data.Subset(dataset, [k * len(dataset) // n for k in range(n)])
     part.domains = None
     return part
+
+
+class AveragePooled(nn.Module):
+    """A CLIP whose image feature is the mean of its patches, as the dual encoder that evaluate.py asks."""
+
+    def __init__(self, clip: CLIP):
+        super().__init__()
+        self.clip, self.config = clip, clip.config
+        self.encode_text, self.ensemble_text = clip.encode_text, clip.ensemble_text
+        self.pair_logits = clip.pair_logits
+        self.train(clip.training)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return average_of_patches(self.clip.visual, images)  # (B, E)
 
 
 class Prompted(nn.Module):
@@ -385,19 +403,22 @@ class LabelTask:
         """Where it started, where it is, and the average, which is then the model to report."""
         if self.zero_shot is None:
             device = next(model.parameters()).device
-            self.zero_shot = self.score(pretrained.load(self.c.init).to(device))
+            self.zero_shot = self.score(self.pooled(pretrained.load(self.c.init).to(device)))
         rows = {
             "zero-shot": self.zero_shot,
             "fine-tuned": self.score(self.asked(), self.asked_with),
         }
         if self.average is not None:
-            rows["averaged"] = self.score(self.average.average)
+            rows["averaged"] = self.score(self.pooled(self.average.average))
         return rows
+
+    def pooled(self, clip: CLIP) -> nn.Module:
+        return AveragePooled(clip) if self.c.image_pooling == "average" else clip
 
     def asked(self) -> nn.Module:
         """The dual encoder whose answers are this method's."""
         if self.c.method not in BESIDE:
-            return self.clip
+            return self.pooled(self.clip)
         return (TextSupervised if self.c.method == "tes" else Prompted)(self.model, self.known)
 
     def score(self, model: nn.Module, templates: tuple[str, ...] = ()) -> dict:

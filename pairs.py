@@ -175,7 +175,7 @@ def pair_data(c):
     size = c.image_size or CONFIGS[c.model].image_size
     if c.train_data == "scenes":
         look = dict(image_size=size, domains=("photo",))
-        train = scenes.Scenes("train", c.train_size, seed=c.seed, **look)
+        train = scenes.Scenes("train", c.train_size, seed=c.seed, bias=c.bias, **look)
         val = scenes.Scenes("test", 500, **look)
         aspects = scenes.Scenes("test", 500, captions="aspects", **look)
         objects = scenes.Objects("test", 960, **look)

@@ -562,6 +562,22 @@ class Drawn:
         return self.masks(i).any(0)
 
 
+def unbiased_test(bias: float, split: str) -> float:
+    """The bias of a split: none to test with.   Raises: ValueError outside [0, 1]."""
+    if not 0 <= bias <= 1:
+        raise ValueError(f"bias {bias} must be in [0, 1]")
+    return bias if split != "test" else 0.0
+
+
+def home_or_any(kind, bias: float, at_home: tuple, elsewhere: tuple) -> np.ndarray:
+    """Backgrounds (N,) for things of these kinds (N,): at home in a share `bias`, else any of them.
+
+    Args: at_home, elsewhere: keys of the two draws
+    """
+    home = pick(10**6, *at_home) < round(bias * 10**6)
+    return np.where(home, np.array(HOME_OF)[kind], pick(len(BACKGROUNDS), *elsewhere))
+
+
 class Objects(Drawn):
     """Labelled pictures of one thing: zero-shot, fine-tuning, open world.
 
@@ -576,9 +592,7 @@ class Objects(Drawn):
         self, split="train", size=2048, seed=0, image_size=32, domains=DOMAINS, kinds=KINDS,
         bias=0.0, varied=False,
     ):  # fmt: skip
-        if not 0 <= bias <= 1:
-            raise ValueError(f"bias {bias} must be in [0, 1]")
-        self.bias, self.varied = (bias if split != "test" else 0.0), varied
+        self.bias, self.varied = unbiased_test(bias, split), varied
         super().__init__(split, size, seed, image_size, domains, kinds)
         self.classes = list(kinds)
         rank = {kind: label for label, kind in enumerate(self.kinds.tolist())}
@@ -587,8 +601,7 @@ class Objects(Drawn):
     def _make(self, key, index):
         kind = self.kinds[index % len(self.kinds)]
         domain = self._domain[index // len(self.kinds) % len(self._domain)]
-        at_home = pick(10**6, key, 10) < round(self.bias * 10**6)
-        background = np.where(at_home, np.array(HOME_OF)[kind], pick(len(BACKGROUNDS), key, 11))
+        background = home_or_any(kind, self.bias, (key, 10), (key, 11))
         side = 24 + STEP * pick(3, key, 14)
         facts = {
             "kind": kind,
@@ -610,13 +623,15 @@ class Scenes(Drawn):
           those), "single" (one for each of ASPECTS), "full" (5 about several things, nearly
           always true of one picture only); by default "mixed" to train on, "full" to test with.
           varied: sizes and patterns differ and are told of; harder, and no matter for the method
+          bias in [0, 1]: how often the background is the home of the picture's first thing (HOME)
+          instead of a uniform choice; never in the test split
     """
 
     def __init__(
         self, split="train", size=10000, seed=0, image_size=32, domains=DOMAINS, kinds=KINDS,
-        captions=None, varied=False,
+        captions=None, varied=False, bias=0.0,
     ):  # fmt: skip
-        self.varied = varied
+        self.bias, self.varied = unbiased_test(bias, split), varied
         self.form = captions or ("mixed" if split == "train" else "full")
         if self.form not in FORMS:
             raise ValueError(f"unknown captions {captions!r}: choose from {', '.join(FORMS)}")
@@ -646,7 +661,7 @@ class Scenes(Drawn):
         }
         facts = {name: np.where(absent, -1, value) for name, value in facts.items()}  # (N, 4)
         domain = self._domain[pick(len(self._domain), key, 24)]
-        background = pick(len(BACKGROUNDS), key, 25)
+        background = home_or_any(facts["kind"][:, 0], self.bias, (key, 26), (key, 25))
         return {**facts, "key": key, "domain": domain, "background": background}
 
     @functools.cached_property

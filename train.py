@@ -66,6 +66,7 @@ class TrainConfig:
     caption_key: str = ""  # column or field of the caption; empty: guessed
     vocab: str = ""  # learn, openai, or a vocabulary file; empty: learn for models under 49,408 tokens
     train_size: int = 12288  # scenes to draw
+    bias: float = 0.0  # scenes: how often a background is the home of what stands before it
     crop_scale: float = 0.9  # random crops keep at least this share of the area; 1: no crops
     workers: int = 0  # loader processes per rank
     # fine-tuning on classes (defaults of the flags above and below: finetuning.py)
@@ -73,7 +74,6 @@ class TrainConfig:
     target_domain: str = ""  # the domain left out of training
     whole_target: bool = False  # domain-shift: test on all of the target, not on DomainBed's 20 %
     shots: int = 0  # images per class to train on; 0: all
-    bias: float = 0.0  # scenes: how often a background is the class's own in training
     template: str = ""  # a text with {}, or a name in prompts.py; empty: the data's own
     margin: float = 0.3  # lambda of the margin metric softmax; finetune, labelsmooth: 0
     smoothing: str = ""  # none, uniform, mixture or released; empty: the method's own
@@ -86,6 +86,7 @@ class TrainConfig:
     branch: str = "dv"  # AlignCLIP: second branch, dv vvv qqv or kkv
     guidance_temperature: float = 1.0  # AlignCLIP: 1 is nearly uniform, 0.01 pointed
     detach: bool = False  # AlignCLIP: no gradient into the second branch
+    image_pooling: str = "cls"  # finetune, labelsmooth, clipood: cls, or average of the patches
     bma_beta: float = 0.5  # Beta moving average of the weights, the model reported; 0: off
     context: int = 0  # coop, cocoop, maple: learned vectors; 0: 16, 4, 2
     context_words: str = ""  # coop, cocoop, maple: what they start as; empty: random, "a photo of a" twice

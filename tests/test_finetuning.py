@@ -159,6 +159,21 @@ def test_batches_hold_as_many_of_each_source_domain(folder, clip):
     assert {wild.train.classes[y] for y in next(wild.batches(0)).labels.tolist()} <= {"cat", "dog"}
 
 
+def test_average_pooling_trains_and_asks_the_mean_of_the_patches(clip):
+    task = task_of(clip, "finetune", image_pooling="average")
+    batch = next(task.batches(0))
+    visual = task.clip.visual
+    tokens = visual.head(visual.transformer(visual.embed(batch.images)))  # (B, 1 + P, E)
+    mean = clipood.unit(tokens[:, 1:].mean(1))  # (B, E)
+    torch.testing.assert_close(task.model.predict(batch.images), mean @ task.model.text.t())
+    asked = task.asked()
+    torch.testing.assert_close(clipood.unit(asked.encode_image(batch.images)), mean)
+    rows = task.evaluate(task.model)
+    assert rows["fine-tuned"] == rows["zero-shot"]
+    with pytest.raises(ValueError, match="alignclip has the class token only"):
+        task_of(clip, "alignclip", image_pooling="average")
+
+
 # Learning ------------------------------------------------------------------------------------------------
 
 

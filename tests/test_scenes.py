@@ -245,10 +245,11 @@ def test_masks_of_a_scene_are_one_per_thing_and_apart():
             assert divmod(int(place), 2) == (y >= 16, x >= 16)
 
 
+@pytest.mark.parametrize("kind_of_data", [Objects, Scenes])
 @pytest.mark.parametrize("bias", [0.0, 0.5, 1.0])
-def test_bias_is_the_share_of_backgrounds_that_are_at_home(bias):
+def test_bias_is_the_share_of_backgrounds_that_are_at_home(kind_of_data, bias):
     def at_home(split):
-        data = Objects(split, 4800, bias=bias)
+        data = kind_of_data(split, 4800, bias=bias)
         home = np.array(scenes.HOME_OF)[data.facts["kind"][:, 0]]
         return (data.facts["background"] == home).mean()
 
@@ -321,6 +322,7 @@ def test_kinds_are_told_apart_by_shape():
         (lambda: Scenes(domains=("oil",)), "unknown domain 'oil'"),
         (lambda: Objects(kinds=("unicorn",)), "unknown kind 'unicorn'"),
         (lambda: Objects(bias=1.5), "bias 1.5"),
+        (lambda: Scenes(bias=-0.1), "bias -0.1"),
         (lambda: Scenes(image_size=31), "image_size 31"),
         (lambda: Scenes(size=0), "size 0"),
         (lambda: Scenes(kinds=KINDS[:3]), "3 kinds are too few"),
