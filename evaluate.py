@@ -650,9 +650,7 @@ def common_arguments(parser: argparse.ArgumentParser) -> None:
         default="fp32",
         help="of the towers; pairs are scored in fp32",
     )
-    add(
-        "--out", metavar="DIR", help="write results.json and, up to 100 classes, a confusion matrix"
-    )
+    add("--out", metavar="DIR", help="write results.json and pictures here")
     told = parser.add_argument_group(
         "what a checkpoint of someone else may not tell (pretrained.py)"
     )
