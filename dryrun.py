@@ -9,14 +9,19 @@ buffers) is not in it.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
 
 import llip
+import tiles
 from model import CONFIGS, Config, tower_flops
 from pairs import build_model
 from report import format_table
+
+
+GPU_BYTES = 0.9 * 80e9  # what a usual large GPU leaves to tensors
 
 
 def activation_bytes(config: Config, tokens: int, half: bool, checkpointed: bool) -> int:
@@ -38,11 +43,29 @@ def activation_bytes(config: Config, tokens: int, half: bool, checkpointed: bool
     return total
 
 
-def pair_bytes(c, rows: int, columns: int) -> int:
-    """Logits, their gradient, and one chunk of mixed features."""
-    return 3 * 4 * rows * columns + (
-        3 * llip.GPU_CHUNKS * llip.CHUNK_BYTES if c.method == "llip" else 0
-    )
+def pair_bytes(c, config: Config, rows: int, columns: int) -> int:
+    """What the pairs of one rank take beside the towers: its images against every rank's texts.
+
+    Logits, as made, scaled, and their gradient: 3 numbers a pair. Llip under the sigmoid loss holds no
+    logits but one tile; keys, values and their gradients, 4 M E numbers an image; and of the texts 10 E:
+    both sides gathered, transposed and through W_O, each with its gradient.
+    """
+    logits = 3 * 4 * rows * columns
+    if c.method != "llip":
+        return logits
+    E, M, H = config.embed_dim, c.mixture_tokens, c.mixture_heads
+    squares = 4 * E * E
+    if tiles.form(rows, columns, M, H, E) == "gram":
+        squares += 3 * (H * M) ** 2
+    sides = 4 * rows * M * E + 10 * columns * E
+    tile = tiles.GPU_TILES * tiles.TILE_BYTES
+    return 4 * (sides + squares) + tile + (0 if c.objective == "siglip" else logits)
+
+
+def chunks_that_fit(each: int, fixed: int, local: int) -> int | str:
+    """The fewest chunks (--accumulate) at which a rank's pairs fit into GPU_BYTES; "" if none does."""
+    powers = (2**k for k in range(local.bit_length()) if local % 2**k == 0)
+    return next((n for n in powers if fixed + each * local // n <= GPU_BYTES), "")
 
 
 def parameters(model: nn.Module) -> dict[str, int]:
@@ -61,13 +84,14 @@ def step_flops(c, config: Config) -> dict[str, float]:
     """FLOPs of one optimizer step over all ranks; the backward pass counts as two forward passes.
 
     Recomputing adds one: the blocks under --grad-checkpointing, the towers under --accumulate, Llip's
-    chunks of pairs always.
+    tiles of pairs under InfoNCE.
     """
     passes = 3 + c.grad_checkpointing + (c.accumulate > 1)
     N = c.batch_size
     if c.method == "llip":
-        one = llip.flops(config, c.mixture_tokens, prompts=N)
-        pairs = 4 * N * one["pairs"]
+        one, shape = llip.flops(config, c.mixture_tokens), (c.mixture_tokens, c.mixture_heads)
+        count = partial(tiles.flops, N, N, *shape, config.embed_dim)
+        pairs = count(train=True) + (count(train=False) if c.objective == "infonce" else 0)
     else:
         one, pairs = tower_flops(config), 3 * N * 2 * N * config.embed_dim
     return {
@@ -123,12 +147,14 @@ def describe(c) -> str:
         memory = {
             "weights, gradients, Adam": 16 * counts["all"],
             "activations": each * local // c.accumulate,
-            "pairs": pair_bytes(c, local, c.batch_size),
+            "pairs": pair_bytes(c, config, local, c.batch_size),
         }
         wire = wire_bytes(c, config, counts["all"], world)
         row = {"ranks": world, "pairs/rank": local}
         row |= {f"{k} GiB": v / 2**30 for k, v in memory.items()}
         row["in all GiB"] = sum(memory.values()) / 2**30
+        fixed = memory["weights, gradients, Adam"] + memory["pairs"]
+        row["chunks for 80 GB"] = chunks_that_fit(each, fixed, local)
         rows.append(row | {f"{k} MB/step": v / 1e6 for k, v in wire.items()})
     lines += [
         "",

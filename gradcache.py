@@ -30,10 +30,15 @@ def contrastive_loss(model: nn.Module, image_side, text_side, objective: str) ->
 
     Only text travels (and for InfoNCE the logits' other half); the mean over ranks is the global loss.
     """
-    logits = model.pair_logits(image_side, distributed.gather(text_side))  # (B, G)
-    offset = distributed.rank() * len(logits)
+    rows, texts = len(sides_of(image_side)[0]), distributed.gather(text_side)
+    offset = distributed.rank() * rows  # column of the first row's pair
     if objective == "siglip":
-        return losses.siglip(logits, offset)
+
+        def part(logits: Tensor, row: int, column: int) -> Tensor:
+            return losses.siglip_sum(logits, offset + row - column)
+
+        return model.pair_loss(image_side, texts, part) / rows
+    logits = model.pair_logits(image_side, texts)  # (B, G)
     return losses.info_nce(logits, distributed.transpose(logits), offset)
 
 

@@ -17,15 +17,14 @@ Written from the paper's equations. What the paper leaves open follows the relea
 Under several processes only queries and text features travel; an image's M keys and values never do.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+import tiles
 from model import CLIP, Config, DualEncoder, VisionTransformer, group_mean, initialize, tower_flops
-
-CHUNK_BYTES = 32 << 20  # what pair_logits may hold at a time for the pairs of one chunk of captions
-GPU_CHUNKS = 32  # times as much on a GPU, which wants few and large kernels
 
 
 def mixture_tokens(visual: VisionTransformer, images: Tensor, all_tokens: bool = False) -> Tensor:
@@ -64,8 +63,9 @@ class Llip(DualEncoder):
             shared: one W_K and one W_V for all tokens: far fewer parameters, and not what was published
             scale, bias: starts of exp(logit_scale) and logit_bias. PAPER: 10 and -10, as SigLIP; for
             small batches of N pairs -ln(N - 1) is the better start.
-    Cost:   a pair costs 4 M E + 2 E^2 FLOPs, mostly W_O. M = 1 is allowed and is SigLIP with one more
-            projection, since a softmax over one token is 1.
+    Cost:   a pair costs 4 M E + 2 E^2 FLOPs as written above, mostly W_O; tiles.flops as computed.
+            An image sends nothing, a caption 2 E numbers to each other rank. M = 1 is allowed and is
+            SigLIP with one more projection, since a softmax over one token is 1.
     """
 
     def __init__(
@@ -131,30 +131,31 @@ class Llip(DualEncoder):
         z = F.normalize(self.mix(keys, values, queries), dim=-1)  # (B_img, B_txt, E)
         return torch.einsum("ije,je->ij", z, F.normalize(text, dim=-1))  # (B_img, B_txt)
 
+    def pair_inputs(self, image_side: tuple, text_side: tuple) -> tuple:
+        """What the cosines of pairs depend on, never in half precision."""
+        inputs = (*image_side, *text_side, self.pred.out_proj)
+        return tuple(x if x.dtype == torch.float64 else x.float() for x in inputs)
+
     def pair_logits(self, image_side: tuple, text_side: tuple) -> Tensor:
         """exp(logit_scale) * cos(z_ij, t_j) + logit_bias of every pair: (B_img, B_txt).
 
-        SPEED: the captions are taken in chunks and each chunk is computed again in the backward pass, so
-        that memory is CHUNK_BYTES and not B_img * B_txt * (3 E + 2 H M) floats; the numbers are the same.
+        SPEED: pair_cosines is the plain twin; tiles.cosines holds one tile of pairs at a time and no z.
         """
-        side = *image_side, *text_side
-        images, texts = len(image_side[0]), len(text_side[0])
-        floats = 2 * image_side[0].shape[1] * image_side[0].shape[2] + 3 * text_side[1].shape[1]
-        budget = CHUNK_BYTES * (GPU_CHUNKS if image_side[0].is_cuda else 1)
-        chunk = max(1, budget // (4 * images * floats))
-        if chunk >= texts:
-            return self.scale_logits(self.pair_cosines(*side))
-        cosines = [
-            checkpoint(
-                self.pair_cosines,
-                *image_side,
-                *(t[j : j + chunk] for t in text_side),
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-            for j in range(0, texts, chunk)
-        ]
-        return self.scale_logits(torch.cat(cosines, 1))  # (B_img, B_txt)
+        inputs = self.pair_inputs(image_side, text_side)
+        return self.scale_logits(tiles.cosines(*inputs, self.temperature))  # (B_img, B_txt)
+
+    def pair_loss(self, image_side: tuple, text_side: tuple, loss: Callable) -> Tensor:
+        """The same sum as DualEncoder.pair_loss, with the gradient taken tile by tile.
+
+        SPEED: pair_logits must compute the pairs again in the backward pass, or keep them; this need not.
+        """
+        scaling = [p for p in (self.logit_scale, self.logit_bias) if p is not None]
+        return tiles.tiled_loss(
+            self.pair_inputs(image_side, text_side),
+            self.temperature,
+            lambda cosines, row, column: loss(self.scale_logits(cosines), row, column),
+            [p for p in scaling if p.requires_grad],
+        )
 
     def ensemble_text(self, text_side: tuple, group: Tensor) -> tuple[Tensor, Tensor]:
         """Prompts to classes: raw queries are averaged, and normalised text features.
@@ -223,7 +224,8 @@ def flops(
 ) -> dict[str, int]:
     """FLOPs of Llip for one image, one text, and one image against the given number of prompts.
 
-    Two per multiply-add, as model.tower_flops. "pairs" is 4 M E + 2 E^2 per prompt: scores, mix and W_O.
+    Two per multiply-add, as model.tower_flops. "pairs" is 4 M E + 2 E^2 per prompt: scores, mix and W_O, the
+    plain form; tiles.flops counts what pair_logits and pair_loss do.
     """
     c = config
     used = tokens + c.patches * all_tokens

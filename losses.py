@@ -52,11 +52,18 @@ def siglip(logits: Tensor, offset: int = 0) -> Tensor:
     Returns: () nats, summed over columns and averaged over the local rows. At bias -10 and cosine 0 it
              is softplus(10) + (G - 1) softplus(-10).
     """
+    _pair_columns(logits, offset)
+    return siglip_sum(logits, offset) / len(logits)
+
+
+def siglip_sum(logits: Tensor, offset: int = 0) -> Tensor:
+    """siglip's sum over any block of logits (I, J), not divided by anything.
+
+    Args: offset: column of row 0's pair; pairs whose column lies outside of the block are not in it
+    """
     s = at_least_fp32(logits)
-    rows = torch.arange(len(s), device=s.device)
-    positive = s[rows, _pair_columns(s, offset)]  # (B,)
     # sum_j softplus(s_ij) counts the pair as a negative; softplus(-s) - softplus(s) = -s repairs it
-    return (F.softplus(s).sum() - positive.sum()) / len(s)
+    return F.softplus(s).sum() - s.diagonal(offset).sum()
 
 
 def _pair_columns(logits: Tensor, offset: int) -> Tensor:

@@ -1,13 +1,13 @@
 """llip.py: official values and gradients, double loops, memory, and what the method promises."""
 
 import json
-import weakref
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import llip
+import tiles
 from llip import Llip, PooledTokens
 from losses import info_nce, siglip
 from model import CONFIGS, Config
@@ -148,57 +148,11 @@ def test_chunks_are_exact(monkeypatch, budget):
         return logits, [p.grad for p in model.parameters()]
 
     whole = run()
-    monkeypatch.setattr(llip, "CHUNK_BYTES", budget)
+    monkeypatch.setattr(tiles, "TILE_BYTES", budget)
     chunked = run()
     torch.testing.assert_close(chunked[0], whole[0])
     for a, b in zip(chunked[1], whole[1]):
         torch.testing.assert_close(a, b)
-
-
-def kept_for_backward(model, n_images, n_texts):
-    """Bytes that autograd holds after the forward pass of pair_logits, its inputs left out."""
-    image_side = tuple(x.detach().requires_grad_() for x in model.encode_image(images(n_images)))
-    text_side = tuple(x.detach().requires_grad_() for x in model.encode_text(tokens(n_texts)))
-    inputs = {
-        x.untyped_storage().data_ptr() for x in (*image_side, *text_side, *model.parameters())
-    }
-    held = {}
-
-    def pack(x):
-        if x.untyped_storage().data_ptr() not in inputs:
-            held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model.pair_logits(image_side, text_side)
-    return sum(held.values())
-
-
-def test_memory_does_not_grow_with_pairs_times_embedding(monkeypatch):
-    monkeypatch.setattr(llip, "CHUNK_BYTES", 10_000)
-    model, pairs = build(), 32 * 64
-    # logits, cosines: a few numbers a pair, where the plain form keeps more than 3 E = 48 of them
-    assert kept_for_backward(model, 32, 64) < 8 * pairs * 8
-    monkeypatch.setattr(llip, "CHUNK_BYTES", 1 << 30)
-    assert kept_for_backward(model, 32, 64) > 40 * pairs * 8
-
-
-def test_chunks_are_freed(monkeypatch):
-    """In evaluation one chunk of mixed features is alive at a time."""
-    monkeypatch.setattr(llip, "CHUNK_BYTES", 10_000)
-    model, alive, most = build(), weakref.WeakSet(), [0]
-    mix = model.mix
-
-    def counted(*args):
-        z = mix(*args)
-        alive.add(z)
-        most[0] = max(most[0], len(alive))
-        return z
-
-    model.mix = counted
-    with torch.no_grad():
-        model.pair_logits(model.encode_image(images(8)), model.encode_text(tokens(40)))
-    assert most[0] == 1
 
 
 def test_the_caption_chooses():
