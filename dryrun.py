@@ -20,7 +20,6 @@ from model import CONFIGS, Config, tower_flops
 from pairs import build_model
 from report import format_table
 
-
 GPU_BYTES = 0.9 * 80e9  # what a usual large GPU leaves to tensors
 
 
@@ -28,8 +27,8 @@ def activation_bytes(config: Config, tokens: int, half: bool, checkpointed: bool
     """What autograd keeps of both towers for one pair, in bytes.
 
     A block keeps, per token, of width D and MLP width F: two residual streams, two norms' outputs, queries,
-    keys, values, the mixed values before and after merging heads, and three times the MLP's hidden layer:
-    9 D + 3 F numbers; residual streams stay fp32 under autocast. Checkpointed: one stream per block, and
+    keys, values, the mixed values before and after merging heads, and the MLP's hidden layer before and
+    after its activation: 9 D + 2 F numbers; residual streams stay fp32 under autocast. Checkpointed: one stream per block, and
     the one block that is being computed again.
     """
     c, total = config, 0
@@ -38,7 +37,7 @@ def activation_bytes(config: Config, tokens: int, half: bool, checkpointed: bool
         (c.context_length, c.text_width, c.text_mlp, c.text_layers),
     ):
         small = 2 if half else 4
-        block = length * (2 * 4 * width + small * (7 * width + 3 * mlp))
+        block = length * (2 * 4 * width + small * (7 * width + 2 * mlp))
         total += layers * 4 * length * width + block if checkpointed else layers * block
     return total
 

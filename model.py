@@ -74,7 +74,8 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), OpenAI's approximation of GELU. Differs by 0.02 at most: silently wrong."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+        # SPEED: the same number by one fused kernel: half the time, and one tensor less for autograd to keep
+        return F.silu(1.702 * x) * (1 / 1.702)
 
 
 class Block(nn.Module):

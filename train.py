@@ -172,7 +172,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 def build_optimizer(c: TrainConfig, groups: list[dict], device: torch.device):
     if c.optimizer == "adamw":
-        fused = device.type == "cuda" or None
+        fused = device.type in ("cuda", "cpu") or None  # SPEED: one pass over the weights
         return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=fused)
     return torch.optim.SGD(groups, lr=c.lr, momentum=c.beta1, nesterov=c.optimizer == "nesterov")
 
