@@ -1,0 +1,61 @@
+"""--compile: every model's forward pass is one graph, without a break, and the same numbers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from alignclip import AlignCLIP
+from clipood import FineTune
+from llip import Llip
+from model import CLIP, Config
+
+SIZES = Config(16, 16, 8, 16, 2, 2, 32, 8, 50, 16, 1, 2, 32)
+
+
+def pairs():
+    tokens = torch.randint(1, 48, (3, 8), generator=torch.Generator().manual_seed(0))
+    tokens[:, 6] = 49
+    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)), tokens
+
+
+def fine_tuned(cls):
+    text = F.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(2)), dim=-1)
+    return cls(CLIP(SIZES), text)
+
+
+CASES = {
+    "clip": lambda: (CLIP(SIZES), pairs()),
+    "llip": lambda: (Llip(SIZES, 3, 2, norm=True), pairs()),
+    "clipood": lambda: (fine_tuned(FineTune), (pairs()[0], torch.tensor([0, 3, 1]))),
+    "alignclip": lambda: (fine_tuned(AlignCLIP), (pairs()[0], torch.tensor([0, 3, 1]))),
+}
+
+
+def tensors(found):
+    """All tensors of a nested result, the dict of figures to log included."""
+    if isinstance(found, torch.Tensor):
+        return [found]
+    return [x for y in (found.values() if isinstance(found, dict) else found) for x in tensors(y)]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_no_graph_break(name, checkpointing):
+    """fullgraph raises at the first break; the eager backend runs the graph that was captured."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, inputs = CASES[name]()
+    getattr(model, "clip", model).set_grad_checkpointing(checkpointing)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for a, b in zip(tensors(compiled(*inputs)), tensors(model(*inputs)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_counter_sees_a_break():
+    class Broken(CLIP):
+        def encode_image(self, images):
+            return super().encode_image(images if images.mean() > 0 else -images)
+
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="(?i)data-dependent"):
+        torch.compile(Broken(SIZES), fullgraph=True, backend="eager")(*pairs())
