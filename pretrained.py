@@ -82,8 +82,8 @@ def load(
     }
     given = {key: value for key, value in given.items() if value is not None}
     path = locate(source)
-    checkpoint = archive.read(path)
     try:
+        checkpoint = archive.read(path)
         arrays, description = weights(checkpoint)
         layout = layouts.detect(arrays)
         state = layouts.to_openai(checkpoint.tensors(arrays))
@@ -99,7 +99,12 @@ def load(
             model = build(description)
         fill(model, state)
     except ValueError as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+        said = str(error) if str(path) in str(error) else f"{path}: {error}"
+        previous = path.with_name("checkpoint.previous.pt")
+        damaged = "damaged" in said or "truncated" in said
+        if damaged and path.name == "checkpoint.pt" and previous.exists():
+            said += f"; the one before: {previous}"
+        raise ValueError(said) from error
     return model.eval()
 
 

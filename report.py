@@ -69,6 +69,8 @@ def write_text(path: str | Path, text: str) -> None:
     try:
         part.write_text(text, encoding="utf-8")
         os.replace(part, path)
+    except OSError as error:  # a full disk does not say which file it was
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         part.unlink(missing_ok=True)
 

@@ -1,13 +1,19 @@
 """A run's directory: who may write to it, what is in it, and how a kill leaves it whole.
 
 config.json, metrics.jsonl, checkpoint.pt (tensors and plain values; the model under "state_dict" with
-OpenAI's names), tokenizer.json, results.json and pictures. Only rank 0 writes.
+OpenAI's names), checkpoint.previous.pt (the one before), tokenizer.json, results.json and pictures.
+
+A checkpoint is a zip, and a zip carries a CRC-32 of every member. torch.load does not look at them, so a
+flipped bit in a weight would go unseen; here they are checked (as `unzip -t checkpoint.pt` does) before a
+run goes on from one. A damaged checkpoint is put aside and the previous one taken. On the disk there must
+be room for three of them: the last, the previous, and the one being written.
 """
 
 import contextlib
 import json
 import os
 import signal
+import zipfile
 from pathlib import Path
 
 import torch
@@ -24,9 +30,12 @@ class Run:
             distributed.broadcast(str(self.choose(c)) if distributed.rank() == 0 else "")
         )
         self.checkpoint, self.writes = self.path / "checkpoint.pt", distributed.rank() == 0
+        self.previous = self.path / "checkpoint.previous.pt"
         if self.writes:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = lock(self.path / "lock")
+            for left in self.path.glob("*.part"):  # by a run that was killed while it wrote
+                left.unlink(missing_ok=True)
 
     @staticmethod
     def choose(c) -> Path:
@@ -34,13 +43,13 @@ class Run:
         if c.resume and c.resume != "auto":
             return Path(c.resume)
         if c.out:
-            if (Path(c.out) / "checkpoint.pt").exists() and not c.resume:
+            if holds_checkpoint(Path(c.out)) and not c.resume:
                 raise ValueError(
                     f"{c.out} already holds a run: --resume auto goes on with it, another --out keeps both"
                 )
             return Path(c.out)
         names = [Path("runs") / (c.method + (f"-{n}" if n > 1 else "")) for n in range(1, 10000)]
-        free = next(n for n, path in enumerate(names) if not (path / "checkpoint.pt").exists())
+        free = next(n for n, path in enumerate(names) if not holds_checkpoint(path))
         return names[max(free - 1, 0) if c.resume else free]
 
     def save(self, state: dict) -> None:
@@ -53,38 +62,66 @@ class Run:
                 torch.save(state, f)
                 f.flush()
                 os.fsync(f.fileno())
-            os.replace(part, self.checkpoint)
+            if self.checkpoint.exists():
+                os.replace(self.checkpoint, self.previous)
+            os.replace(part, self.checkpoint)  # killed before this line: load() takes the previous
+            sync_folder(self.path)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            part.unlink(missing_ok=True)
-            kept = (
-                "the last checkpoint is whole"
-                if self.checkpoint.exists()
-                else "there is no checkpoint yet"
-            )
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
             raise ValueError(
-                f"cannot write {self.checkpoint} ({one_line(error)}); {kept}"
+                f"cannot write {self.checkpoint} ({one_line(error)}); {self.kept()}. Make room, then"
+                " --resume auto goes on from there"
             ) from error
 
+    def kept(self) -> str:
+        """What there is to go on from, for messages."""
+        found = [p for p in (self.checkpoint, self.previous) if p.exists()]
+        return (
+            f"the last checkpoint is whole: {found[0]}" if found else "there is no checkpoint yet"
+        )
+
     def load(self) -> dict | None:
-        """The checkpoint, or None. Only tensors and plain values are read: nothing in it can run."""
-        if not self.checkpoint.exists():
-            return None
-        try:
-            return torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except Exception as error:  # damaged files fail in many ways; all mean the same to the user
-            raise ValueError(
-                f"{self.checkpoint} cannot be read ({one_line(error)}): delete it to start again"
-            ) from error
+        """The last checkpoint that is whole, or None. Nothing in it can run.
+
+        Raises: ValueError if there are checkpoints and all are damaged.
+        """
+        damage = []
+        for path in (self.checkpoint, self.previous):
+            try:
+                state = read_checkpoint(path)
+            except FileNotFoundError:
+                continue
+            except ValueError as error:
+                damage.append(str(error))
+                continue
+            if path == self.previous and self.writes:
+                print(f"{'; '.join(damage) or f'{self.checkpoint} is missing'}: {path} is used")
+                if damage:  # TRAP: the next save would put the damaged one over the whole one
+                    os.replace(self.checkpoint, self.path / "checkpoint.damaged.pt")
+            return state
+        if damage:
+            raise ValueError(f"{'; '.join(damage)}: delete {self.path}, or give another --out")
+        return None
 
     def log(self, **values) -> None:
         """One line of metrics.jsonl; only numbers that a repeated run gives again, so no times."""
-        if self.writes:
-            with open(self.path / "metrics.jsonl", "a") as f:
+        if not self.writes:
+            return
+        path = self.path / "metrics.jsonl"
+        try:
+            with open(path, "a") as f:
                 f.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise ValueError(
+                f"cannot write {path} ({one_line(error)}); {self.kept()}. Make room, then"
+                " --resume auto goes on from there"
+            ) from error
 
     def metrics(self) -> list[dict]:
         path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # a full disk cuts lines
 
     def rewind(self, step: int) -> None:
         """Drops what was logged after the checkpoint of this step."""
@@ -93,14 +130,48 @@ class Run:
             write_text(self.path / "metrics.jsonl", "".join(kept))
 
 
+def holds_checkpoint(path: Path) -> bool:
+    return any((path / f"checkpoint{name}.pt").exists() for name in ("", ".previous"))
+
+
+def read_checkpoint(path: Path) -> dict:
+    """A checkpoint of ours whose every byte is what was written.
+
+    Raises: FileNotFoundError; ValueError, one line, for a damaged one.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if wrong := archive.testzip():  # TRAP: torch.load reads flipped weights without a word
+                raise ValueError(f"the checksum of {wrong} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # damaged files fail in many ways; all mean the same to the user
+        raise ValueError(f"{path} is damaged ({one_line(error)})") from error
+
+
+def sync_folder(path: Path) -> None:
+    """Makes renames last through a power cut, where the system can."""
+    with contextlib.suppress(OSError):  # Windows does not open folders
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
 def lock(path: Path):
-    """An advisory lock that the system drops when the process ends, however it ends."""
+    """A lock that the system drops when the process ends, however it ends.
+
+    TRAP: lockf, not flock: loader workers would inherit flock's, outlive a killed run for seconds, and
+    keep its successor out.
+    """
     handle = open(path, "w")
     try:
         import fcntl
 
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows has no flock: no lock there
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows has no such lock
         pass
     except OSError as error:
         raise ValueError(f"{path.parent} is in use by another process") from error

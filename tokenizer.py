@@ -129,8 +129,12 @@ def download_openai() -> Path:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that nobody, not another rank either, ever sees a part of it."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(data)
-    os.replace(part, path)
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    except OSError as error:  # a full disk does not say which file it was
+        part.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def read_openai(path: Path) -> list[str]:

@@ -273,7 +273,7 @@ def train(c: TrainConfig) -> dict:
                 run.log(step=step, **results)
         stopping = stop.agreed()  # TRAP: asked first, or a step that saves anyway never asks
         if step > start and (last or step % c.save_every == 0 or stopping):
-            check_finite(window, step, c, task, last_ids, raw.parameters())
+            check_finite(window, step, c, task, last_ids, run, raw.parameters())
             run.save(state(step))
         if stopping:
             say(
@@ -299,7 +299,7 @@ def train(c: TrainConfig) -> dict:
 
         if (step + 1) % c.log_every == 0 or step + 1 == c.steps:
             check_finite(
-                window, step + 1, c, task, last_ids
+                window, step + 1, c, task, last_ids, run
             )  # the only place that waits for the GPU
             mean = {"loss": float(window[0]) / window[1]} | task.logged(window[1])
             mean = distributed.mean(mean, device)
@@ -328,10 +328,11 @@ def timed_evaluation(task, model: nn.Module, say) -> dict:
     return results
 
 
-def check_finite(window: list, step: int, c: TrainConfig, task, ids, weights=()) -> None:
+def check_finite(window: list, step: int, c: TrainConfig, task, ids, run: Run, weights=()) -> None:
     """Stops all ranks before a broken state is saved.
 
-    Raises: ValueError with steps, samples and a hint: the loss of any rank, or a weight, is not finite.
+    Raises: ValueError with steps, samples, the last good checkpoint and a hint: the loss of any rank,
+            or a weight, is not finite.
     """
     bad = not math.isfinite(float(window[0])) or not all(bool(p.isfinite().all()) for p in weights)
     if not distributed.mean({"bad": bad})["bad"]:
@@ -339,7 +340,7 @@ def check_finite(window: list, step: int, c: TrainConfig, task, ids, weights=())
     names = [task.train.name(int(i)) for i in ids[:3]]
     raise ValueError(
         f"the loss or a gradient is not finite in steps {step - window[1] + 1}..{step}"
-        f" (last batch: {', '.join(names)}); nothing was saved since."
+        f" (last batch: {', '.join(names)}); nothing was saved since, {run.kept()}."
         f" Try a lower --lr (now {c.lr:g}), --clip-norm 1 or --precision fp32"
     )
 

@@ -207,6 +207,7 @@ def test_nonfinite_loss_stops_before_saving(tmp_path, monkeypatch, capsys):
     assert run(tmp_path / "run", "--steps", 6, "--save-every", 2, "--log-every", 4) == 2
     error = capsys.readouterr().err
     assert "not finite in steps 1..4" in error and "--lr" in error and error.count("\n") == 1
+    assert f"the last checkpoint is whole: {tmp_path / 'run' / 'checkpoint.pt'}" in error
     assert checkpoint(tmp_path / "run")["step"] == 2
 
 
