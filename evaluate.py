@@ -424,7 +424,11 @@ def open_data(args, model: nn.Module, kind: str):
         size = model.config.image_size
         return drawn(args.split or "test", args.limit or 1024, image_size=size)
     dataset = data.open_dataset(
-        args.data, args.split, default_split="test", image_root=args.image_root
+        args.data,
+        args.split,
+        default_split="test",
+        image_root=args.image_root,
+        allow_outside=args.allow_outside,
     )
     if not hasattr(dataset, kind):
         raise ValueError(f"{args.data} has no {kind}, which {args.task} needs")
@@ -634,6 +638,7 @@ def common_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--split", help="of data that have splits (default: test)")
     add("--image-root", metavar="DIR", help="where the images of a list are (default: beside it)")
+    add("--allow-outside", action="store_true", help="read what a list names outside of there")
     add(
         "--limit",
         type=int,

@@ -171,6 +171,7 @@ def pair_data(c):
         image_root=c.image_root or None,
         image_key=c.image_key or None,
         caption_key=c.caption_key or None,
+        allow_outside=c.allow_outside,
     )
     size = c.image_size or CONFIGS[c.model].image_size
     if c.train_data == "scenes":

@@ -14,6 +14,9 @@ d.domain_names. Nothing here draws a random number; names and texts are all that
 | `root/<domain>/<class>/*`                   | classes and domains, in DomainBed's order          |
 | `shards/{00000..00010}.tar::more.tar`       | pairs, see shards.py                               |
 | `scenes`, `objects`                         | the embedded data sets, see scenes.py              |
+
+A list may come from a stranger: its names, absolute or with `..`, and links among its images may not lead
+out of the image root, unless allow_outside says so. A folder of classes is yours, and its links are followed.
 """
 
 import csv
@@ -30,7 +33,7 @@ from PIL import Image
 
 import scenes
 from images import open_image
-from shards import Shards, clean_captions, warn
+from shards import Shards, clean_captions, printable, warn
 
 IMAGE_SUFFIXES = tuple(".jpg .jpeg .png .webp .ppm .bmp .pgm .tif .tiff .gif".split())
 IMAGE_KEYS = "filepath image path file filename file_name image_path image_name img".split()
@@ -44,6 +47,8 @@ SPLIT_NAMES = "train val valid validation dev test".split()
 class _Files:
     """Images by path: what Pairs and Labelled share."""
 
+    inside = ""  # where links may lead; "": anywhere
+
     def __init__(self, root: str | Path, files: list):
         self.root, self.files = str(root), files
         self.format, self.splits = "files", {}  # what open_dataset saw, for data.py --show
@@ -55,7 +60,11 @@ class _Files:
         return os.path.join(self.root, self.files[i])
 
     def image(self, i: int) -> Image.Image:
-        return open_image(self.name(i))
+        path = self.name(i)
+        # SPEED: here and not for all at the start: on a network disk that would take minutes
+        if self.inside and not os.path.realpath(path).startswith(self.inside):
+            raise ValueError(f"a link out of {self.inside}: --allow-outside reads it anyway")
+        return open_image(path)
 
 
 class Pairs(_Files):
@@ -185,7 +194,7 @@ def choose_keys(columns: list, where, image_key, caption_key, label_key) -> tupl
         found = next((k for k in ([given] if given else usual) if k in columns), None)
         if found is None:
             wanted = repr(given) if given else "any of " + ", ".join(usual)
-            there = ", ".join(map(str, columns))[:200]
+            there = printable(", ".join(map(str, columns))[:200])
             raise ValueError(f"{where}: no {what} column ({wanted}); there are: {there}")
         return found
 
@@ -424,7 +433,7 @@ def find_root(path: Path, files: list, image_root: str | Path | None) -> str:
         if any(os.path.isfile(os.path.join(place, f)) for f in files[:10]):
             return os.path.abspath(place)
     more = f", nor in {len(places) - 1} folders near it" if len(places) > 1 else ""
-    first = os.path.join(places[0], files[0])
+    first = printable(os.path.join(places[0], files[0])[:300])
     raise ValueError(f"{path}: no image at {first}{more}; say where they are (image root)")
 
 
@@ -432,7 +441,10 @@ def refuse_outside(root: str, files: list, where):
     """TRAP: a stranger's list must not make us open, and show, files outside the image folder."""
     for file in files:
         if not os.path.normpath(os.path.join(root, file)).startswith(os.path.join(root, "")):
-            raise ValueError(f"{where}: {file!r} is outside {root}; allow_outside reads it anyway")
+            raise ValueError(
+                f"{where}: {file!r} is outside {root}; --image-root says what it is relative to,"
+                " --allow-outside (allow_outside=True) reads it anyway"
+            )
 
 
 def group_captions(rows: list, where) -> dict:
@@ -473,6 +485,8 @@ def build(listing: Listing, path: Path, split, default, image_root, allow_outsid
         if domains:
             dataset.domain_names = domains
             dataset.domains = [domains.index(r.domain) for r in rows]
+    if not (allow_outside or path.is_dir()):
+        dataset.inside = os.path.join(os.path.realpath(root), "")
     dataset.format = listing.format
     dataset.splits = dict(Counter(r.split for r in listing.rows if r.split))
     return dataset

@@ -62,6 +62,7 @@ class TrainConfig:
     val_data: str = ""  # for retrieval; empty: the training data's own test or val split
     zeroshot_data: str = ""  # a folder of classes, or scenes; empty: scenes for scenes, otherwise none
     image_root: str = ""  # where the images of a list are; empty: beside the list
+    allow_outside: bool = False  # read what a list names, or links to, outside of its images' folder
     image_key: str = ""  # column or field of the image path; empty: guessed
     caption_key: str = ""  # column or field of the caption; empty: guessed
     vocab: str = ""  # learn, openai, or a vocabulary file; empty: learn for models under 49,408 tokens

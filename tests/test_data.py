@@ -284,6 +284,32 @@ def test_table_errors_say_what_is_wrong(tmp_path, text, options, message):
     assert "\n" not in str(caught.value)
 
 
+def test_links_of_a_list_stay_inside(tmp_path):
+    """A folder that a stranger packed may hold links; what they lead to must not be shown."""
+    for place in ("d/a.png", "d/b.png", "secret.png"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / place)
+    (tmp_path / "d" / "out.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "d" / "in.png").symlink_to("b.png")
+    (tmp_path / "d" / "t.csv").write_text("image,title\na.png,t\nout.png,t\nin.png,t\n")
+    dataset = data.open_dataset(tmp_path / "d" / "t.csv")
+    assert dataset.image(0).size == dataset.image(2).size == (8, 8)
+    with pytest.raises(ValueError, match="a link out of"):
+        dataset.image(1)
+    assert data.open_dataset(tmp_path / "d" / "t.csv", allow_outside=True).image(1).size == (8, 8)
+    (tmp_path / "linked").symlink_to(tmp_path / "d")  # the folder itself may be one
+    assert data.open_dataset(tmp_path / "linked" / "t.csv").image(0).size == (8, 8)
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2Jb", "a\u202eb", "a\x00b"])
+def test_messages_show_no_control_characters(tmp_path, name):
+    for text in (f"{name},title\nx,y\n", f"image,title\n{name},y\n"):
+        (tmp_path / "t.csv").write_text(text)
+        with pytest.raises(ValueError) as error:
+            data.open_dataset(tmp_path / "t.csv")
+        assert str(error.value).isprintable()
+
+
 def test_outside_can_be_allowed(tmp_path):
     write_images(tmp_path, ["a.png", "d/b.png"])
     (tmp_path / "d" / "t.csv").write_text("image,title\nb.png,t\n../a.png,u\n")

@@ -1,0 +1,351 @@
+"""Mutated files: whatever is in them, reading ends soon, in bounded memory, with a result or one known error.
+
+Each format has a few good files, a reader, and a list of tokens that mean something in it. A mutation flips
+bits, cuts, repeats, swaps, or puts a token or an extreme number somewhere; of n inputs number i depends on
+(format, i) alone, so that a failure can be made again. The inputs of a format are read in one process of
+their own, whose memory the kernel limits, with an alarm that ends a reader which takes too long.
+"""
+
+import io
+import json
+import os
+import random
+import resource
+import signal
+import struct
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in (ROOT, ROOT / "tests"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+import archive  # noqa: E402
+import images  # noqa: E402
+import pretrained  # noqa: E402
+import readers  # noqa: E402
+import shards  # noqa: E402
+from metaclip import Corpus, read_entries  # noqa: E402
+from model import CLIP, Config  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
+
+SECONDS, MEMORY = 20, 1 << 30  # for one input; bytes more than the process has at its start
+EXTREME = [0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 2**63 - 1, 2**64 - 1]
+NASTY = [
+    b"\0", b"\n", b"\r\n", b'"', b",", b"\t", b"{", b"}", b"[", b"]", b"\\u0000", b"\\ud800", b"\xff\xfe",
+    b"\xef\xbb\xbf", b"..", b"/", b"../../etc/passwd", b"-1", b"1e999", b"NaN", b"null", b"true", b"{}",
+    b"9" * 400, "😀\u202e\u2028".encode(), b"<|endoftext|>",
+]  # fmt: skip
+
+
+def mutate(good: bytes, rng: random.Random, tokens=()) -> bytes:
+    """One to eight small changes."""
+    data = bytearray(good)
+    for _ in range(rng.choice([1, 1, 1, 2, 3, 8])):
+        at = rng.randrange(len(data) + 1)
+        kind = rng.randrange(8)
+        if kind == 0 and data:
+            data[at % len(data)] ^= 1 << rng.randrange(8)
+        elif kind == 1 and data:
+            data[at % len(data)] = rng.randrange(256)
+        elif kind == 2:
+            del data[at : at + rng.choice([1, 2, 4, 64, 1 << 20])]
+        elif kind == 3:
+            data[at:at] = data[at : at + rng.randrange(1, 200)] * rng.choice([1, 2, 50])
+        elif kind == 4:
+            form = rng.choice(["<H", ">H", "<I", ">I", "<Q", ">Q"])
+            number = struct.pack(form, rng.choice(EXTREME) % 256 ** struct.calcsize(form))
+            data[at : at + len(number)] = number
+        elif kind == 5:
+            data[at:at] = rng.choice([*NASTY, *tokens])
+        elif kind == 6:
+            token = rng.choice([*NASTY, *tokens])
+            data[at : at + len(token)] = token
+        else:
+            other = rng.randrange(len(data) + 1)
+            size = rng.randrange(1, 100)
+            data[at : at + size], data[other : other + size] = (
+                data[other : other + size],
+                data[at : at + size],
+            )
+    return bytes(data)
+
+
+# TRAP: a checksum hides what is behind it from a fuzzer; most mutants get a right one back
+
+
+def repair_png(data: bytes) -> bytes:
+    at, out = 8, bytearray(data[:8])
+    while at + 12 <= len(data):
+        size = min(int.from_bytes(data[at : at + 4], "big"), len(data) - at - 12)
+        out += data[at : at + 8 + size]
+        out += zlib.crc32(data[at + 4 : at + 8 + size]).to_bytes(4, "big")
+        at += 12 + size
+    return bytes(out) + data[at:]
+
+
+def repair_tar(data: bytes) -> bytes:
+    blocks = [bytearray(data[at : at + 512]) for at in range(0, len(data), 512)]
+    for block in blocks:
+        if b"ustar" in block[257:265] and len(block) == 512:
+            block[148:156] = b" " * 8
+            block[148:156] = b"%06o\0 " % sum(block)
+    return b"".join(blocks)
+
+
+def mutate_zip(good: bytes, rng: random.Random, tokens) -> bytes:
+    """A mutant inside: another pickle, or other numbers, in a zip that is right."""
+    with zipfile.ZipFile(io.BytesIO(good)) as old:
+        members = {info.filename: old.read(info) for info in old.infolist()}
+    name = next(n for n in members if n.endswith("data.pkl"))
+    name = name if rng.random() < 0.9 else rng.choice(sorted(members))
+    members[name] = mutate(members[name], rng, tokens)
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as new:
+        for name, content in members.items():
+            new.writestr(name, content)
+    return file.getvalue()
+
+
+def mutant(name: str, number: int) -> bytes:
+    """Input `number` of a format."""
+    rng = random.Random(f"{name} {number}")
+    good, tokens = rng.choice(FORMATS[name][1]), FORMATS[name][4]
+    if name == "checkpoint (zip)" and rng.random() < 0.8:
+        return mutate_zip(good, rng, tokens)
+    data = mutate(good, rng, tokens)
+    repair = {"PNG": repair_png, "tar shard": repair_tar}.get(name)
+    return repair(data) if repair and rng.random() < 0.8 else data
+
+
+# The formats: good files, and what reads them --------------------------------------------------------
+
+
+def picture(form: str, mode="RGB", **options) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 31, len(mode)), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels.squeeze(), mode).save(file, form, **options)
+    return file.getvalue()
+
+
+def read_picture(path: Path):
+    """As training and as evaluation see it; images.IMAGE_ERRORS are what a loader replaces and counts."""
+    for transform in (images.Preprocess(16).pixels, lambda x: images.random_crop(x, 16, random)):
+        with images.open_image(path.read_bytes()) as image:
+            transform(image)
+
+
+def tar_file() -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, content in (
+            ("a.jpg", picture("JPEG")), ("a.txt", b"a cat"), ("b.png", picture("PNG")),
+            ("b.json", b'{"captions": ["a dog", "an elk"]}'), ("c/d.webp", picture("WEBP")),
+            ("c/d.txt", b"x"),
+        ):  # fmt: skip
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+def read_tar(path: Path):
+    found = shards.Shards(str(path), cache=path.parent / "cache")
+    for i in range(len(found)):
+        assert all(isinstance(text, str) and text for text in found.captions[i])
+        found.name(i)
+        try:
+            images.Preprocess(16).pixels(found.image(i))
+        except images.IMAGE_ERRORS:
+            pass  # data.py replaces and names it
+
+
+def read_listed(path: Path):
+    """The list, and every image that it leads to; none may lie outside its folder."""
+    inside = os.path.realpath(path.parent)
+    dataset = readers.open_dataset(path)
+    for i in range(min(len(dataset), 50)):
+        assert os.path.realpath(dataset.name(i)).startswith(inside), dataset.name(i)
+        try:
+            dataset.image(i)
+        except images.IMAGE_ERRORS:
+            pass
+    if hasattr(dataset, "captions"):
+        assert all(isinstance(t, str) and t.strip() for texts in dataset.captions for t in texts)
+
+
+CSV = b'filepath,title,split\na.png,a cat,train\nb.png,"a dog, ""big""",val\na.png,again,train\n'
+TSV = b"image\tlabel\tdomain\na.png\tcat\tart\nb.png\tdog\tphoto\n"
+FLICKR = b"a.png,a cat\nb.png,a dog, and more\n"
+JSONL = b'{"image": "a.png", "captions": ["a cat", "one"]}\n{"image": "b.png", "captions": ["x"]}\n'
+KARPATHY = json.dumps(
+    {"images": [{"filename": n, "filepath": "", "split": "train", "sentences": [{"raw": "a cat"}]}
+                for n in ("a.png", "b.png")]}
+).encode()  # fmt: skip
+COCO = json.dumps(
+    {"images": [{"id": 1, "file_name": "a.png"}],
+     "annotations": [{"image_id": 1, "caption": "a cat"}, {"image_id": 1, "caption": "a dog"}]}
+).encode()  # fmt: skip
+ZHOU = json.dumps(
+    {"train": [["a.png", 0, "cat"], ["b.png", 1, "dog"]], "val": [], "test": [["a.png", 0, "cat"]]}
+).encode()
+KEYS = [b'"images"', b'"train"', b'"captions"', b'"filename"', b'"sentences"', b'"id"', b"a.png",
+        b"/etc/passwd", b"../a.png", b"link.png", b"folder/b.png"]  # fmt: skip
+
+
+def tokenizer_file() -> bytes:
+    with tempfile.TemporaryDirectory() as place:
+        Tokenizer.learn(["a cat", "a dog and a cat", "the elks"] * 3, 540).save(Path(place) / "t")
+        return (Path(place) / "t").read_bytes()
+
+
+def read_vocabulary(path: Path):
+    tokenizer = Tokenizer.load(path)
+    assert tokenizer(["a cat and 😀"]).max() < tokenizer.vocab_size
+
+
+def checkpoint_file(kind: str) -> bytes:
+    with tempfile.TemporaryDirectory() as place:
+        torch.manual_seed(0)
+        model = CLIP(Config(8, 8, 4, 8, 1, 1, 8, 8, 520, 8, 1, 1, 8))
+        state, path = model.state_dict(), Path(place) / "x"
+        if kind == "safetensors":
+            with open(path, "wb") as file:
+                archive.write_safetensors(state, file)
+        else:
+            content = {"state_dict": state, "model": pretrained.describe(model)}
+            torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
+        return path.read_bytes()
+
+
+def read_weights(path: Path):
+    foreign = dict(quick_gelu=True, vision_heads=1, text_heads=1) if path.suffix == ".st" else {}
+    pretrained.load(path, **foreign)
+
+
+PICKLE = [b"cos\nsystem\n", b"R", b"\x81", b"b", b"0", b"h\x01", b"(", b"t", b"}", b"u", b"Q", b"\x93"]
+FORMATS = {  # name: (suffix, good files, reader, errors, tokens)
+    "JPEG": (".jpg", [picture("JPEG"), picture("JPEG", progressive=True), picture("JPEG", "L")],
+             read_picture, images.IMAGE_ERRORS, [b"\xff\xd8", b"\xff\xc2", b"\xff\xda", b"\xff\xd9"]),
+    "PNG": (".png", [picture("PNG"), picture("PNG", "RGBA"), picture("PNG", "L")], read_picture,
+            images.IMAGE_ERRORS, [b"IHDR", b"IDAT", b"PLTE", b"tRNS", b"zTXt", b"iCCP", b"acTL"]),
+    "WebP": (".webp", [picture("WEBP"), picture("WEBP", lossless=True)], read_picture,
+             images.IMAGE_ERRORS, [b"VP8 ", b"VP8L", b"VP8X", b"ANMF", b"ALPH"]),
+    "tar shard": (".tar", [tar_file()], read_tar, (ValueError, OSError),
+                  [b"ustar\x0000", b"0000777\0", b"77777777777\0", b"\x80" + b"\xff" * 11, b"L", b"x", b"2"]),
+    "CSV": (".csv", [CSV, FLICKR], read_listed, (ValueError, OSError), KEYS),
+    "TSV": (".tsv", [TSV], read_listed, (ValueError, OSError), KEYS),
+    "JSONL": (".jsonl", [JSONL], read_listed, (ValueError, OSError), KEYS),
+    "JSON": (".json", [KARPATHY, COCO, b"[" + JSONL.replace(b"\n", b",", 1) + b"]"], read_listed,
+             (ValueError, OSError), KEYS),
+    "split file": (".json", [ZHOU], read_listed, (ValueError, OSError), KEYS),
+    "vocabulary": (".txt", [tokenizer_file()], read_vocabulary, (ValueError, OSError),
+                   [b"</w>", b" ", b"\n"]),
+    "safetensors": (".st", [checkpoint_file("safetensors")], read_weights, (ValueError, OSError),
+                    [b'"F32"', b'"BF16"', b'"data_offsets"', b'"shape"', b"[0,0]"]),
+    "checkpoint (zip)": (".pt", [checkpoint_file("zip")], read_weights, (ValueError, OSError), PICKLE),
+    "checkpoint (legacy)": (".bin", [checkpoint_file("legacy")], read_weights, (ValueError, OSError), PICKLE),
+    "metadata": (".json", [b'["a cat", "dog"]', b'{"a cat": 3, "dog": 1}'], read_entries,
+                 (ValueError, OSError), []),
+    "captions": (".tsv", [b"caption\turl\na cat\tx\n", b"caption\turl\na\tb\nc\td\n"],
+                 lambda path: list(Corpus(str(path), "caption").scan()), (ValueError, OSError), []),
+}  # fmt: skip
+
+
+class TooLong(BaseException):
+    """Raised by the alarm; no reader may catch it."""
+
+
+def alarm(*_):
+    raise TooLong
+
+
+def folder_of_lists(place: Path) -> None:
+    """What lists may name: two images, one in a folder, and a link that leads outside."""
+    (place / "folder").mkdir()
+    for name in ("a.png", "b.png", "folder/b.png"):
+        (place / name).write_bytes(picture("PNG"))
+    (place.parent / "secret.png").write_bytes(picture("PNG"))
+    (place / "link.png").symlink_to(place.parent / "secret.png")
+
+
+def read_mutants(name: str, first: int, last: int, report) -> None:
+    """Inputs first..last of a format, one after another; a line of JSON about each failure, then the sum."""
+    suffix, good, reader, errors, _ = FORMATS[name]
+    signal.signal(signal.SIGALRM, alarm)
+    read, refused = 0, 0
+    with tempfile.TemporaryDirectory() as outer:
+        place = Path(outer) / "data"
+        place.mkdir()
+        folder_of_lists(place)
+        pages = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (pages + MEMORY,) * 2)
+        sys.stderr = io.StringIO()
+        for content in good:  # the fuzzing would prove little if these did not get through
+            (place / f"x{suffix}").write_bytes(content)
+            reader(place / f"x{suffix}")
+        for i in range(first, last):
+            path = place / f"x{suffix}"
+            path.write_bytes(mutant(name, i))
+            signal.alarm(SECONDS)
+            try:
+                reader(path)
+                read += 1
+            except errors as error:
+                refused += 1
+                text = str(error)
+                if not text.isprintable() or len(text) > 1500:
+                    report({"input": i, "what": f"message of {len(text)} characters: {text[:200]!r}"})
+            except BaseException as error:
+                report({"input": i, "what": f"{type(error).__name__}: {str(error)[:200]}"})
+            finally:
+                signal.alarm(0)
+            sys.stderr.seek(0)
+            sys.stderr.truncate()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    report({"read": read, "refused": refused, "peak_mb": round(peak)})
+
+
+def fuzz(name: str, count: int) -> dict:
+    """count mutants of a format in a child process.
+
+    Returns: {"tried", "read", "refused", "peak_mb", "seconds", "failures": [...]}
+    """
+    began = time.monotonic()
+    ends, lines = os.pipe()
+    if (pid := os.fork()) == 0:
+        try:
+            os.close(ends)
+            with open(lines, "w", buffering=1) as out:
+                read_mutants(name, 0, count, lambda x: out.write(json.dumps(x) + "\n"))
+            os._exit(0)
+        except BaseException as error:
+            os.write(2, f"{name}: {error!r}\n".encode())
+            os._exit(1)
+    os.close(lines)
+    with open(ends) as said:
+        found = [json.loads(line) for line in said]
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    failures = [f"input {f['input']}: {f['what']}" for f in found if "input" in f]
+    total = found[-1] if found and "read" in found[-1] else {"read": 0, "refused": 0, "peak_mb": 0}
+    if code:
+        failures.append(f"the reader's process ended with {code}")
+    seconds = time.monotonic() - began
+    return {"tried": count, **total, "seconds": seconds, "failures": failures}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for name in sys.argv[2:] or FORMATS:
+        found = fuzz(name, int(sys.argv[1]))
+        print(name, {k: v for k, v in found.items() if k != "failures"}, *found["failures"][:8], sep="\n  ")
