@@ -292,7 +292,7 @@ class LabelTask:
         self.protocol = openworld.protocol(
             c.train_data, c.open_task, c.target_domain, whole=c.whole_target, shots=c.shots,
             seed=c.seed, image_root=c.image_root or None, image_size=self.config.image_size,
-            size=c.train_size, bias=c.bias,
+            size=c.train_size, bias=c.bias, test_seed=c.test_seed,
         )  # fmt: skip
         self.train = self.protocol.train
         if c.overfit or c.method in BESIDE:

@@ -75,6 +75,7 @@ def protocol(
     image_size: int = 32,
     size: int = 2048,
     bias: float = 0.0,
+    test_seed: int = 0,
 ) -> Protocol:
     """The protocol of a task on a data set.
 
@@ -82,6 +83,7 @@ def protocol(
              domain left out, none for open-class;  whole ask all of the target under domain shift;
              shots train on so many images per class, drawn by seed, 0 for all
              image_size, size, bias: of scenes, their pixels, training images, scenes.Objects' bias
+             test_seed: of scenes, which pictures are asked
     Raises:  ValueError naming the known domains for an unknown target; for data without labels, domains
              or images, or with too few classes.
     """
@@ -89,7 +91,7 @@ def protocol(
         raise ValueError(f"task {task!r}: there are {', '.join(TASKS)}")
     if str(source) == "scenes":
         check_target("scenes", task, target, scenes.DOMAINS)
-        found = scenes_protocol(task, target, image_size, size, seed, bias)
+        found = scenes_protocol(task, target, image_size, size, seed, bias, test_seed)
     else:
         dataset = open_labelled(source, None, image_root)
         check_target(source, task, target, dataset.domain_names or ())
@@ -121,13 +123,13 @@ def check_target(source, task: str, target: str, names) -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def scenes_protocol(task, target, image_size, size, seed, bias) -> Protocol:
+def scenes_protocol(task, target, image_size, size, seed, bias, test_seed) -> Protocol:
     """Embedded scenes; the test images are the same for every seed, and drawn without bias."""
     domains = tuple(name for name in scenes.DOMAINS if name != target)
     kinds = scenes.KINDS if task == "domain-shift" else scenes.BASE
 
     def asked(domains, kinds):
-        return scenes.Objects("test", HELD_OUT, 0, image_size, domains, kinds)
+        return scenes.Objects("test", HELD_OUT, test_seed, image_size, domains, kinds)
 
     if task == "open-class":
         tests = {"base": asked(domains, scenes.BASE), "new": asked(domains, scenes.NEW)}

@@ -34,11 +34,17 @@ def build_model(c, config: Config) -> nn.Module:
         else c.logit_bias
     )
     mixing = dict(temperature=c.temperature, norm=c.mixture_norm)
+    sizes = (config, c.mixture_tokens, c.mixture_heads)
+    if c.init and (c.pooling != "text" or c.all_tokens or c.text_tokens):
+        raise ValueError("--pooling, --all-tokens and --text-tokens train from scratch: no --init")
     if not c.init:
+        if c.pooling != "text":
+            ladder = dict(temperature=c.temperature, scale=scale, bias=bias)
+            return llip.PooledTokens(*sizes[:2], c.pooling, c.mixture_heads, **ladder)
+        if c.text_tokens:
+            return llip.LatentTextLlip(*sizes, c.text_tokens, scale=scale, bias=bias, **mixing)
         if c.method == "llip":
-            return llip.Llip(
-                config, c.mixture_tokens, c.mixture_heads, scale=scale, bias=bias, **mixing
-            )
+            return llip.Llip(*sizes, all_tokens=c.all_tokens, scale=scale, bias=bias, **mixing)
         return CLIP(config, scale=scale, bias=bias if c.objective == "siglip" else None)
     model = pretrained.load(c.init)
     if c.method != "llip" and type(model) is not CLIP:
@@ -177,10 +183,13 @@ def pair_data(c):
     if c.train_data == "scenes":
         look = dict(image_size=size, domains=("photo",))
         train = scenes.Scenes("train", c.train_size, seed=c.seed, bias=c.bias, **look)
-        val = scenes.Scenes("test", 500, **look)
-        aspects = scenes.Scenes("test", 500, captions="aspects", **look)
-        objects = scenes.Objects("test", 960, **look)
+        val = scenes.Scenes("test", 500, c.test_seed, **look)
+        aspects = scenes.Scenes("test", 500, c.test_seed, captions="aspects", **look)
+        objects = scenes.Objects("test", 960, c.test_seed, **look)
         templates = scenes.TEMPLATES
+    elif c.train_data == "broad":
+        train, val = scenes.Broad("train", c.train_size, c.seed, size, c.bias), None
+        objects, templates = scenes.Objects("test", 960, c.test_seed, size), scenes.TEMPLATES
     else:
         train = data.open_dataset(c.train_data, default_split="train", **keys)
         val = objects = None
@@ -190,7 +199,7 @@ def pair_data(c):
             )
     if c.val_data:
         val = data.open_dataset(c.val_data, default_split="test", **keys)
-    elif val is None and ".tar" not in c.train_data:
+    elif val is None and c.train_data != "broad" and ".tar" not in c.train_data:
         held_out = [s for s in ("test", "val") if s in getattr(train, "splits", {})]
         val = data.open_dataset(c.train_data, held_out[0], **keys) if held_out else None
     if c.zeroshot_data == "scenes" and objects is None:

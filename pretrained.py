@@ -32,11 +32,11 @@ from torch.overrides import TorchFunctionMode
 import archive
 import layouts
 from download import NAMES, canonical_name, fetch
-from llip import Llip, PooledTokens
+from llip import LatentTextLlip, Llip, PooledTokens
 from model import CLIP, Config, DualEncoder
 from tokenizer import Tokenizer, is_saved
 
-CLASSES = {"CLIP": CLIP, "Llip": Llip, "PooledTokens": PooledTokens}
+CLASSES = {c.__name__: c for c in (CLIP, Llip, PooledTokens, LatentTextLlip)}
 FOLDER_FILES = (
     "checkpoint.pt",
     "model.safetensors",
@@ -302,6 +302,9 @@ def describe(model: DualEncoder) -> dict:
         return found | {"norm": norm, "all_tokens": bool(model.all_tokens), "shared": shared}
     if name == "PooledTokens":
         found["pooling"] = model.pooling
+    if name == "LatentTextLlip":
+        norm = isinstance(model.K_norm, nn.LayerNorm)
+        return found | {"norm": norm, "text_tokens": len(model.text_tokens)}
     return found | {"bias": None if model.logit_bias is None else -10.0}
 
 
@@ -329,6 +332,7 @@ def build(description: dict) -> DualEncoder:
     pooled = {
         "mixture_tokens": size(2**16),
         "heads": size(2**16),
+        "text_tokens": size(2**16),
         "temperature": lambda value: number(value) and value > 0,
         "norm": lambda value: type(value) is bool,
         "all_tokens": lambda value: type(value) is bool,

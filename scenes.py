@@ -6,6 +6,7 @@ correlate with the class, and masks. Here all of that is known exactly.
 
     Scenes    pictures of 1 to 4 things with captions      pre-training, retrieval
     Objects   pictures of one thing with a label           zero-shot, fine-tuning, open world
+    Broad     both of them with captions, in every domain  pre-training what is to be fine-tuned
 
 Every fact is a pure function of (seed, split, index): a counter-based hash, no generator with
 state, and integer arithmetic only, so captions are equal on every machine and pixels under every
@@ -614,6 +615,17 @@ class Objects(Drawn):
         facts = {name: value[:, None] for name, value in facts.items()}  # (N, 1)
         return {**facts, "key": key, "domain": domain, "background": background}
 
+    @functools.cached_property
+    def captions(self) -> list[list[str]]:
+        """What the thing is, in six captions a picture, all of which name its kind."""
+        columns = (self.facts[name].tolist() for name in ("kind", "colour", "background", "domain"))
+        texts = []
+        for (kind,), (colour,), ground, domain in zip(*columns):
+            thing, coloured = named(Thing(kind), [0]), named(Thing(kind, colour), [0])
+            frames = [frame.format(thing, domain=DOMAINS[domain]) for frame in FRAMES]
+            texts.append([*frames, coloured, f"{thing} {GROUND_WORDS[ground]}"])
+        return texts
+
 
 class Scenes(Drawn):
     """Pictures of one to four things, each in a corner of its own, with captions.
@@ -741,6 +753,36 @@ class Scenes(Drawn):
             ]
         texts = [phrase(claim, [0] * 12) for claim in claims]
         return texts, np.stack([self.holds(claim) for claim in claims], 1)
+
+
+class Broad:
+    """Pairs of all kinds, half Scenes and half Objects, in every domain: to pre-train a CLIP on that is to
+    be fine-tuned, and so should know single things before.   Args: as Scenes;  bias: as both
+    """
+
+    def __init__(self, split="train", size=10000, seed=0, image_size=32, bias=0.0):
+        several = Scenes(split, size - size // 2, seed, image_size, captions="mixed", bias=bias)
+        self.parts = several, Objects(split, max(1, size // 2), seed, image_size, bias=bias)
+        self.captions = [texts for part in self.parts for texts in part.captions]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    @functools.cached_property
+    def pixels(self) -> np.ndarray:
+        return np.concatenate([part.pixels for part in self.parts])
+
+    def _find(self, i: int) -> tuple[Drawn, int]:
+        row, first = range(len(self))[i], len(self.parts[0])
+        return (self.parts[0], row) if row < first else (self.parts[1], row - first)
+
+    def image(self, i: int) -> Image.Image:
+        part, row = self._find(i)
+        return part.image(row)
+
+    def name(self, i: int) -> str:
+        part, row = self._find(i)
+        return part.name(row)
 
 
 def contact_sheet(data: Drawn, count: int, zoom: int, columns: int = 8) -> Image.Image:

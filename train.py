@@ -56,9 +56,12 @@ class TrainConfig:
     mixture_heads: int = 4  # Llip: heads of the pooling
     temperature: float = 5.0  # Llip: tau, larger is softer
     mixture_norm: bool = False  # Llip: LayerNorm on keys, values and queries
+    pooling: str = "text"  # Llip: by the text; without it, the ladder of its Fig. 3: register average learned
+    all_tokens: bool = False  # Llip: patches are keys and values too
+    text_tokens: int = 0  # Llip: latent tokens of a caption, an experiment of ours; 0: none
     objective: str = ""  # infonce or siglip; empty: the method's own
     # data
-    train_data: str = "scenes"  # scenes, a CSV/TSV/JSON/JSONL list, a folder, or tar shards a{000..099}.tar
+    train_data: str = "scenes"  # scenes, broad, a CSV/TSV/JSON/JSONL list, a folder, shards a{00..99}.tar
     val_data: str = ""  # for retrieval; empty: the training data's own test or val split
     zeroshot_data: str = ""  # a folder of classes, or scenes; empty: scenes for scenes, otherwise none
     image_root: str = ""  # where the images of a list are; empty: beside the list
@@ -67,6 +70,7 @@ class TrainConfig:
     caption_key: str = ""  # column or field of the caption; empty: guessed
     vocab: str = ""  # learn, openai, or a vocabulary file; empty: learn for models under 49,408 tokens
     train_size: int = 12288  # scenes to draw
+    test_seed: int = 0  # scenes: of the test pictures, the same ones for every --seed
     bias: float = 0.0  # scenes: how often a background is the home of what stands before it
     crop_scale: float = 0.9  # random crops keep at least this share of the area; 1: no crops
     workers: int = 0  # loader processes per rank
@@ -406,9 +410,13 @@ def resolve(c: TrainConfig, given: set[str]) -> TrainConfig:
     c = replace(c, objective=c.objective or OBJECTIVES.get(c.method, "infonce"))
     allowed = {"objective": ("infonce", "siglip"), "precision": ("auto", "fp32", "bf16")}
     allowed["optimizer"] = ("adamw", "sgd", "nesterov")
+    allowed["pooling"] = ("text", "register", "average", "learned")
     for name, values in allowed.items():
         if getattr(c, name) not in values:
             raise ValueError(f"{name} {getattr(c, name)!r}: expected one of {', '.join(values)}")
+    variant = c.pooling != "text" or c.all_tokens or c.text_tokens
+    if variant and c.method != "llip" or c.pooling != "text" and (c.all_tokens or c.text_tokens):
+        raise ValueError("--pooling, --all-tokens, --text-tokens: variants of llip, one at a time")
     for name in (
         "batch_size",
         "steps",

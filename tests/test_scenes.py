@@ -374,3 +374,18 @@ def test_plain_scenes_say_nothing_of_sizes_and_patterns():
     assert not {"striped", "spotted", "small", "little", "large", "big"} & words[0]
     there = plain.facts["kind"] >= 0
     assert set(plain.facts["size"][there]) == {1} and set(plain.facts["pattern"][there]) == {0}
+
+
+def test_broad_is_half_scenes_and_half_single_things_with_true_names():
+    broad = scenes.Broad("train", 40, seed=3, bias=1.0)
+    several, single = broad.parts
+    assert len(broad) == len(broad.captions) == len(broad.pixels) == 40
+    assert (len(several), len(single)) == (20, 20)
+    np.testing.assert_array_equal(np.asarray(broad.image(25)), single.pixels[5])
+    np.testing.assert_array_equal(broad.pixels[7], np.asarray(several.image(7)))
+    assert broad.name(25) == single.name(5) and broad.name(-1) == single.name(19)
+    for i, label in enumerate(single.labels):
+        assert all(single.classes[label] in text for text in broad.captions[20 + i])
+    assert {d for part in broad.parts for d in part.domains} == {0, 1, 2, 3}
+    with pytest.raises(IndexError):
+        broad.image(40)

@@ -436,3 +436,33 @@ def test_init_must_fit_the_method(tmp_path, capsys):
     more = ["--init", tmp_path / "llip", "--objective", "infonce"]
     assert run(tmp_path / "again", "--steps", 1, *more) == 0
     pretrained.load(tmp_path / "again")
+
+
+def test_variants_of_llip_are_built_and_come_back(tmp_path):
+    """The ladder without text, patches as keys, latent text tokens: --method llip and a flag."""
+    kinds = {
+        "PooledTokens": dict(pooling="learned"),
+        "Llip": dict(all_tokens=True),
+        "LatentTextLlip": dict(text_tokens=3),
+    }
+    for name, flags in kinds.items():
+        c = resolve(TrainConfig(method="llip", **flags), set(flags))
+        model = pairs.build_model(c, replace(CONFIGS["tiny"], vocab_size=50))
+        assert type(model).__name__ == name
+        pretrained.save(model, tmp_path / f"{name}.pt")
+        found = pretrained.load(tmp_path / f"{name}.pt")
+        assert pretrained.describe(found) == pretrained.describe(model)
+    with pytest.raises(ValueError, match="variants of llip"):
+        resolve(TrainConfig(method="clip", pooling="average"), set())
+    with pytest.raises(ValueError, match="one at a time"):
+        resolve(TrainConfig(pooling="average", text_tokens=2), set())
+    with pytest.raises(ValueError, match="no --init"):
+        c = resolve(TrainConfig(init="run", text_tokens=2), set())
+        pairs.build_model(c, CONFIGS["tiny"])
+
+
+def test_test_seed_changes_what_is_asked_and_not_what_is_trained_on():
+    both = [pairs.pair_data(TrainConfig(train_size=4, test_seed=seed)) for seed in (0, 7)]
+    assert both[0][0].captions == both[1][0].captions
+    for one, other in zip(both[0][1:4], both[1][1:4]):
+        assert one.seed == 0 and other.seed == 7
