@@ -1,0 +1,240 @@
+"""The rule of the verdicts, what the cache hangs on, the list of claims, and the command from end to end."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import claims
+import reproduce
+from claims import ARMS, CLAIMS, Above, Below, Equal, More, Same
+from reproduce import FAILS, HOLDS, OPEN, Lab, Request, judge, main, together
+from train import TrainConfig, resolve
+
+
+def verdict(part, exact=False, **rows):
+    table = {row: {"x": values} for row, values in rows.items()}
+    return judge(part, table, exact)["verdict"]
+
+
+def test_more_is_the_sign_of_a_paired_difference_larger_than_its_standard_error():
+    part = More("x", "a", "b")
+    # paired: every seed gains 1 although seeds differ by 10
+    assert verdict(part, a=[11.0, 21, 31], b=[10.0, 20.1, 29.9]) == HOLDS
+    assert verdict(part, a=[10.0, 20.1, 29.9], b=[11.0, 21, 31]) == FAILS
+    assert verdict(part, a=[1.0, 2, 3], b=[1.1, 1.8, 3.1]) == OPEN
+    assert verdict(part, a=[2.0, 2.1], b=[0.0, 0.0]) == OPEN  # two seeds decide nothing
+    found = judge(part, {"a": {"x": [1.0, 2, 6]}, "b": {"x": [0.0, 0, 0]}})
+    error = np.std([1, 2, 6], ddof=1) / 3**0.5
+    assert found["difference"] == 3 and found["error"] == pytest.approx(error)
+    assert found["t"] == pytest.approx(3 / error)
+
+
+def test_same_is_an_equivalence_and_not_a_failure_to_see_a_difference():
+    part = Same("x", "a", "b", 1.0)
+    assert verdict(part, a=[5.1, 5.0, 5.2], b=[5.0, 5.0, 5.0]) == HOLDS
+    assert verdict(part, a=[9.0, 9.1, 9.2], b=[5.0, 5.0, 5.0]) == FAILS
+    assert verdict(part, a=[9.0, 1.0, 5.0], b=[5.0, 5.0, 5.0]) == OPEN  # too noisy to say
+
+
+def test_bounds_and_equality():
+    assert verdict(Below("x", "a", 1.0), a=[0.8, 0.9, 0.85]) == HOLDS
+    assert verdict(Below("x", "a", 1.0), a=[1.2, 1.3, 1.25]) == FAILS
+    assert verdict(Above("x", "a", 1.0), a=[1.2, 1.3, 1.25]) == HOLDS
+    assert verdict(Above("x", "a", 1.0), a=[0.9, 1.2, 1.0]) == OPEN
+    assert verdict(Above("x", "a", 1.0), exact=True, a=[1.1]) == HOLDS
+    assert verdict(Equal("x", "a", 0.46478, 5), exact=True, a=[0.464781]) == HOLDS
+    assert verdict(Equal("x", "a", 0.0003, 4), exact=True, a=[0.000151]) == FAILS
+
+
+def test_a_claim_holds_if_all_its_parts_do_and_fails_if_one_does():
+    assert together([HOLDS, HOLDS]) == HOLDS
+    assert together([HOLDS, OPEN]) == OPEN
+    assert together([HOLDS, OPEN, FAILS]) == FAILS
+
+
+def test_every_claim_has_an_experiment_whose_parts_are_in_its_table():
+    assert [c.id for c in CLAIMS] == [f"a{n}" for n in range(1, 17)] + [
+        f"l{n}" for n in range(1, 17)
+    ]
+    assert len({c.name for c in CLAIMS}) == 32
+    for claim in CLAIMS:
+        assert claim.parts and (claim.measure or claim.figures), claim.id
+        assert set(claim.arms.values()) <= set(ARMS), claim.id
+        if claim.measure:
+            continue
+        for part in claim.parts:
+            rows = [
+                getattr(part, k) for k in ("above", "below", "a", "b", "row") if hasattr(part, k)
+            ]
+            assert part.figure in claim.figures and set(rows) <= set(claim.arms), (claim.id, part)
+
+
+def test_arms_are_what_train_accepts():
+    lab = Lab(Request(quick=True))
+    for arm in ARMS:
+        flags = lab.flags(arm, 1000)
+        c = TrainConfig(**flags)  # an unknown flag would fail here
+        if not lab.starts_from(arm):
+            resolve(c, set(flags))
+        assert (c.seed, c.test_seed) == (1000, 1000)
+
+
+def test_arms_of_a_claim_have_the_same_budget():
+    lab = Lab(Request())
+    for claim in CLAIMS:
+        groups = {}
+        for arm in claim.arms.values():
+            flags = lab.flags(arm, 0)
+            group = groups.setdefault(bool(lab.starts_from(arm)), set())
+            group.add((flags.get("steps"), flags.get("batch_size"), flags.get("lr")))
+        starts = [arm for arm in claim.arms.values() if arm == "start"]
+        assert all(len(g) == 1 for g in groups.values()) or starts, claim.id
+
+
+def test_reported_seeds_and_validation_seeds_and_those_of_the_log_do_not_meet():
+    reported, validation = (
+        Lab(Request(seeds=20)).seeds,
+        Lab(Request(seeds=20, validation=True)).seeds,
+    )
+    assert not {*reported} & {*validation} and not {0, 1, 2} & {*reported, *validation}
+
+
+def test_the_key_of_a_run_hangs_on_its_flags_and_on_the_code(tmp_path, monkeypatch):
+    lab = Lab(Request(quick=True))
+    keys = {lab.key(arm, 1000) for arm in ARMS}
+    assert len(keys) >= len(ARMS) - 2  # but for defaults written out: epsilon 0.9
+    assert lab.key("llip", 1000) != lab.key("llip", 1001)
+    assert Lab(Request()).key("llip", 1000) != lab.key("llip", 1000)
+    before = lab.key("alignclip", 1000), lab.key("clipood", 1000), lab.key("llip", 1000)
+    monkeypatch.setitem(ARMS, "start", ARMS["start"] | {"steps": 7})
+    after = lab.key("alignclip", 1000), lab.key("clipood", 1000), lab.key("llip", 1000)
+    assert before[0] != after[0] and before[1] != after[1] and before[2] == after[2]
+    monkeypatch.setattr(reproduce, "code_version", lambda module: "another")
+    assert lab.key("llip", 1000) != before[2]
+
+
+def test_the_version_of_the_code_is_what_runs_and_not_what_is_said_about_it(tmp_path):
+    def version(main, other, unused="x = 1"):
+        reproduce.code_version.cache_clear()
+        for name, text in {"main": main, "other": other, "unused": unused}.items():
+            (tmp_path / f"{name}.py").write_text(text)
+        return reproduce.code_version("main", tmp_path)
+
+    first = version("import other\nx = 1\n", "y = 2\n")
+    assert version('"""Said."""\nimport other\n\n# said\nx = 1\n', "y = 2  # two\n") == first
+    assert version("import other\nx = 1\n", "y = 2\n", "x = 5") == first
+    assert version("import other\nx = 2\n", "y = 2\n") != first
+    assert version("import other\nx = 1\n", "y = 3\n") != first
+    reproduce.code_version.cache_clear()
+    assert {"train", "scenes", "llip"} <= reproduce.needed("train", reproduce.ROOT, set())
+    assert not {"report", "plots"} & reproduce.needed("train", reproduce.ROOT, set())
+
+
+def test_list(capsys):
+    assert main(["--list", "--quick"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"| {c.id} " in out and c.name in out and c.says in out for c in CLAIMS)
+    assert "minutes" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--claim", "z9"], "claim 'z9': --list shows the 32 there are"),
+        ([], "give --list, --all, or --claim"),
+        (["--all", "--claim", "a1"], "give --list, --all, or --claim"),
+        (["--claim", "a1", "--seeds", "0"], "--seeds 0: must be at least 1"),
+        (["--claim", "l6", "--data", "x.jsonl"], "--data alone serves l1, l2, l16"),
+        (["--claim", "l1", "--data", "x.jsonl"], "l1 on pairs needs --zeroshot"),
+        (["--all", "--data", "x.jsonl"], "--data serves some claims only"),
+        (["--claim", "a4", "--target", "sketch"], "--target goes with --init"),
+    ],
+)
+def test_bad_input_is_one_line(argv, message, capsys, tmp_path):
+    assert main([*argv, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_the_flops_claim_from_end_to_end(tmp_path, capsys):
+    assert main(["--claim", "dv-flops", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "Verdict: **does not hold (1 of 3 parts hold)**" in out and "0.464781" not in out
+    found = json.loads((tmp_path / "claims" / "a1-default.json").read_text())
+    table = found["table"]
+    assert table["rebuttal's formula, V-V-V"]["GFLOP"] == [0.464781312]
+    assert table["rebuttal's formula, D-V"]["GFLOP"] == [0.000151296]
+    assert table["ratio of the formulas"]["times"] == [3072]
+    assert table["exact, D-V"]["GFLOP"] == [0.464781312]
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "## A1 dv-flops" in text and "The rule" in text and str(tmp_path) not in text
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """--data settings of a second, not of an hour."""
+    micro = dict(model="tiny", steps=2, batch_size=4, warmup=1)
+    monkeypatch.setitem(claims.SETTINGS, "data", {"pairs": micro, "start": {}, "labels": {}})
+
+
+def pairs_on_disk(folder):
+    lines = []
+    for n in range(24):
+        name = f"{n}.png"
+        pixels = np.random.default_rng(n).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+        split = "train" if n < 12 else "test"
+        texts = [f"picture number {n}", f"the {n}th of all pictures"]
+        lines.append(json.dumps({"image": name, "split": split, "captions": texts}))
+    (folder / "captions.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "captions.jsonl"
+
+
+def test_a_claim_on_pairs_of_ones_own_resumes_reports_and_draws(tmp_path, small, capsys):
+    source, out = pairs_on_disk(tmp_path), tmp_path / "out"
+    argv = ["--claim", "small-data", "--data", str(source), "--seeds", "3", "--out", str(out)]
+    assert main(argv) == 0
+    first = capsys.readouterr().out
+    assert "9 of 9" in first and "L16 small-data" in first and "text to image R@1" in first
+    found = json.loads((out / "claims" / "l16-data.json").read_text())
+    assert set(found["table"]) == {"clip", "siglip", "llip"} and found["repetitions"] == 3
+    values = found["table"]["llip"]["image to text R@10"]
+    assert len(values) == 3 and all(0 <= v <= 100 for v in values)
+    assert found["verdict"] in (HOLDS, FAILS, OPEN) and found["data"] == "captions.jsonl"
+    picture = Image.open(out / "claims" / found["picture"])
+    assert len(picture.convert("RGB").getcolors(10**6)) > 5
+    text = (out / "RESULTS.md").read_text()
+    assert re.search(r"\| L16 +\|", text) and "--data captions.jsonl" in text
+    assert str(tmp_path) not in text
+    assert main(argv) == 0  # nothing is trained again
+    assert " of 9" not in capsys.readouterr().out
+
+
+def test_measurements_are_kept_by_the_runs_they_are_of(tmp_path):
+    lab = Lab(Request(quick=True, out=str(tmp_path)))
+    claim = reproduce.BY_NAME["no-leak"]
+    calls = []
+
+    def measure(lab, seed):
+        calls.append(seed)
+        return {"llip": {"x": float(seed)}}
+
+    claim = replace(claim, measure=measure)
+    for _ in range(2):
+        lab.measure(claim, 1000)
+    assert calls == [1000]
+    table, extras = reproduce.table_of(lab, claim)
+    assert table == {"llip": {"x": [1000.0]}} and extras == [None]
+
+
+def test_timings_give_ratios_to_the_first_arm(monkeypatch):
+    monkeypatch.setattr(claims, "seconds", lambda work: work() or 2.0)
+    tower = replace(claims.CONFIGS["tiny"], image_size=224, patch_size=56, context_length=77)
+    monkeypatch.setattr(claims, "depth_cut", lambda *_: tower)
+    found = claims.llip_cost(Lab(Request()), 0)
+    assert found["Llip"]["step over CLIP's, 2 pairs"] == 1.0
+    assert 1.2 < found["Llip"]["FLOPs of a step over CLIP's, 32,768 pairs"] < 1.4
