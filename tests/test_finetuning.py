@@ -251,7 +251,8 @@ def test_a_run_loads_as_the_reported_clip(tmp_path, clip):
     assert type(model) is CLIP and model.state_dict().keys() == start.state_dict().keys()
     task = task_of(clip, "alignclip", steps=3, lr=1e-3)
     weights, states = [((t + 0.5) / 4 * (1 - (t + 0.5) / 4)) ** -0.5 for t in range(4)], []
-    optimizer = torch.optim.AdamW(train.parameter_groups(task.model, 0.1), betas=(0.9, 0.999))
+    groups = train.parameter_groups(task.model, 0.1)
+    optimizer = train.build_optimizer(task.c, groups, torch.device("cpu"))
     for step, batch in zip(range(4), task.batches(0)):
         states.append({n: p.detach().clone() for n, p in task.clip.named_parameters()})
         for group in optimizer.param_groups:
