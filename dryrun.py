@@ -28,8 +28,8 @@ def activation_bytes(config: Config, tokens: int, half: bool, checkpointed: bool
 
     A block keeps, per token, of width D and MLP width F: two residual streams, two norms' outputs, queries,
     keys, values, the mixed values before and after merging heads, and the MLP's hidden layer before and
-    after its activation: 9 D + 2 F numbers; residual streams stay fp32 under autocast. Checkpointed: one stream per block, and
-    the one block that is being computed again.
+    after its activation: 9 D + 2 F numbers; residual streams stay fp32 under autocast. Checkpointed: one
+    stream per block, and the one block that is being computed again.
     """
     c, total = config, 0
     for length, width, mlp, layers in (

@@ -8,13 +8,17 @@ import multiprocessing
 import os
 import traceback
 import warnings
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import distributed
+import dryrun
 import losses
 from gradcache import contrastive_loss, training_step
 from llip import Llip, PooledTokens
@@ -54,6 +58,34 @@ def whole_batch(name):
     return loss, gradients(model)
 
 
+def counted_bytes(name, images, tokens, world):
+    """Bytes that this rank receives in one step: collectives are wrapped, DDP's buckets seen by a hook."""
+    found, real = Counter(), (dist.all_gather, dist.all_to_all_single)
+
+    def all_gather(parts, x):
+        found["others' rows"] += (world - 1) * x.nbytes
+        return real[0](parts, x)
+
+    def all_to_all_single(received, x):
+        found["others' rows"] += (world - 1) * received.nbytes // world
+        return real[1](received, x)
+
+    def all_reduce(
+        group, bucket
+    ):  # every rank's part comes in once to be summed, and once as the sum
+        found["gradients"] += 2 * (world - 1) * bucket.buffer().nbytes // world
+        return allreduce_hook(group, bucket)
+
+    model = DistributedDataParallel(build(name))
+    model.register_comm_hook(None, all_reduce)
+    try:
+        dist.all_gather, dist.all_to_all_single = all_gather, all_to_all_single
+        training_step(model, images, tokens, name.split()[1])
+    finally:
+        dist.all_gather, dist.all_to_all_single = real
+    return dict(found)
+
+
 def worker(rank, world, folder):
     """Every model at 1 chunk and at one pair a chunk, with DDP; leaves losses and gradients in a file."""
     try:
@@ -72,6 +104,7 @@ def worker(rank, world, folder):
                     model.zero_grad()
                     loss = training_step(model, images, tokens, name.split()[1], chunks)
                 results[f"{name} {chunks}"] = float(loss), gradients(model.module)
+            results[f"bytes {name}"] = counted_bytes(name, images, tokens, world)
         results["mean"] = distributed.mean({"rank": rank, "one": 1.0})
         results["broadcast"] = distributed.broadcast(f"from {rank}")
         results["rows"] = distributed.gather_rows(torch.full((rank + 1, 2), float(rank)))
@@ -153,6 +186,22 @@ def test_gather_without_gradient_is_another_gradient(ranks):
     wrong = gradients(model)["visual.proj"]
     right = ranks[2][0][f"{name} 1"][1]["visual.proj"]
     assert (wrong - right).norm() > 0.05 * right.norm()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("name", [n for n in MODELS if "pooled" not in n])
+def test_dry_run_counts_the_bytes_that_travel(ranks, name, world):
+    """What --dry-run prints against what the collectives of a step carried."""
+    method, objective = name.split()
+    c = SimpleNamespace(method=method, objective=objective, batch_size=PAIRS)
+    total = sum(p.numel() for p in build(name).parameters())
+    expected = dryrun.wire_bytes(c, SIZES, total, world)
+    assert ("logits" in expected) == (objective == "infonce")
+    twice = {k: 2 * v for k, v in expected.items()}  # fp64 here
+    for r in ranks[world]:
+        counted = r[f"bytes {name}"]
+        assert counted["gradients"] == twice["gradients"]
+        assert counted["others' rows"] == twice["texts"] + twice.get("logits", 0)
 
 
 def test_reductions(ranks):
