@@ -42,6 +42,13 @@ def activation_bytes(config: Config, tokens: int, half: bool, checkpointed: bool
     return total
 
 
+def mixed_tokens(c, config: Config) -> int:
+    """Keys that a caption's query meets in an image; 0 where the pooling does not look at the caption."""
+    if c.method != "llip" or c.pooling != "text":
+        return 0
+    return c.mixture_tokens + config.patches * c.all_tokens
+
+
 def pair_bytes(c, config: Config, rows: int, columns: int) -> int:
     """What the pairs of one rank take beside the towers: its images against every rank's texts.
 
@@ -50,15 +57,18 @@ def pair_bytes(c, config: Config, rows: int, columns: int) -> int:
     both sides gathered, transposed and through W_O, each with its gradient.
     """
     logits = 3 * 4 * rows * columns
-    if c.method != "llip":
+    E, M, H = config.embed_dim, mixed_tokens(c, config), c.mixture_heads
+    if not M:
         return logits
-    E, M, H = config.embed_dim, c.mixture_tokens, c.mixture_heads
+    latent, columns = c.text_tokens, columns * max(1, c.text_tokens)
     squares = 4 * E * E
     if tiles.form(rows, columns, M, H, E) == "gram":
         squares += 3 * (H * M) ** 2
     sides = 4 * rows * M * E + 10 * columns * E
     tile = tiles.GPU_TILES * tiles.TILE_BYTES
-    return 4 * (sides + squares) + tile + (0 if c.objective == "siglip" else logits)
+    # InfoNCE, and a mean over latent tokens, need the logits of all pairs at once
+    held = c.objective == "infonce" or latent > 0
+    return 4 * (sides + squares) + tile + held * max(1, latent) * logits
 
 
 def chunks_that_fit(each: int, fixed: int, local: int) -> int | str:
@@ -87,12 +97,15 @@ def step_flops(c, config: Config) -> dict[str, float]:
     """
     passes = 3 + c.grad_checkpointing + (c.accumulate > 1)
     N = c.batch_size
-    if c.method == "llip":
-        one, shape = llip.flops(config, c.mixture_tokens), (c.mixture_tokens, c.mixture_heads)
-        count = partial(tiles.flops, N, N, *shape, config.embed_dim)
-        pairs = count(train=True) + (count(train=False) if c.objective == "infonce" else 0)
+    if M := mixed_tokens(c, config):
+        one = llip.flops(config, c.mixture_tokens, 0, c.all_tokens)
+        texts = N * max(1, c.text_tokens)
+        count = partial(tiles.flops, N, texts, M, c.mixture_heads, config.embed_dim)
+        again = c.objective == "infonce" or c.text_tokens
+        pairs = count(train=True) + (count(train=False) if again else 0)
     else:
-        one, pairs = tower_flops(config), 3 * N * 2 * N * config.embed_dim
+        one = tower_flops(config, c.mixture_tokens if c.method == "llip" else 1)
+        pairs = 3 * N * 2 * N * config.embed_dim
     return {
         "image tower": passes * N * one["image"],
         "text tower": passes * N * one["text"],
@@ -106,7 +119,7 @@ def wire_bytes(c, config: Config, total: int, world: int) -> dict[str, float]:
     Llip sends a query and a text feature per caption (2 E), never the M keys and values of an image.
     """
     E, N = config.embed_dim, c.batch_size
-    sent = 2 * E if c.method == "llip" else E
+    sent = 2 * E * max(1, c.text_tokens) if mixed_tokens(c, config) else E
     others = (world - 1) / world
     found = {"texts": 2 * others * N * sent * 4, "gradients": 2 * others * total * 4}
     if c.objective == "infonce":  # the other half of the logits, and its gradient

@@ -4,6 +4,7 @@
     python evaluate.py zeroshot  --model ViT-B-16.pt --data imagenet/val --templates imagenet80
     python evaluate.py retrieval --model runs/llip --data dataset_coco.json --precision bf16
     python evaluate.py open-world --model runs/alignclip --data PACS
+    python evaluate.py speed --model runs/llip --data scenes --batch-size 64
     python evaluate.py map --model runs/clip --more runs/alignclip --data scenes --out maps
     torchrun --nproc_per_node 8 evaluate.py retrieval --model ViT-B-16.pt --data dataset_coco.json
 
@@ -20,6 +21,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -597,6 +599,66 @@ def map_command(args, device: torch.device) -> None:
     maps.command(args, opened)
 
 
+def rate(run: Callable, device: torch.device, seconds: float = 1.0) -> float:
+    """Calls a second: one call to warm up, then as many as fit into the time, at least three."""
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # kernels are only queued when a call returns
+        return time.perf_counter()
+
+    run()
+    start, calls = clock(), 0
+    while calls < 3 or clock() - start < seconds:
+        run()
+        calls += 1
+    return calls / (clock() - start)
+
+
+def speed(model: nn.Module, dataset, batch_size: int, precision: str, workers: int = 0) -> dict:
+    """What this checkpoint does in a second here, on one process.
+
+    Returns: {"images read": decoded and resized, "images": encoded, "texts": of full length, encoded,
+             "pairs": one batch of images scored against as many texts}
+    """
+    transform = data.preprocess(model.config.image_size)
+    batches = data.eval_batches(dataset, transform, min(batch_size, len(dataset)), workers=workers)
+    start = time.perf_counter()
+    pixels, _ = next(batches)
+    found = {"images read": len(pixels) / (time.perf_counter() - start)}
+    batches.close()
+    c = model.config
+    tokens = torch.randint(1, c.vocab_size - 1, (len(pixels), c.context_length))
+    tokens[:, -1] = c.vocab_size - 1
+    with evaluating(model) as device:
+        pixels, tokens = pixels.to(device), tokens.to(device)
+
+        def encode(which: Callable, x: Tensor):
+            with towers(device, precision):
+                return map_side(Tensor.float, which(x))
+
+        sides = encode(model.encode_image, pixels), encode(model.encode_text, tokens)
+        found["images"] = len(pixels) * rate(lambda: encode(model.encode_image, pixels), device)
+        found["texts"] = len(pixels) * rate(lambda: encode(model.encode_text, tokens), device)
+        found["pairs"] = len(pixels) ** 2 * rate(lambda: model.pair_logits(*sides), device)
+    return found
+
+
+def speed_command(args, device: torch.device) -> None:
+    """Images, texts and pairs a second."""
+    if distributed.world_size() > 1:
+        raise ValueError("speed runs in one process: start it without torchrun")
+    model, _ = open_model(args, device)
+    dataset = open_data(args, model, "image")
+    found = speed(model, dataset, args.batch_size, args.precision, args.workers)
+    print(format_table([{"what": k, "a second": v} for k, v in found.items()], digits=1))
+    if args.out:
+        about = {"task": args.task, "model": args.model, "batch_size": args.batch_size}
+        about |= {"precision": args.precision, "device": str(device)}
+        write_json(Path(args.out) / "results.json", about | {"per_second": found})
+        print(f"written to {Path(args.out) / 'results.json'}")
+
+
 LOAD_OPTIONS = (
     "quick_gelu",
     "vision_heads",
@@ -618,6 +680,7 @@ COMMANDS = {  # name: (what it does, its own arguments or None, function of (arg
         open_world_command,
     ),
     "map": ("score heat maps on the masks of scenes", maps.arguments, map_command),
+    "speed": ("images, texts and pairs a second of a checkpoint", None, speed_command),
 }
 
 

@@ -256,6 +256,8 @@ class LatentTextLlip(Llip):
         mask = torch.ones(L + T, L + T, dtype=torch.bool, device=x.device).tril()
         return self.ln_final(self.transformer(x, mask))[row, place]  # (B, T, D)
 
+    pair_loss = DualEncoder.pair_loss  # TRAP: a mean over T is no sum over Llip's own pairs
+
     def pair_logits(self, image_side: tuple, text_side: tuple) -> Tensor:
         """Keys, values (B, H, M, K) and queries (B, T, H, K), text (B, T, E) -> (B_img, B_txt)."""
         flat = tuple(part.flatten(0, 1) for part in text_side)  # (B_txt T, ...)

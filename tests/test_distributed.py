@@ -157,6 +157,17 @@ def test_chunks_equal_one_chunk(name):
             torch.testing.assert_close(grad, reference[key], rtol=1e-7, atol=1e-10, msg=key)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpointing_and_chunks_together(name):
+    """--grad-checkpointing --accumulate: towers are computed three times, the gradient is the same."""
+    loss, reference = whole_batch(name)
+    model = build(name)
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(training_step(model, *batch(), name.split()[1], chunks=4), loss)
+    for key, grad in gradients(model).items():
+        torch.testing.assert_close(grad, reference[key], rtol=1e-7, atol=1e-10, msg=key)
+
+
 def test_averaging_chunk_losses_is_another_gradient():
     """What GradCache is for: the mean of the chunks' own losses points elsewhere."""
     images, tokens = batch()
@@ -194,6 +205,7 @@ def test_dry_run_counts_the_bytes_that_travel(ranks, name, world):
     """What --dry-run prints against what the collectives of a step carried."""
     method, objective = name.split()
     c = SimpleNamespace(method=method, objective=objective, batch_size=PAIRS)
+    c.pooling, c.mixture_tokens, c.all_tokens, c.text_tokens = "text", 4, False, 0
     total = sum(p.numel() for p in build(name).parameters())
     expected = dryrun.wire_bytes(c, SIZES, total, world)
     assert ("logits" in expected) == (objective == "infonce")
