@@ -406,8 +406,9 @@ def compare(c: Comparison, say=print) -> list[dict]:
     with open(out / "log.txt", "a") as log:
         if c.scenes and not c.init:
             steps = max(1, c.pretrain_steps // (10 if c.quick else 1))
-            flags = dict(method="clip", steps=steps, out=init, device=c.device, threads=c.threads)
-            say(f"pre-training a small CLIP on scenes, {steps} steps -> {init}", flush=True)
+            flags = dict(method="clip", train_data="broad", steps=steps, out=init)
+            flags |= dict(device=c.device, threads=c.threads)
+            say(f"pre-training a small CLIP on broad scenes, {steps} steps -> {init}", flush=True)
             finished(flags, log)
             say(f"  {duration(time.time() - began)}", flush=True)
         began = time.time()
