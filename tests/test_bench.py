@@ -145,7 +145,8 @@ def open_jpeg(content):
 
 
 def test_training_crops_of_smaller_decoding_are_close():
-    """The bound: 1.5 of 255 on average and 3 % of the pixels by more than 8, whatever the crop."""
+    """The bound: 1 of 255 on average, 8 at most. TRAP: edges of the part rounded to a pixel of the smaller
+    picture move it by up to half of one, which is 5 of 255 on photographs."""
     for seed in range(3):
         file = bench.photo(1024, 768, seed)
         small = data.random_crop(open_jpeg(file), 64, data.generator(seed), (0.9, 1.0))
@@ -153,7 +154,7 @@ def test_training_crops_of_smaller_decoding_are_close():
             open_jpeg(file).convert("RGB"), 64, data.generator(seed), (0.9, 1.0)
         )
         off = np.abs(np.asarray(small, int) - np.asarray(whole, int))
-        assert off.mean() < 1.5 and (off > 8).mean() < 0.03
+        assert off.mean() < 1 and off.max() <= 8
 
 
 def test_each_prompt_of_a_class_is_encoded_once(monkeypatch):
