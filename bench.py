@@ -422,7 +422,9 @@ def prompts_case(
     return run
 
 
-def finetune_case(branch: str, name: str, batch: int, device, classes: int = 10) -> Callable:
+def finetune_case(
+    branch: str, name: str, batch: int, device, classes: int = 10, update: bool = True
+) -> Callable:
     """A step of CLIPood, or of AlignCLIP with a second branch."""
     clip = build("clip", CONFIGS[name], device)
     g = torch.Generator().manual_seed(0)
@@ -433,7 +435,11 @@ def finetune_case(branch: str, name: str, batch: int, device, classes: int = 10)
     method = AlignCLIP(clip, text, branch=branch) if branch else FineTune(clip, text, margin=0.3)
     batches = random_batch(CONFIGS[name], batch, device)[0]
     labels = torch.arange(batch).remainder(classes).to(device)
-    return step_of(method, lambda: method.loss(batches, labels)[0].backward(), device)
+
+    def forward_backward() -> None:
+        method.loss(batches, labels)[0].backward()
+
+    return step_of(method, forward_backward, device, update)
 
 
 def map_case(method: str, name: str, device) -> Callable:

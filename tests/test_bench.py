@@ -174,3 +174,21 @@ def test_speed_of_a_checkpoint():
     found = evaluate.speed(model, scenes.Scenes("test", 8, image_size=32), 8, "fp32")
     assert list(found) == ["images read", "images", "texts", "pairs"]
     assert all(math.isfinite(v) and v > 0 for v in found.values()) and model.training
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "llip", "AlignCLIP"])
+def test_a_step_never_waits_for_the_device(tiny, name):
+    """No number is read back between log lines: each .item() would stop a GPU's queue."""
+    if name == "AlignCLIP":
+        run = bench.finetune_case("dv", "ViT-B-32", 2, CPU, update=False)
+    else:
+        run = bench.step_case(name, "ViT-B-32", 4, "fp32", CPU, update=False)
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::mm" in names or "aten::addmm" in names
+    assert "aten::_local_scalar_dense" not in names
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.ones(3).sum().item()
+    assert "aten::_local_scalar_dense" in {event.key for event in profile.key_averages()}
