@@ -8,7 +8,9 @@ is OpenAI's transform (images.py).
 """
 
 import argparse
+import atexit
 import itertools
+import multiprocessing
 import random
 import signal
 import sys
@@ -225,6 +227,14 @@ class StepsFrom:
 
     def __iter__(self):
         return itertools.count(self.start)
+
+
+@atexit.register
+def end_workers() -> None:
+    """TRAP: Python ends its children with SIGTERM, which ours ignore, and then waits for them for ever."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def leave_signals(worker: int) -> None:

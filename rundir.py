@@ -41,6 +41,8 @@ class Run:
     def choose(c) -> Path:
         """--out, or runs/METHOD; a fresh run goes to the next free name, a resumed one to the newest."""
         if c.resume and c.resume != "auto":
+            if not holds_checkpoint(Path(c.resume)):
+                raise ValueError(f"{c.resume}: no checkpoint to go on from")
             return Path(c.resume)
         if c.out:
             if holds_checkpoint(Path(c.out)) and not c.resume:

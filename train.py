@@ -41,6 +41,11 @@ TASKS = dict.fromkeys(OBJECTIVES, PairTask) | dict.fromkeys(
 )
 
 
+# what torch says when another rank, or a loader worker, was killed (out of memory, most often)
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout")
+LOST += ("DataLoader worker",)
+
+
 # fmt: off
 @dataclass(frozen=True)
 class TrainConfig:
@@ -226,8 +231,6 @@ def train(c: TrainConfig) -> dict:
         optimizer.load_state_dict(saved["optimizer"])
         start, window = saved["step"], list(saved["window"])
         say(f"resuming {run.path} at step {start}")
-    elif c.resume and c.resume != "auto":
-        raise ValueError(f"{run.path}: no checkpoint to go on from")
     if distributed.mean({"start": start})["start"] != start:
         raise ValueError(f"{run.path}: not every rank sees the checkpoint; use a shared folder")
     run.rewind(start)
@@ -392,6 +395,27 @@ def pictures(run: Run, results: dict) -> None:
 # ---- command line --------------------------------------------------------------------------------------
 
 
+def check_numbers(c: TrainConfig) -> None:
+    """Raises: ValueError for a number that cannot be meant."""
+    positive = (
+        "batch_size steps accumulate log_every save_every mixture_tokens mixture_heads train_size"
+    )
+    limits = {name: (1, math.inf, "must be at least 1") for name in positive.split()}
+    counts = (
+        "image_size workers threads eval_every warmup overfit epochs clip_norm weight_decay seed"
+    )
+    counts += " logit_scale"
+    limits |= {name: (0, math.inf, "must not be negative") for name in counts.split()}
+    limits |= {name: (0, 0.999999, "must lie in [0, 1)") for name in ("beta1", "beta2")}
+    tiny = sys.float_info.min
+    limits |= {name: (tiny, 1e30, "must be positive") for name in ("lr", "temperature", "eps")}
+    limits["bias"] = (0, 1, "must lie in [0, 1]")
+    limits["crop_scale"] = (tiny, 1, "must lie in (0, 1]")
+    for name, (low, high, message) in limits.items():
+        if not low <= getattr(c, name) <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: {message}")
+
+
 def resolve(c: TrainConfig, given: set[str]) -> TrainConfig:
     """Presets and derived values, computed once.   Raises: ValueError for values that cannot be."""
     if c.preset:
@@ -417,20 +441,7 @@ def resolve(c: TrainConfig, given: set[str]) -> TrainConfig:
     variant = c.pooling != "text" or c.all_tokens or c.text_tokens
     if variant and c.method != "llip" or c.pooling != "text" and (c.all_tokens or c.text_tokens):
         raise ValueError("--pooling, --all-tokens, --text-tokens: variants of llip, one at a time")
-    for name in (
-        "batch_size",
-        "steps",
-        "accumulate",
-        "log_every",
-        "save_every",
-        "mixture_tokens",
-        "train_size",
-    ):
-        if getattr(c, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
-    for name in ("lr", "temperature", "eps", "crop_scale"):
-        if not 0 < getattr(c, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be positive")
+    check_numbers(c)
     return c
 
 
@@ -451,6 +462,16 @@ def main(argv: list[str] | None = None) -> int:
         rank = f" on rank {distributed.rank()}" if distributed.rank() else ""
         print(f"error{rank}: {error}", file=sys.stderr, flush=True)
         return 2
+    except RuntimeError as error:
+        if not (words := [words for words in LOST if words in str(error)]):
+            raise
+        print(
+            f"error on rank {distributed.rank()}: another process was lost ({words[0]});"
+            " --resume auto goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
     finally:
         distributed.shutdown()
     return 0

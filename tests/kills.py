@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,11 @@ def rank_of_a_run(argv: list[str], out: str, env: dict, operation: int, size: in
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     with open(f"{out}.ids", "a") as seen:
         note_samples(seen)
-        code = train.main(argv)
+        try:
+            code = train.main(argv)
+        except BaseException:
+            traceback.print_exc()
+            code = 1
     sys.stdout.flush()
     os._exit(code)
 
@@ -251,10 +256,11 @@ def kill_and_resume(flags, folder: Path, kills: int, seed: int, world=1, tell=No
                     process.kill()
             codes = ended(ranks)
             finished = codes == [0] * world
+            log = Path(f"{out}.log").read_text()
             if any(code in (-signal.SIGKILL, -signal.SIGXFSZ) for code in codes):
                 done, by[how] = done + 1, by[how] + 1
             elif not finished:
-                raise AssertionError(f"{codes}: {Path(f'{out}.log').read_text()[-2000:]}")
+                raise AssertionError(f"{codes}: {log[-2000:]}")
             if tell:
                 tell(done, kills)
         check_equal(whole, out)
