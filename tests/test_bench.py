@@ -96,6 +96,9 @@ def noise(photo, width, height, seed=0):
         ("alignclip", {"CLIPood", "AlignCLIP dv", "AlignCLIP vvv"}),
         ("llip", {"clip", "siglip", "llip"}),
         ("maps", {"forward pass", "surgery", "gem", "sclip"}),
+        ("evaluation", {"plain form", "tiles"}),
+        ("memory", {"all kept", "checkpointed"}),
+        ("ranks", {"towers", "pairs"}),
         ("data", {"decoded whole", "here", "files", "tar", "first time", "again"}),
     ],
 )
