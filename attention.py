@@ -28,26 +28,34 @@ def attend(
     k: Tensor,
     v: Tensor,
     kind: str = "qkv",
-    mask: Tensor | None = None,
+    mask: Tensor | str | None = None,
     need_weights: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mixes the tokens of v by one of the five structures.
 
     Vaswani et al. 2017, eq. 1, with the pair (Q, K) replaced as the table above says.
     Args:    q, k, v (B, H, L, K); those that the kind does not use may be None
-             mask (L, L), added to the scores (0 or -inf), or boolean, True where attending is allowed
+             mask (L, L), added to the scores (0 or -inf), or boolean, True where attending is allowed,
+             or "causal": no looking ahead
     Returns: y (B, H, L, K), and the weights (B, H, L, L) if need_weights.
-    Raises:  ValueError for an unknown kind.
+    Raises:  ValueError for an unknown kind or mask.
     Cost:    4 L^2 K FLOPs per head, 0 for dv; without weights no (L, L) array is kept.
     """
     if kind not in KINDS:
         raise ValueError(f"attention kind {kind!r}: expected one of {', '.join(KINDS)}")
+    if isinstance(mask, str) and mask != "causal":
+        raise ValueError(f"mask {mask!r}: expected a tensor or causal")
     if kind == "dv":  # a mask changes nothing: the diagonal is always allowed
         eye = torch.eye(v.shape[-2], dtype=v.dtype, device=v.device)
         return (v, eye.expand(*v.shape[:-1], -1)) if need_weights else v
     a, b = {"qkv": (q, k), "vvv": (v, v), "qqv": (q, q), "kkv": (k, k)}[kind]
+    causal = isinstance(mask, str)
     if not need_weights:
-        return F.scaled_dot_product_attention(a, b, v, attn_mask=mask)
+        # SPEED: told that it is causal, the kernel skips what is ahead; flash attention takes no other mask
+        given = None if causal else mask
+        return F.scaled_dot_product_attention(a, b, v, attn_mask=given, is_causal=causal)
+    if causal:
+        mask = torch.ones(a.shape[-2], b.shape[-2], dtype=torch.bool, device=a.device).tril()
     scores = a @ b.transpose(-2, -1) * a.shape[-1] ** -0.5  # (B, H, L, L)
     if mask is not None:
         if mask.dtype == torch.bool:
@@ -115,7 +123,7 @@ class MultiheadAttention(nn.Module):
         self,
         x: Tensor,
         kind: str = "qkv",
-        mask: Tensor | None = None,
+        mask: Tensor | str | None = None,
         need_weights: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Self-attention over x (B, L, D): returns (B, L, D), and weights (B, H, L, L) if asked for.

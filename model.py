@@ -95,7 +95,11 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(
-        self, x: Tensor, kind: str = "qkv", mask: Tensor | None = None, need_weights: bool = False
+        self,
+        x: Tensor,
+        kind: str = "qkv",
+        mask: Tensor | str | None = None,
+        need_weights: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         y = self.attn(self.ln_1(x), kind, mask, need_weights)
         y, attn = y if need_weights else (y, None)
@@ -114,7 +118,7 @@ class Transformer(nn.Module):
             Block(width, heads, mlp, activation) for _ in range(layers)
         )  # fmt: skip
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | str | None = None) -> Tensor:
         for block in self.resblocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, "qkv", mask, use_reentrant=False)
@@ -227,10 +231,8 @@ class DualEncoder(nn.Module):
 
     def text_features_of(self, x: Tensor, end: Tensor) -> Tensor:
         """Token embeddings (B, L, D) and the place of each end token (B,) to features (B, D)."""
-        L = x.shape[1]
-        x = x + self.positional_embedding[:L].to(x.dtype)
-        mask = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()  # (L, L) no looking ahead
-        x = self.ln_final(self.transformer(x, mask))  # (B, L, D)
+        x = x + self.positional_embedding[: x.shape[1]].to(x.dtype)
+        x = self.ln_final(self.transformer(x, "causal"))  # (B, L, D) no looking ahead
         return x[torch.arange(len(x), device=x.device), end]  # (B, D)
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple:

@@ -18,10 +18,12 @@ def causal(L):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("masked", [None, "bool", "float"])
+@pytest.mark.parametrize("masked", [None, "bool", "float", "causal"])
 def test_kernel_equals_formula(kind, masked):
     q, k, v = qkv()
     mask = None if masked is None else causal(7)
+    if masked == "causal":
+        mask = masked
     if masked == "float":
         mask = torch.zeros(7, 7, dtype=torch.float64).masked_fill(~mask, float("-inf"))
     fused = attend(q, k, v, kind, mask)
@@ -58,6 +60,8 @@ def test_dv_is_identity_mask_attention_bit_for_bit():
 def test_unknown_kind():
     with pytest.raises(ValueError, match="'vv'.*qkv, vvv, qqv, kkv, dv"):
         attend(*qkv(), "vv")
+    with pytest.raises(ValueError, match="'casual': expected a tensor or causal"):
+        attend(*qkv(), mask="casual")
 
 
 def test_equals_torch_multihead_attention():
