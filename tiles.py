@@ -224,7 +224,11 @@ class _TiledLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
-        return None, None, None, *(grad * g for g in ctx.grads)
+        if ctx.grads is None:
+            raise RuntimeError("the gradient of a tiled loss can be taken once: it is given away")
+        grads, ctx.grads = ctx.grads, None
+        # SPEED: in place, or the largest tensors of a step, keys' and values' gradients, were there twice
+        return None, None, None, *(g.mul_(grad) for g in grads)
 
 
 def tiled_loss(inputs: tuple, temperature: float, loss: Callable, parameters: list) -> Tensor:
