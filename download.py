@@ -19,6 +19,7 @@ LLIP = "https://dl.fbaipublicfiles.com/llip"
 CACHE = Path("~/.cache/clip")
 LARGEST = 64 << 30  # bytes; the largest release, Llip G/14 with its optimizer, is some 34 GB
 CHUNK = 1 << 20
+WINDOW, LEAST = 60, 60_000  # seconds, and the bytes that must come in them: slower is a broken line
 # name -> (sha256 or None, file); openai/CLIP clip.py@d05afc4
 NAMES = {
     "ViT-B-32": ("40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af", "ViT-B-32.pt"),
@@ -127,14 +128,20 @@ def download(url: str, path: Path, sha256: str | None = None, schemes=("https",)
 def receive(response, part: Path, have: int, total: int) -> None:
     """Appends the body to part, which has its first bytes already, and says how far it is."""
     start, begun, said = have, time.monotonic(), 0.0
+    mark, since = have, begun
     live = sys.stderr.isatty()
     with open(part, "ab" if have else "wb") as file:
-        while block := response.read(CHUNK):
+        # TRAP: read() waits for a whole block, which a byte a minute never times out of; read1() does not
+        while block := response.read1(CHUNK):
             have += len(block)
             if have > LARGEST:
                 raise ValueError(f"{part.name}: more than {LARGEST:,} bytes")
             file.write(block)
             now = time.monotonic()
+            if now - since > WINDOW:
+                if have - mark < LEAST:
+                    raise OSError(f"only {have - mark:,} bytes in {WINDOW} s")
+                mark, since = have, now
             if now - said > (0.2 if live else 20):
                 said, rate = now, (have - start) / max(now - begun, 1e-3)
                 left = f", {(total - have) / rate:.0f} s left" if total >= 0 else ""

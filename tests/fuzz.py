@@ -233,7 +233,20 @@ def read_weights(path: Path):
     pretrained.load(path, **foreign)
 
 
-PICKLE = [b"cos\nsystem\n", b"R", b"\x81", b"b", b"0", b"h\x01", b"(", b"t", b"}", b"u", b"Q", b"\x93"]
+PICKLE = [
+    b"cos\nsystem\n",
+    b"R",
+    b"\x81",
+    b"b",
+    b"0",
+    b"h\x01",
+    b"(",
+    b"t",
+    b"}",
+    b"u",
+    b"Q",
+    b"\x93",
+]
 FORMATS = {  # name: (suffix, good files, reader, errors, tokens)
     "JPEG": (".jpg", [picture("JPEG"), picture("JPEG", progressive=True), picture("JPEG", "L")],
              read_picture, images.IMAGE_ERRORS, [b"\xff\xd8", b"\xff\xc2", b"\xff\xda", b"\xff\xd9"]),
@@ -305,7 +318,9 @@ def read_mutants(name: str, first: int, last: int, report) -> None:
                 refused += 1
                 text = str(error)
                 if not text.isprintable() or len(text) > 1500:
-                    report({"input": i, "what": f"message of {len(text)} characters: {text[:200]!r}"})
+                    report(
+                        {"input": i, "what": f"message of {len(text)} characters: {text[:200]!r}"}
+                    )
             except BaseException as error:
                 report({"input": i, "what": f"{type(error).__name__}: {str(error)[:200]}"})
             finally:
@@ -348,4 +363,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in sys.argv[2:] or FORMATS:
         found = fuzz(name, int(sys.argv[1]))
-        print(name, {k: v for k, v in found.items() if k != "failures"}, *found["failures"][:8], sep="\n  ")
+        print(
+            name,
+            {k: v for k, v in found.items() if k != "failures"},
+            *found["failures"][:8],
+            sep="\n  ",
+        )

@@ -1,13 +1,19 @@
 """archive.py: the same tensors as torch reads, and nothing in a stranger's file runs or exhausts memory."""
 
+import code
+import functools
 import io
 import json
+import math
 import os
 import pickle
+import resource
 import runpy
 import struct
 import subprocess
+import tarfile
 import time
+import timeit
 import zipfile
 from collections import OrderedDict
 
@@ -16,6 +22,7 @@ import torch
 
 import archive
 import pretrained
+from model import CLIP, Config
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(3, dtype=torch.float16)}
 
@@ -185,10 +192,20 @@ def hostile(marker) -> dict[str, bytes]:
         "EXT1": b"\x80\x02\x82\x01" + command + b"\x85R.",
         "PERSID": b"Pos.system\n.",
         "BINPERSID of a call": b"cos\nsystem\n(" + command + b"tRQ.",
+        "posix, as os calls it": b"cposix\nsystem\n(" + command + b"tR.",
+        "functools.partial": dump(Call(functools.partial(os.system, touch))),
+        "map in a list": dump(Call(list, Call(map, os.system, [touch]))),
+        "a call as an argument": dump(Call(print, Call(os.system, touch))),
+        "copyreg.__newobj__ and eval": b"\x80\x02ccopyreg\n__newobj__\n0cbuiltins\neval\n("
+        + text(python) + b"tR.",
+        "timeit": dump(Call(timeit.timeit, python, "pass", time.perf_counter, 1)),
+        "pickle in a pickle": dump(Call(pickle.loads, dump(Call(os.system, touch)))),
+        "code.interact's exec": dump(Call(code.InteractiveInterpreter.runcode, None, python)),
     }  # fmt: skip
 
 
 NOT_ARMED = (
+    "code.interact's exec",
     "torch.storage bytes",
     "__torch__ stub",
     "__torch__ called",
@@ -470,3 +487,78 @@ def test_a_huge_header_is_not_read(tmp_path, length):
 def test_other_files(tmp_path, data, word):
     (tmp_path / "x.pt").write_bytes(data)
     refused(tmp_path / "x.pt", word)
+
+
+def test_a_tar_as_torch_wrote_before_its_first_format(tmp_path):
+    """torch.load would still unpickle from one; here it is no checkpoint."""
+    marker, program = tmp_path / "marker", pickle.dumps(Call(os.system, f"touch {tmp_path}/marker"))
+    with tarfile.open(tmp_path / "x.pt", "w") as tar:
+        for name in ("sys_info", "pickle", "storages", "../../tensors"):
+            info = tarfile.TarInfo(name)
+            info.size = len(program)
+            tar.addfile(info, io.BytesIO(program))
+    refused(tmp_path / "x.pt", "not a checkpoint")
+    assert not marker.exists()
+
+
+def test_members_that_climb_are_never_written(tmp_path):
+    x = torch_zip(tmp_path / "x", tensor_program(key="../../../evil"), [NUMBERS])
+    with zipfile.ZipFile(x, "a", zipfile.ZIP_STORED) as file:
+        file.writestr("archive/data/../../../evil", NUMBERS)
+        file.writestr("/etc/evil", NUMBERS)
+    refused(x, "storage")
+    torch_zip(x, tensor_program(), [NUMBERS])
+    with zipfile.ZipFile(x, "a", zipfile.ZIP_STORED) as file:
+        file.writestr("archive/../../evil", NUMBERS)
+        file.writestr("/etc/evil", NUMBERS)
+    assert read_all(x)["state_dict.w"].tolist() == [1, 2, 3, 4]  # they are names, not files
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    model = CLIP(Config(16, 16, 8, 32, 1, 1, 64, 8, 600, 32, 1, 1, 64))
+    with torch.no_grad():
+        model.visual.proj[0, 0] = value
+    pretrained.save(model, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="visual.proj holds NaN or infinite"):
+        pretrained.load(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.uint8])
+def test_weights_of_another_kind_are_numbers_or_refused(tmp_path, dtype):
+    model = CLIP(Config(16, 16, 8, 32, 1, 1, 64, 8, 600, 32, 1, 1, 64))
+    pretrained.save(model, tmp_path / "x.pt")
+    content = torch.load(tmp_path / "x.pt", weights_only=True)
+    content["state_dict"]["visual.proj"] = content["state_dict"]["visual.proj"].to(dtype)
+    torch.save(content, tmp_path / "x.pt")
+    try:
+        loaded = pretrained.load(tmp_path / "x.pt")
+        assert all(p.dtype == torch.float32 for p in loaded.parameters())
+    except ValueError as error:
+        assert "\n" not in str(error)
+
+
+def test_memory_stays_small_whatever_a_file_declares(tmp_path):
+    """Read in a process that may take 256 MB more than it has: sizes that a header declares are not taken."""
+    big = 2**33
+    files = [
+        torch_zip(tmp_path / "a", tensor_program(big, 0, (big,)), [NUMBERS]),
+        torch_zip(tmp_path / "b", b"\x8d" + struct.pack("<Q", big) + b"x."),
+        safetensors(tmp_path / "c", {"a": entry(0, 4 * big, (big,))}),
+        safetensors(tmp_path / "d", {"a": entry()}, length=big),
+        legacy(tmp_path / "e", tensor_program(big, 0, (big,))[2:], b"]X\x01\0\0\x000a."),
+    ]
+    bomb = tmp_path / "f"
+    torch_zip(bomb, bytes(50_000_000), method=zipfile.ZIP_DEFLATED)  # 50 kB that unpack to 50 MB
+    if (pid := os.fork()) == 0:
+        pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (pages + (256 << 20),) * 2)
+        said = []
+        for file in [*files, bomb]:
+            try:
+                read_all(file)
+            except ValueError as error:
+                said.append(str(error))
+        os._exit(0 if len(said) == 6 and not any("MemoryError" in s for s in said) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import threading
+import time
 
 import pytest
 
@@ -16,6 +17,7 @@ class Server(http.server.ThreadingHTTPServer):
     """Serves BODY under every path, in the manner that the test sets."""
 
     ranges, cut, length, redirect, wrong_range = True, None, None, None, False
+    slow, endless = 0.0, False
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -46,6 +48,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if length >= 0:
             self.send_header("Content-Length", str(length))
         self.end_headers()
+        if server.slow:
+            for k in range(start, len(BODY)):
+                self.wfile.write(BODY[k : k + 1])
+                time.sleep(server.slow)
+        while server.endless:
+            self.wfile.write(BODY)
         self.wfile.write(BODY[start : server.cut])
 
     def log_message(self, *args):
@@ -153,6 +161,31 @@ def test_redirects_keep_the_scheme(server, tmp_path, target):
     with pytest.raises((ValueError, OSError), match="only http is followed|not allowed"):
         get(server, tmp_path / "x.pt")
     assert not (tmp_path / "x.pt").exists()
+
+
+def test_a_byte_at_a_time_is_not_waited_for(server, tmp_path, monkeypatch):
+    """TRAP: every byte in time, the file never: no timeout of a socket sees that."""
+    monkeypatch.setattr(download, "WINDOW", 0.3)
+    server.slow = 0.02
+    with pytest.raises(OSError, match="bytes in 0.3 s; run again to continue"):
+        get(server, tmp_path / "x.pt")
+    assert not (tmp_path / "x.pt").exists()
+
+
+@pytest.mark.parametrize("stated", [-1, 2000])
+def test_an_endless_body_ends(server, tmp_path, monkeypatch, stated):
+    monkeypatch.setattr(download, "LARGEST", 3_000_000)
+    server.endless, server.length = True, stated
+    with pytest.raises((ValueError, OSError), match="more than|expected"):
+        get(server, tmp_path / "x.pt")
+    assert not (tmp_path / "x.pt").exists()
+    assert sum(p.stat().st_size for p in tmp_path.iterdir()) < 6_000_000
+
+
+def test_redirects_in_a_circle_end(server, tmp_path):
+    server.redirect = server.url + "/y"
+    with pytest.raises(OSError):
+        get(server, tmp_path / "x.pt")
 
 
 def test_https_only_unless_asked(server, tmp_path):
