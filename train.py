@@ -9,7 +9,9 @@
 The global batch is what you give; ranks and chunks (--accumulate) only decide where it is computed. The
 contrastive gradient is exact for any of them: local rows against every rank's columns, GradCache (Gao et
 al. 2021, arXiv:2101.06983) over chunks. Every random choice of the data is a function of (seed, epoch,
-sample), so that a resumed run, or one on more ranks, sees the same batches.
+sample), so that a resumed run, or one on more ranks, sees the same batches. On a CPU the same seed gives
+the same bits, interrupted or not, with any number of workers; on other ranks, the same up to rounding. A GPU
+promises none of it: its sums are taken in whatever order its threads arrive.
 
 A run directory holds config.json, metrics.jsonl, checkpoint.pt, tokenizer.json, results.json, curves.png.
 """
