@@ -487,7 +487,8 @@ def write(path: Path, writer) -> None:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         part.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written: {error!s:.100}") from error
+        # TRAP: torch.save closes its zip after a failed write, fails again, and reports only that
+        raise OSError(f"{path} cannot be written: {error.__context__ or error!s:.100}") from error
 
 
 def summary(source: str | Path, model: DualEncoder) -> dict:

@@ -71,8 +71,10 @@ class Run:
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
+            # TRAP: torch.save closes its zip after a failed write, fails again, and reports only that
+            said = one_line(error.__context__ or error)
             raise ValueError(
-                f"cannot write {self.checkpoint} ({one_line(error)}); {self.kept()}. Make room, then"
+                f"cannot write {self.checkpoint} ({said}); {self.kept()}. Make room, then"
                 " --resume auto goes on from there"
             ) from error
 

@@ -155,7 +155,7 @@ def failing_writes(place: Path) -> str:
         "--resume",
         "auto",
     ]
-    one_error(limited(flags, 300_000), "cannot write", "checkpoint.pt", "no checkpoint yet")
+    one_error(limited(flags, 300_000), "File too large", "checkpoint.pt", "no checkpoint yet")
     assert kills.ended(kills.start(flags, place / "run")) == [0]
     more = [x if x != "8" else "12" for x in flags]
     kept = (place / "run" / "checkpoint.pt").read_bytes()

@@ -1,6 +1,7 @@
 """rundir.py: a checkpoint is whole or noticed, whatever happens between two operations on files."""
 
 import os
+import resource
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -244,6 +245,23 @@ def test_a_failing_write_says_what_is_kept_and_what_to_do(tmp_path, monkeypatch)
     monkeypatch.setattr(rundir, "open", lambda *_: no_space(), raising=False)
     with pytest.raises(ValueError, match="metrics.jsonl.*Make room"):
         run.log(step=2)
+
+
+def test_a_disk_that_fills_inside_torch_save_is_named(tmp_path):
+    """The kernel's own error, which torch covers with a message about positions in a zip."""
+    run = open_run(tmp_path)
+    run.save(state(1))
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        big = state(2) | {"state_dict": {"w": torch.zeros(100_000), "v": torch.zeros(9)}}
+        with pytest.raises(ValueError, match="File too large.*whole"):
+            run.save(big)
+        with pytest.raises(OSError, match="File too large"):
+            pretrained.write(tmp_path / "x.pt", lambda file: torch.save(big, file))
+
+    assert in_child(work) == 0
+    assert read_checkpoint(run.checkpoint)["step"] == 1
 
 
 def test_a_directory_that_cannot_be_made(tmp_path):
