@@ -256,7 +256,7 @@ def kill_and_resume(flags, folder: Path, kills: int, seed: int, world=1, tell=No
                     process.kill()
             codes = ended(ranks)
             finished = codes == [0] * world
-            log = Path(f"{out}.log").read_text()
+            log = Path(f"{out}.log").read_text() if Path(f"{out}.log").exists() else ""
             if any(code in (-signal.SIGKILL, -signal.SIGXFSZ) for code in codes):
                 done, by[how] = done + 1, by[how] + 1
             elif not finished:
