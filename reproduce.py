@@ -9,7 +9,7 @@
 What is claimed, on what it is tried and what must be seen is in claims.py; training is train.py's. Runs are
 kept by configuration and version of the code under --out: claims share them, and the same command goes on.
 
-The rule (claims.md): sign and ordering, never the paper's absolute number. Every part of a claim is a
+The rule: sign and ordering, never the paper's absolute number. Every part of a claim is a
 difference between two arms with the same seed, data, batches and steps (or a figure and a bound). With its
 mean d over the seeds and its standard error s, deviation / sqrt(seeds):
 
@@ -19,7 +19,7 @@ mean d over the seeds and its standard error s, deviation / sqrt(seeds):
 
 A claim holds if all its parts do, and does not hold if one does not. Fewer than three seeds decide nothing.
 One standard error is a low bar: with three seeds chance alone passes it, in the right direction, one time in
-five, and there are some eighty parts. t = d / s is printed beside each, so that a reader can ask for more.
+five, and there are almost ninety parts. t = d / s is printed beside each, so that a reader can ask for more.
 
 Seed n is --seed and --test-seed 1000 + n of train.py: pictures, weights and tests of their own, that nobody
 looked at before. What had to be chosen was chosen on seeds from 100 (--validation); LOG.md's use 0, 1, 2.
@@ -140,6 +140,7 @@ def together(verdicts: list[str]) -> str:
 # Versions of the code --------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(None)
 def bare(source: str) -> str:
     """Python source without comments, docstrings and layout: what runs."""
     tree = ast.parse(source)
@@ -256,10 +257,10 @@ class Lab:
         flags = self.flags(arm, seed) | {"out": str(path)}
         if start:
             flags["init"] = self.request.init or str(self.path(start, seed))
-        began = time.perf_counter()
+        began = time.process_time()
         with open(path / "log.txt", "a") as log:
             openworld.finished(flags, log)
-        write_json(path / "seconds.json", time.perf_counter() - began)
+        write_json(path / "cpu-seconds.json", time.process_time() - began)
 
     def results(self, arm: str, seed: int) -> dict:
         return json.loads((self.path(arm, seed) / "results.json").read_text())
@@ -278,7 +279,7 @@ class Lab:
     def model(self, arm: str, seed: int):
         """A trained model and its tokenizer."""
         path = self.path(arm, seed)
-        return pretrained.load(path), pretrained.tokenizer_for(path)
+        return pretrained.load(path).to(self.device), pretrained.tokenizer_for(path)
 
     def measured(self, claim: Claim, seed: int) -> Path:
         """Where a measurement of a seed is kept."""
@@ -329,12 +330,15 @@ def limit_threads() -> None:
 
 
 def work(request: Request, kind: str, name: str, seed: int) -> None:
-    """One task of a pool: train an arm, or measure a claim."""
+    """One task of a pool: train an arm, or measure a claim.   Raises: ValueError that says which."""
     lab = Lab(request)
-    if kind == "train":
-        lab.train(name, seed)
-    else:
-        lab.measure(asked(BY_NAME[name], lab), seed)
+    try:
+        if kind == "train":
+            lab.train(name, seed)
+        else:
+            lab.measure(asked(BY_NAME[name], lab), seed)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{kind} {name}, seed {seed}: {error}") from error
 
 
 def asked(claim: Claim, lab: Lab) -> Claim:
@@ -357,6 +361,8 @@ def asked(claim: Claim, lab: Lab) -> Claim:
 
 def in_turn(lab: Lab, tasks: list[tuple], costs: list[float], say) -> None:
     """Runs tasks (kind, name, seed), the longest first, in --jobs processes; says how far."""
+    if not tasks:
+        return
     order = sorted(range(len(tasks)), key=lambda n: -costs[n])
     began, spent, whole = time.time(), 0.0, sum(costs)
 
@@ -449,7 +455,7 @@ def conclude(lab: Lab, claim: Claim) -> dict:
     picture = draw(claim, table, extras, folder / f"{name}.png")
     arms = set(claim.arms.values())
     arms |= {lab.starts_from(arm) for arm in arms} - {""} if not lab.request.init else set()
-    spent = [lab.path(a, s) / "seconds.json" for a in arms for s in lab.seeds]
+    spent = [lab.path(a, s) / "cpu-seconds.json" for a in arms for s in lab.seeds]
     content = {
         "claim": claim.id, "name": claim.name, "says": claim.says, "source": claim.source,
         "paper": claim.paper, "notes": claim.notes, "ours": claim.ours,
@@ -470,7 +476,8 @@ def draw(claim: Claim, table: dict, extras: list, path: Path) -> Path | None:
     if callable(claim.picture):
         claim.picture(path, table, extras)
         return path
-    shown = {part.figure for part in claim.parts}
+    shown = {part.figure for part in claim.parts if isinstance(part, claims.More | claims.Same)}
+    shown = shown or {part.figure for part in claim.parts}
     if claim.picture == "lines":
         panels = {}
         for name in sorted(shown):
@@ -481,13 +488,17 @@ def draw(claim: Claim, table: dict, extras: list, path: Path) -> Path | None:
             }
         plots.lines(path, panels, xlabel=claim.name)
         return path
-    for figure in sorted(shown)[:1]:
+    bars = {}
+    for figure in (f for f in next(iter(table.values())) if f in shown):
         spread = {row: mean_error(v[figure]) for row, v in table.items() if figure in v}
-        low = min(m for m, _ in spread.values())
-        bars = {
-            f"{row} ({m - low:+.3g})": {"mean": (m, e or 0.0)} for row, (m, e) in spread.items()
+        low = min(mean for mean, _ in spread.values())
+        bars[figure] = {
+            f"{row} ({mean - low:+.3g})" if len(shown) == 1 else row: (mean, error or 0.0)
+            for row, (mean, error) in spread.items()
         }
-        plots.bars(path, bars, f"{figure}, in brackets the gain over the smallest")
+    plots.bars(
+        path, bars, "mean and standard error" + "; the gain over the smallest" * (len(shown) == 1)
+    )
     return path
 
 
@@ -525,7 +536,8 @@ def shown_table(found: dict) -> str:
         cells = {"": row}
         for name, values in figures.items():
             mean, error = mean_error(values)
-            cells[name] = cell(mean) + (f" +- {cell(error)}" if error else "")
+            number = f"{mean:.6g}" if found["exact"] else cell(mean)
+            cells[name] = number + (f" +- {cell(error)}" if error else "")
         rows.append(cells)
     return format_table(rows)
 
@@ -556,19 +568,23 @@ def section(found: dict) -> str:
     about = f"{found['repetitions']} {found['unit']}"
     if found["unit"] == "seeds" and not found["exact"]:
         about += f" from {found['first seed']}"
-    about = "exact" if found["exact"] else about
+    provenance = [f"`{found['command']}`", "exact" if found["exact"] else about]
+    if found["minutes"]:
+        provenance.append(f"{found['minutes']:.1f} core minutes of runs, shared with other claims")
+    provenance.append(f'settings "{found["scale"]}"')
+    provenance += [f"data {found['data']}"] * bool(found["data"]) + [
+        f"commit {found['commit'][:7]}"
+    ]
     lines = [
         f"{found['claim'].upper()} {found['name']}: {found['says']}",
         f"Source: {found['source']}. Paper: {found['paper']}."
         + (" A question of ours." if found["ours"] else ""),
         f"Verdict: **{verdict_line(found)}**",
         f"{shown_table(found)}\n\n{shown_parts(found)}",
-        f"{found['notes']}\n".lstrip()
-        + f"`{found['command']}`, {about}, {found['minutes']:.1f} minutes of runs (shared with other claims),"
-        f' settings "{found["scale"]}"{", data " + found["data"] if found["data"] else ""},'
-        f" commit {found['commit'][:7]}",
+        found["notes"],
+        ", ".join(provenance),
     ]
-    return "\n\n".join(lines)
+    return "\n\n".join(filter(None, lines))
 
 
 def processor() -> str:
@@ -633,7 +649,7 @@ def rule() -> str:
     """The docstring's rule, for the report."""
     paragraphs = __doc__.split("\n\n")
     first = next(n for n, p in enumerate(paragraphs) if p.startswith("The rule"))
-    return "\n\n".join(paragraphs[first:]).replace("The rule (claims.md)", "The rule").strip()
+    return "\n\n".join(paragraphs[first:]).strip()
 
 
 def settings_text(scales: set[str]) -> str:
