@@ -343,7 +343,7 @@ def no_leak(lab, seed: int) -> dict:
     dataset = photos("test", 480, seed, lab)
     _, answers = evaluate.classify(net, dataset, tokenizer, scenes.TEMPLATES)
     shuffled = photos("test", 480, seed, lab)
-    order = torch.randperm(480, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
     shuffled.labels = [dataset.labels[i] for i in order.tolist()]
     place, again = evaluate.classify(net, shuffled, tokenizer, scenes.TEMPLATES)
     with evaluate.evaluating(net):

@@ -301,6 +301,7 @@ def test_all_claims_from_end_to_end(tmp_path, monkeypatch, capsys):
 
         monkeypatch.setattr(scenes, name, few)
     openworld.scenes_protocol.cache_clear()
+    monkeypatch.setattr(openworld, "HELD_OUT", 64)
     steps = dict(steps=2, train_size=64)
     micro = {
         "pairs": steps | {"batch_size": 8},
@@ -311,7 +312,7 @@ def test_all_claims_from_end_to_end(tmp_path, monkeypatch, capsys):
     tower = dict(image_size=224, patch_size=56, context_length=77)
     published = {n: replace(CONFIGS["tiny"], **tower) for n in CONFIGS if n.startswith("ViT")}
     monkeypatch.setattr(claims, "CONFIGS", CONFIGS | published)
-    assert main(["--all", "--quick", "--out", str(tmp_path)]) == 0
+    assert main(["--all", "--quick", "--seeds", "1", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "32 claims in" in out
     text = (tmp_path / "RESULTS.md").read_text()
