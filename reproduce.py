@@ -18,8 +18,9 @@ mean d over the seeds and its standard error s, deviation / sqrt(seeds):
     Equal                to the printed digits
 
 A claim holds if all its parts do, and does not hold if one does not. Fewer than three seeds decide nothing.
-One standard error is a low bar: with three seeds chance alone passes it, in the right direction, one time in
-five, and there are almost ninety parts. t = d / s is printed beside each, so that a reader can ask for more.
+One standard error is a low bar: with three seeds chance alone passes it one time in five in either direction,
+and there are almost ninety parts. t = d / s is printed beside each, so that a reader can ask for more (with
+three seeds 4.3 is 5 % on both sides).
 
 Seed n is --seed and --test-seed 1000 + n of train.py: pictures, weights and tests of their own, that nobody
 looked at before. What had to be chosen was chosen on seeds from 100 (--validation); LOG.md's use 0, 1, 2.
