@@ -233,7 +233,7 @@ def determinism_rows(methods=METHODS, workers=(0, 2)):
             paired = method in ("clip", "siglip", "llip")
             flags = kills.make_data(Path(place) / "data")["llip" if paired else "alignclip"]
             flags = [method if x in ("llip", "alignclip") else x for x in flags]
-            flags += ["--prompt-depth", "2"] if method == "maple" else []
+            flags += ["--prompt-depth", "1"] if method == "maple" else []
 
             def work(flags=flags, place=Path(place)):
                 for w in workers:
