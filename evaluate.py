@@ -429,8 +429,7 @@ def open_data(args, model: nn.Module, kind: str):
         args.data,
         args.split,
         default_split="test",
-        image_root=args.image_root,
-        allow_outside=args.allow_outside,
+        **where_of(args),
     )
     if not hasattr(dataset, kind):
         raise ValueError(f"{args.data} has no {kind}, which {args.task} needs")
@@ -535,14 +534,19 @@ def training_of(source: str) -> dict:
     return config if config.get("method") in openworld.METHODS else {}
 
 
+def where_of(args) -> dict:
+    """Where the images of --data may lie."""
+    return dict(image_root=args.image_root, allow_outside=args.allow_outside)
+
+
 def asked_of(args, source: str, config: dict) -> tuple[str, list[str]]:
     """Task and target domains for a model.
 
     Raises: ValueError for another question than a fine-tuned run was trained for: it has seen the answers.
     """
     if not config:
-        task = args.open_task or "domain-shift"
-        return task, args.target_domain or openworld.domains_of(args.data, task, args.image_root)
+        task, where = args.open_task or "domain-shift", where_of(args)
+        return task, args.target_domain or openworld.domains_of(args.data, task, **where)
     task, target = config["open_task"], config["target_domain"]
     if args.open_task not in (None, task):
         raise ValueError(f"{source} was fine-tuned for {task}, it cannot be asked {args.open_task}")
@@ -568,7 +572,7 @@ def open_world_command(args, device: torch.device) -> None:
         whole = args.whole_target or config.get("whole_target", False)
         for target in targets:
             protocol = openworld.protocol(
-                args.data, task, target, whole=whole, image_root=args.image_root,
+                args.data, task, target, whole=whole, **where_of(args),
                 image_size=model.config.image_size,
             )  # fmt: skip
             found = open_world(model, protocol, tokenizer, templates, **options_of(args))

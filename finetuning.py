@@ -291,7 +291,8 @@ class LabelTask:
             raise ValueError(f"--image-size {c.image_size}: {c.init} has {self.config.image_size}")
         self.protocol = openworld.protocol(
             c.train_data, c.open_task, c.target_domain, whole=c.whole_target, shots=c.shots,
-            seed=c.seed, image_root=c.image_root or None, image_size=self.config.image_size,
+            seed=c.seed, image_root=c.image_root or None, allow_outside=c.allow_outside,
+            image_size=self.config.image_size,
             size=c.train_size, bias=c.bias, test_seed=c.test_seed,
         )  # fmt: skip
         self.train = self.protocol.train

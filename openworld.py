@@ -72,6 +72,7 @@ def protocol(
     shots: int = 0,
     seed: int = 0,
     image_root: str | None = None,
+    allow_outside: bool = False,
     image_size: int = 32,
     size: int = 2048,
     bias: float = 0.0,
@@ -93,10 +94,11 @@ def protocol(
         check_target("scenes", task, target, scenes.DOMAINS)
         found = scenes_protocol(task, target, image_size, size, seed, bias, test_seed)
     else:
-        dataset = open_labelled(source, None, image_root)
+        where = dict(image_root=image_root, allow_outside=allow_outside)
+        dataset = open_labelled(source, None, where)
         check_target(source, task, target, dataset.domain_names or ())
         if dataset.domains is None and "train" in dataset.splits:
-            found = split_protocol(source, dataset.splits, image_root)
+            found = split_protocol(source, dataset.splits, where)
         else:
             found = domain_protocol(dataset, task, target, whole)
     parts = {"train": found.train, **{name: asked for name, (asked, _) in found.tests.items()}}
@@ -185,10 +187,10 @@ def domain_protocol(dataset, task: str, target: str, whole: bool) -> Protocol:
     return Protocol(train, held, {name: (part, part.classes) for name, part in tests.items()})
 
 
-def split_protocol(source, splits: dict, image_root) -> Protocol:
+def split_protocol(source, splits: dict, where: dict) -> Protocol:
     """Open classes on data with a split of their own, as CoOp's: base and new halves of its test images."""
     asked = "test" if "test" in splits else "val"
-    parts = {name: open_labelled(source, name, image_root) for name in splits}
+    parts = {name: open_labelled(source, name, where) for name in splits}
     base, new = data.base_new_classes(len(parts["train"].classes))
     if asked not in parts:
         raise ValueError(f"{source}: neither test nor val images; there are: {', '.join(splits)}")
@@ -202,9 +204,12 @@ def split_protocol(source, splits: dict, image_root) -> Protocol:
     )
 
 
-def open_labelled(source, split: str | None, image_root: str | None):
-    """Raises: ValueError if there are no labels, or a list names images that are not there."""
-    dataset = data.open_dataset(source, split, image_root=image_root)
+def open_labelled(source, split: str | None, where: dict):
+    """A data set with labels; where: image_root and allow_outside of data.open_dataset.
+
+    Raises: ValueError if there are no labels, or a list names images that are not there.
+    """
+    dataset = data.open_dataset(source, split, **where)
     if not hasattr(dataset, "labels"):
         raise ValueError(f"{source}: no classes in it, which open-world tasks need")
     if not dataset.format.startswith("folders"):
@@ -223,13 +228,13 @@ def few(dataset, shots: int, seed: int):
     return data.Subset(dataset, [i for some in chosen for i in some])
 
 
-def domains_of(source: str | Path, task: str, image_root: str | None = None) -> list[str]:
+def domains_of(source: str | Path, task: str, **where) -> list[str]:
     """The domains to leave out in turn; [""] where the task has no target."""
     if task == "open-class":
         return [""]
     if str(source) == "scenes":
         return list(scenes.DOMAINS)
-    names = data.open_dataset(source, image_root=image_root).domain_names
+    names = data.open_dataset(source, **where).domain_names
     check_target(source, task, (names or [""])[0], names or ())
     return list(names)
 
@@ -324,6 +329,7 @@ class Comparison:
     threads: int = 0  # CPU threads; 0: torch's choice
     workers: int = 0  # loader processes
     image_root: str = ""  # where the images of a list are; empty: beside it
+    allow_outside: bool = False  # read what a list names, or links to, outside of there
     out: str = ""  # empty: runs/open-world-SCENES_OR_DATA
 # fmt: on
 
@@ -331,7 +337,8 @@ class Comparison:
 def plan(c: Comparison, init: str, out: Path) -> list[dict]:
     """The flags of every run of train.py."""
     source = "scenes" if c.scenes else c.data
-    optional = {k: getattr(c, k) for k in ("lr", "batch_size", "bias", "threads", "image_root")}
+    passed = ("lr", "batch_size", "bias", "threads", "image_root", "allow_outside")
+    optional = {k: getattr(c, k) for k in passed}
     common = {k: v for k, v in optional.items() if v} | {"device": c.device, "workers": c.workers}
     steps = c.steps or (150 if c.scenes else 0)
     if c.quick:
@@ -339,7 +346,8 @@ def plan(c: Comparison, init: str, out: Path) -> list[dict]:
     common |= {"steps": steps} if steps else {}
     runs = []
     for task in choose("task", c.tasks, TASKS):
-        targets = domains_of(source, task, c.image_root or None)
+        where = dict(image_root=c.image_root or None, allow_outside=c.allow_outside)
+        targets = domains_of(source, task, **where)
         if task != "open-class" and (c.targets or c.scenes):
             targets = choose("domain", c.targets or "cartoon", targets)
         for target in targets:

@@ -352,7 +352,9 @@ def check(where: str, values: dict, allowed: dict, needed) -> None:
     """Every value known and accepted by its test, none missing."""
     for key, value in values.items():
         if key not in allowed or not allowed[key](value):
-            name = ascii(key)[1:-1] if type(key) is str else short(key)  # TRAP: a key may hold newlines
+            name = (
+                ascii(key)[1:-1] if type(key) is str else short(key)
+            )  # TRAP: a key may hold newlines
             raise ValueError(f"model description: {where}{name:.40} is {short(value)}")
     if missing := [key for key in needed if key not in values]:
         raise ValueError(f"model description: {where}{missing[0]} is missing")

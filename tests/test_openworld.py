@@ -421,3 +421,24 @@ def test_evaluate_command(tmp_path, clip, folder, capsys):
         assert message in capsys.readouterr().err
     assert evaluate.main([*common, "--model", str(clip), "--target-domain", "clipart"]) == 2
     assert "no domain 'clipart'; there are: art, photo, sketch" in capsys.readouterr().err
+
+
+def test_a_list_may_lead_outside_of_its_folder_only_if_asked(tmp_path):
+    pictures, lists = tmp_path / "pictures", tmp_path / "lists"
+    pictures.mkdir(), lists.mkdir()
+    for name in "ab":
+        Image.new("RGB", (8, 8)).save(pictures / f"{name}.png")
+    rows = [
+        f"../pictures/{n}.png,{y},{d}" for n in "ab" for y in ("cat", "dog") for d in ("x", "y")
+    ]
+    (lists / "all.csv").write_text("\n".join(["image,label,domain", *rows]))
+    source = lists / "all.csv"
+    with pytest.raises(ValueError, match="--allow-outside"):
+        openworld.protocol(source, "domain-shift", "x")
+    found = openworld.protocol(source, "domain-shift", "x", whole=True, allow_outside=True)
+    assert len(found.tests["target"][0]) == 4
+    flags = openworld.Comparison(
+        data=str(source), init="c", allow_outside=True, tasks="in-the-wild"
+    )
+    runs = openworld.plan(flags, "c", tmp_path)
+    assert runs and all(run["allow_outside"] for run in runs)
