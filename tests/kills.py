@@ -10,6 +10,7 @@ caught, and the product has no code that knows of them.
 import contextlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import resource
@@ -170,11 +171,18 @@ def start(argv, out, world=1, operation=0, size=0) -> list:
     return ranks
 
 
-def ended(ranks, timeout=WAIT) -> list[int]:
-    """Exit codes. One rank that is lost must not leave the other waiting.   Raises: AssertionError."""
+def ended(ranks, timeout=WAIT, met=lambda: True) -> list[int]:
+    """Exit codes. One rank that is lost must not leave the other waiting.   Raises: AssertionError.
+
+    Ranks that have not met yet do wait, ten minutes, for one that died on its way: the launcher ends
+    them, and so does this, where met() says that they have not.
+    """
     until = time.monotonic() + timeout
-    for process in ranks:
-        process.join(max(0.1, until - time.monotonic()))
+    while any(p.is_alive() for p in ranks) and time.monotonic() < until:
+        if any(p.exitcode for p in ranks) and not met():
+            for process in ranks:
+                process.kill()
+        multiprocessing.connection.wait([p.sentinel for p in ranks if p.is_alive()], 0.5)
     hanging = [p for p in ranks if p.is_alive()]
     for process in hanging:
         process.kill()
@@ -203,6 +211,12 @@ def samples(out) -> dict[str, set]:
             key, ids = line.rstrip().split(" ", 1)
             found.setdefault(key, set()).add(ids)
     return found
+
+
+def ranks_seen(out) -> list[str]:
+    """The rank of every batch noted so far."""
+    path = Path(f"{out}.ids")
+    return [line.split("/")[0] for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def check_equal(whole: Path, other: Path) -> None:
@@ -249,12 +263,15 @@ def kill_and_resume(flags, folder: Path, kills: int, seed: int, world=1, tell=No
             how = rng.choice(["time", "time", "file operation", "write"]) if done < kills else ""
             operation = rng.randint(1, 60) if how == "file operation" else 0
             size = rng.randint(20_000, largest) if how == "write" else 0
+            before = len(ranks_seen(out))
             ranks = start(flags, out, world, operation, size)
             if how == "time":
                 time.sleep(rng.uniform(0.1, 1.1) * seconds)
                 for process in rng.sample(ranks, rng.randint(1, world)):  # one rank, or all
                     process.kill()
-            codes = ended(ranks)
+            codes = ended(
+                ranks, met=lambda n=before, out=out: len({*ranks_seen(out)[n:]}) == world
+            )
             finished = codes == [0] * world
             log = Path(f"{out}.log").read_text() if Path(f"{out}.log").exists() else ""
             if any(code in (-signal.SIGKILL, -signal.SIGXFSZ) for code in codes):
