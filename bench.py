@@ -766,6 +766,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"\n{name}: {SECTIONS[name].__doc__.splitlines()[0]}")
             SECTIONS[name](b)
         b.finish()
+    except KeyboardInterrupt:
+        print("stopped; sections can be named, to go on with the rest", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
