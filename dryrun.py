@@ -53,8 +53,8 @@ def pair_bytes(c, config: Config, rows: int, columns: int) -> int:
     """What the pairs of one rank take beside the towers: its images against every rank's texts.
 
     Logits, as made, scaled, and their gradient: 3 numbers a pair. Llip under the sigmoid loss holds no
-    logits but one tile; keys, values and their gradients, 4 M E numbers an image; and of the texts 10 E:
-    both sides gathered, transposed and through W_O, each with its gradient.
+    logits but one tile; keys, values and their gradients, 4 M E numbers an image; and of the texts 14 E: as
+    gathered, made unit, through W_O, over tau, transposed for the tiles, and the gradients of most of them.
     """
     logits = 3 * 4 * rows * columns
     E, M, H = config.embed_dim, mixed_tokens(c, config), c.mixture_heads
@@ -64,7 +64,7 @@ def pair_bytes(c, config: Config, rows: int, columns: int) -> int:
     squares = 4 * E * E
     if tiles.form(rows, columns, M, H, E) == "gram":
         squares += 3 * (H * M) ** 2
-    sides = 4 * rows * M * E + 10 * columns * E
+    sides = 4 * rows * M * E + 14 * columns * E
     tile = tiles.GPU_TILES * tiles.TILE_BYTES
     # InfoNCE, and a mean over latent tokens, need the logits of all pairs at once
     held = c.objective == "infonce" or latent > 0
