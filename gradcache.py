@@ -32,13 +32,17 @@ def contrastive_loss(model: nn.Module, image_side, text_side, objective: str) ->
     """
     rows, texts = len(sides_of(image_side)[0]), distributed.gather(text_side)
     offset = distributed.rank() * rows  # column of the first row's pair
-    if objective == "siglip":
+    if objective == "siglip" and hasattr(
+        model, "pair_loss"
+    ):  # SPEED: in tiles, where pairs are costly
 
         def part(logits: Tensor, row: int, column: int) -> Tensor:
             return losses.siglip_sum(logits, offset + row - column)
 
         return model.pair_loss(image_side, texts, part) / rows
     logits = model.pair_logits(image_side, texts)  # (B, G)
+    if objective == "siglip":
+        return losses.siglip(logits, offset)
     return losses.info_nce(logits, distributed.transpose(logits), offset)
 
 

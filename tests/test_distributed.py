@@ -242,3 +242,38 @@ def test_setup_refuses_missing_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match="0 GPUs"):
         distributed.setup("cuda")
+
+
+class Protocol(torch.nn.Module):
+    """A dual encoder with the protocol's methods and nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.image = torch.nn.Parameter(torch.eye(4, 3))
+        self.text = torch.nn.Parameter(torch.ones(5, 3) + torch.eye(5, 3))
+
+    def encode_image(self, images):
+        return images @ self.image
+
+    def encode_text(self, tokens):
+        return tokens @ self.text
+
+    def forward(self, images, tokens):
+        return self.encode_image(images), self.encode_text(tokens)
+
+    def pair_logits(self, image_side, text_side):
+        return image_side @ text_side.t()
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("objective", ["siglip", "infonce"])
+def test_a_step_asks_for_the_protocols_methods_only(objective, chunks):
+    torch.manual_seed(0)
+    images, tokens, model = torch.randn(4, 4), torch.randn(4, 5), Protocol()
+    loss = getattr(losses, {"siglip": "siglip", "infonce": "info_nce"}[objective])
+    expected = loss(model.pair_logits(*model(images, tokens)))
+    grads = torch.autograd.grad(expected, list(model.parameters()))
+    found = training_step(model, images, tokens, objective, chunks)
+    torch.testing.assert_close(found, expected)
+    for p, g in zip(model.parameters(), grads):
+        torch.testing.assert_close(p.grad, g)
