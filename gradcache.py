@@ -32,9 +32,8 @@ def contrastive_loss(model: nn.Module, image_side, text_side, objective: str) ->
     """
     rows, texts = len(sides_of(image_side)[0]), distributed.gather(text_side)
     offset = distributed.rank() * rows  # column of the first row's pair
-    if objective == "siglip" and hasattr(
-        model, "pair_loss"
-    ):  # SPEED: in tiles, where pairs are costly
+    if objective == "siglip" and getattr(model, "pair_loss", None):
+        # SPEED: tile by tile, where a model offers it because its pairs are costly
 
         def part(logits: Tensor, row: int, column: int) -> Tensor:
             return losses.siglip_sum(logits, offset + row - column)

@@ -145,8 +145,9 @@ class Llip(DualEncoder):
         return self.scale_logits(tiles.cosines(*inputs, self.temperature))  # (B_img, B_txt)
 
     def pair_loss(self, image_side: tuple, text_side: tuple, loss: Callable) -> Tensor:
-        """The same sum as DualEncoder.pair_loss, with the gradient taken tile by tile.
+        """A loss that is a sum over pairs, its gradient taken tile by tile: ().
 
+        Args: loss(logits (I, J), first row, first column) -> () for a tile. gradcache.py asks where it is.
         SPEED: pair_logits must compute the pairs again in the backward pass, or keep them; this need not.
         """
         scaling = [p for p in (self.logit_scale, self.logit_bias) if p is not None]
@@ -256,7 +257,7 @@ class LatentTextLlip(Llip):
         mask = torch.ones(L + T, L + T, dtype=torch.bool, device=x.device).tril()
         return self.ln_final(self.transformer(x, mask))[row, place]  # (B, T, D)
 
-    pair_loss = DualEncoder.pair_loss  # TRAP: a mean over T is no sum over Llip's own pairs
+    pair_loss = None  # TRAP: a mean over T is no sum over Llip's own pairs
 
     def pair_logits(self, image_side: tuple, text_side: tuple) -> Tensor:
         """Keys, values (B, H, M, K) and queries (B, T, H, K), text (B, T, E) -> (B_img, B_txt)."""

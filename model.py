@@ -11,7 +11,6 @@ For CLIP a side is a tensor, for Llip a tuple of tensors.
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -243,13 +242,6 @@ class DualEncoder(nn.Module):
         """exp(logit_scale) * cosines (+ logit_bias)."""
         logits = self.logit_scale.exp() * cosines
         return logits if self.logit_bias is None else logits + self.logit_bias
-
-    def pair_loss(self, image_side, text_side, loss: Callable) -> Tensor:
-        """A loss that is a sum over pairs: loss(logits (I, J), first row, first column) over tiles.
-
-        Here all pairs are one tile; a model whose pairs are costly may take many (llip.py).
-        """
-        return loss(self.pair_logits(image_side, text_side), 0, 0)
 
     def set_grad_checkpointing(self, enabled: bool = True) -> None:
         """Recompute every block in the backward pass: one third more FLOPs, 1/layers of the memory."""

@@ -21,7 +21,7 @@ import distributed
 import dryrun
 import losses
 from gradcache import contrastive_loss, training_step
-from llip import Llip, PooledTokens
+from llip import LatentTextLlip, Llip, PooledTokens
 from model import CLIP, Config
 
 SIZES = Config(16, 16, 8, 16, 2, 2, 32, 8, 50, 16, 1, 2, 32)
@@ -30,6 +30,7 @@ MODELS = {
     "clip siglip": lambda: CLIP(SIZES, scale=10.0, bias=-3.0),
     "llip siglip": lambda: Llip(SIZES, 4, 2, temperature=2.0, bias=-3.0),
     "llip infonce": lambda: Llip(SIZES, 4, 2, temperature=2.0, bias=-3.0),
+    "latent siglip": lambda: LatentTextLlip(SIZES, 3, 2, text_tokens=2, bias=-3.0),
     "pooled siglip": lambda: PooledTokens(SIZES, 3, "learned", heads=2, bias=-3.0),
 }
 PAIRS = 8
@@ -204,8 +205,10 @@ def test_gather_without_gradient_is_another_gradient(ranks):
 def test_dry_run_counts_the_bytes_that_travel(ranks, name, world):
     """What --dry-run prints against what the collectives of a step carried."""
     method, objective = name.split()
+    latent = 2 if method == "latent" else 0
+    method = "llip" if latent else method
     c = SimpleNamespace(method=method, objective=objective, batch_size=PAIRS)
-    c.pooling, c.mixture_tokens, c.all_tokens, c.text_tokens = "text", 4, False, 0
+    c.pooling, c.mixture_tokens, c.all_tokens, c.text_tokens = "text", 4, False, latent
     total = sum(p.numel() for p in build(name).parameters())
     expected = dryrun.wire_bytes(c, SIZES, total, world)
     assert ("logits" in expected) == (objective == "infonce")
