@@ -81,11 +81,11 @@ def test_every_claim_has_an_experiment_whose_parts_are_in_its_table():
 def test_arms_are_what_train_accepts():
     lab = Lab(Request(quick=True))
     for arm in ARMS:
-        flags = lab.flags(arm, 1000)
+        flags = lab.flags(arm, 3000)
         c = TrainConfig(**flags)  # an unknown flag would fail here
         if not lab.starts_from(arm):
             resolve(c, set(flags))
-        assert (c.seed, c.test_seed) == (1000, 1000)
+        assert (c.seed, c.test_seed) == (3000, 3000)
 
 
 def test_arms_of_a_claim_have_the_same_budget():
@@ -110,16 +110,16 @@ def test_reported_seeds_and_validation_seeds_and_those_of_the_log_do_not_meet():
 
 def test_the_key_of_a_run_hangs_on_its_flags_and_on_the_code(tmp_path, monkeypatch):
     lab = Lab(Request(quick=True))
-    keys = {lab.key(arm, 1000) for arm in ARMS}
+    keys = {lab.key(arm, 3000) for arm in ARMS}
     assert len(keys) == len(ARMS)
-    assert lab.key("llip", 1000) != lab.key("llip", 1001)
-    assert Lab(Request()).key("llip", 1000) != lab.key("llip", 1000)
-    before = lab.key("alignclip", 1000), lab.key("clipood", 1000), lab.key("llip", 1000)
+    assert lab.key("llip", 3000) != lab.key("llip", 3001)
+    assert Lab(Request()).key("llip", 3000) != lab.key("llip", 3000)
+    before = lab.key("alignclip", 3000), lab.key("clipood", 3000), lab.key("llip", 3000)
     monkeypatch.setitem(ARMS, "start", ARMS["start"] | {"steps": 7})
-    after = lab.key("alignclip", 1000), lab.key("clipood", 1000), lab.key("llip", 1000)
+    after = lab.key("alignclip", 3000), lab.key("clipood", 3000), lab.key("llip", 3000)
     assert before[0] != after[0] and before[1] != after[1] and before[2] == after[2]
     monkeypatch.setattr(reproduce, "code_version", lambda module: "another")
-    assert lab.key("llip", 1000) != before[2]
+    assert lab.key("llip", 3000) != before[2]
 
 
 def test_the_version_of_the_code_is_what_runs_and_not_what_is_said_about_it(tmp_path):
@@ -266,10 +266,10 @@ def test_measurements_are_kept_by_the_runs_they_are_of(tmp_path):
 
     claim = replace(claim, measure=measure)
     for _ in range(2):
-        lab.measure(claim, 1000)
-    assert calls == [1000]
+        lab.measure(claim, 3000)
+    assert calls == [3000]
     table, extras = reproduce.table_of(lab, claim)
-    assert table == {"llip": {"x": [1000.0]}} and extras == [None]
+    assert table == {"llip": {"x": [3000.0]}} and extras == [None]
 
 
 def test_timings_give_ratios_within_a_round(monkeypatch):
