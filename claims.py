@@ -184,9 +184,9 @@ not kept, but `--validation` puts any claim on such seeds:
   submission's weight): -1.7, -2.3; 10, 1 (the authors' last): -2.9, -3.5. None was above CLIPood on both.
 - The scale of semantic smoothing: 5. With the authors' 35 it is no smoothing here: class texts of this CLIP
   are far apart (mean cosine 0.32), and 0.001 % of a target leaves its label; with 5 it is 4.3 % (seed 100),
-  with uniform smoothing 9.4 %. Chosen by that share alone, but after 35 had been run on the seeds then reported
-  (from 1000; A5: 0.07 +- 0.03 points below none, A12: 0.05 below), which is how it was noticed. So all of them
-  are reported on new seeds, from 3000, that nothing was looked at before."""
+  with uniform smoothing 9.4 %. Chosen by that share alone, but after 35 had been run on the seeds then
+  reported (from 1000; A5: 0.07 +- 0.03 points below none, A12: 0.05 below), which is how it was noticed. So
+  all claims are reported on new seeds, from 3000, with which nothing was run before."""
 DEPTHS = (1, 2, 3)  # of three blocks; AlignCLIP's own is one, half of what is before the branch
 EPSILONS = (1.0, 0.9, 0.8, 0.7, 0.6)
 ARMS = {

@@ -35,7 +35,7 @@ def test_more_is_the_sign_of_a_paired_difference_larger_than_its_standard_error(
     found = judge(part, {"a": {"x": [1.0, 2, 6]}, "b": {"x": [0.0, 0, 0]}})
     error = np.std([1, 2, 6], ddof=1) / 3**0.5
     assert found["difference"] == 3 and found["error"] == pytest.approx(error)
-    assert found["t"] == pytest.approx(3 / error)
+    assert found["p"] == pytest.approx(reproduce.student_tail(3 / error, 2))
 
 
 def test_same_is_an_equivalence_and_not_a_failure_to_see_a_difference():
@@ -53,6 +53,41 @@ def test_bounds_and_equality():
     assert verdict(Above("x", "a", 1.0), exact=True, a=[1.1]) == HOLDS
     assert verdict(Equal("x", "a", 0.46478, 5), exact=True, a=[0.464781]) == HOLDS
     assert verdict(Equal("x", "a", 0.0003, 4), exact=True, a=[0.000151]) == FAILS
+
+
+@pytest.mark.parametrize(
+    "t, freedom", [(6.3138, 1), (2.9200, 2), (2.3534, 3), (2.1318, 4), (1.9432, 6), (1.8125, 10)]
+)
+def test_p_is_student_s_one_sided(t, freedom):
+    """The 5 % points that every table prints; without noise a difference is certain."""
+    assert reproduce.student_tail(t, freedom) == pytest.approx(0.05, abs=2e-5)
+    assert reproduce.student_tail(-t, freedom) == pytest.approx(0.95, abs=2e-5)
+    assert reproduce.student_tail(0.0, freedom) == 0.5
+    certain = {"a": {"x": [2.0] * (freedom + 2)}, "b": {"x": [1.0] * (freedom + 2)}}
+    assert judge(More("x", "a", "b"), certain)["p"] == pytest.approx(0, abs=1e-9)
+    assert judge(More("x", "b", "a"), certain)["p"] == pytest.approx(1, abs=1e-9)
+
+
+def test_what_passes_one_standard_error_may_not_pass_five_per_cent():
+    table = {"a": {"x": [1.0, 2.0, 3.5]}, "b": {"x": [0.0, 0.0, 2.5]}}
+    found = judge(More("x", "a", "b"), table)  # 1, 2, 1: t = 4 at 2.92
+    assert (found["verdict"], reproduce.at_level(found)) == (HOLDS, HOLDS)
+    table["a"]["x"][1] = 4.0  # 1, 4, 1: t = 2
+    found = judge(More("x", "a", "b"), table)
+    assert (found["verdict"], reproduce.at_level(found)) == (HOLDS, OPEN)
+    table["a"]["x"] = [5.0, 5.1, 7.4]
+    same = judge(Same("x", "a", "b", 1.0), table)
+    assert (same["verdict"], reproduce.at_level(same)) == (FAILS, FAILS)
+    assert reproduce.at_level({"p": None, "verdict": HOLDS}) == HOLDS
+
+
+def test_holm_counts_what_stays_when_all_are_tried_together():
+    """p of 0.001, 0.009 and 0.02 among three parts are six hypotheses: 0.05 / 6, / 5, / 4, ..."""
+    parts = [{"p": p} for p in (0.001, 0.009, 0.02)]
+    assert reproduce.after_holm(parts) == (2, 0)
+    assert reproduce.after_holm([{"p": 1 - p["p"]} for p in parts]) == (0, 2)
+    assert reproduce.after_holm([{"p": 0.02}, {"p": 0.03}]) == (0, 0)
+    assert reproduce.after_holm([]) == (0, 0)
 
 
 def test_a_claim_holds_if_all_its_parts_do_and_fails_if_one_does():
@@ -168,7 +203,7 @@ def test_bad_input_is_one_line(argv, message, capsys, tmp_path):
 def test_the_flops_claim_from_end_to_end(tmp_path, capsys):
     assert main(["--claim", "dv-flops", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "Verdict: **does not hold (1 of 3 parts hold)**" in out
+    assert "Verdict: **does not hold (1 of 3 parts hold); at 5 %: does not hold**" in out
     assert "0.464781" in out and "1.25651" in out
     found = json.loads((tmp_path / "claims" / "a1-default.json").read_text())
     table = found["table"]
