@@ -8,15 +8,19 @@ measures, judges and reports; nothing here trains.
     arms    ARMS below, beside SETTINGS, which are the same for every arm of a group
     parts   More, Same, Below, Above, Equal: judged on paired seeds, see reproduce.py for the rule
 
-How the settings were chosen is written beside them. Llip's figure is decided beforehand for all its claims:
-CAPTIONS, the mean average precision of ranking some 450 short captions for an unseen picture, since zero-shot
-accuracy on 16 kinds is a draw on these scenes (LOG.md), where no arm could be told from another.
+How the settings were chosen is written beside them. Llip's claims are about zero-shot accuracy in the
+paper; here they are judged by both figures that there are: CAPTIONS, the mean average precision of ranking
+some 450 short captions for an unseen picture, and KINDS, the accuracy of naming a single thing among 16.
+The scenes were made so that Llip's mechanism can show in the first (LOG.md): that Llip is above SigLIP in
+it is a choice of ground as much as a finding; what the choice does not decide is the order of variants,
+and the second figure.
 """
 
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -32,6 +36,7 @@ import model as towers
 import plots
 import probes
 import scenes
+import tiles
 from clipood import FineTune
 from losses import siglip
 from model import CLIP, CONFIGS
@@ -172,21 +177,30 @@ not kept, but `--validation` puts any claim on such seeds:
 
 - Llip's arms: scenes and values of train.py, as they were. What scenes are like was chosen before, on single
   runs of seed 0, so that Llip's mechanism can be seen (LOG.md tells where it cannot); pictures, weights and
-  tests here are others. The figure of merit (mean average precision over captions) was named beforehand.
+  tests here are others. Both figures there are (see the top of claims.py) are judged.
 - The CLIP to fine-tune: pre-trained on `broad` scenes (several things and single ones, every domain), since
   one of photos of several things knows next to nothing of single things in other domains: zero-shot 17 % of
   16 kinds after 1,200 steps of 48 pairs on scenes, 26 % on single things, 33 % on both.
 - Its bias 0.8 (background is the thing's own home) gives it the habit that AlignCLIP speaks of.
 - Fine-tuning: unbiased pictures, target photo, where plain fine-tuning has something to gain (36 to 51 %);
   under a bias of 0.8 it had less (36 to 41 %), and sketches are too easy for this CLIP (72 % before).
-- AlignCLIP's weight and temperature: 0.3 and 0.1, the best of five pairs. Points of target accuracy over
-  CLIPood on the two seeds: 0.3, 0.1: +0.4, -1.5; 1, 0.1: -1.0, -1.7; 1, 0.03: -2.4, -2.1; 1, 1 (the
-  submission's weight): -1.7, -2.3; 10, 1 (the authors' last): -2.9, -3.5. None was above CLIPood on both.
+- AlignCLIP's weight and temperature: 0.3 and 0.1, the best of five pairs by accuracy on the left-out
+  domain itself (an oracle, in DomainBed's words, that no other arm had; other pictures than those
+  reported). Points of target accuracy over CLIPood on the two seeds: 0.3, 0.1: +0.4, -1.5; 1, 0.1: -1.0,
+  -1.7; 1, 0.03: -2.4, -2.1; 1, 1 (the submission's weight): -1.7, -2.3; 10, 1 (the authors' last): -2.9,
+  -3.5. None was above CLIPood on both.
 - The scale of semantic smoothing: 5. With the authors' 35 it is no smoothing here: class texts of this CLIP
   are far apart (mean cosine 0.32), and 0.001 % of a target leaves its label; with 5 it is 4.3 % (seed 100),
   with uniform smoothing 9.4 %. Chosen by that share alone, but after 35 had been run on the seeds then
   reported (from 1000; A5: 0.07 +- 0.03 points below none, A12: 0.05 below), which is how it was noticed. So
-  all claims are reported on new seeds, from 3000, with which nothing was run before."""
+  all claims are reported on new seeds, from 3000, with which nothing was run before. The parts of many claims
+  were also set anew before (sharper, or by both figures), with the results of seeds 1000 to 1002 known.
+- Same "within" 1 point of target accuracy or 2 of Llip's figures: about the difference between two seeds of
+  one arm. A convention; the paper's own flat ranges are of that size beside the gains that it speaks of.
+- One learning rate for every arm of a group, not searched; no arm was tuned on its own but AlignCLIP (above).
+- Arms that are compared have the same steps, pictures and schedule. Parameters differ as the methods do: CLIP
+  340 thousand, Llip with 8 tokens 410 (21 % more: W_K and W_V of each token), with 16 477, a learned
+  query 406."""
 DEPTHS = (1, 2, 3)  # of three blocks; AlignCLIP's own is one, half of what is before the branch
 EPSILONS = (1.0, 0.9, 0.8, 0.7, 0.6)
 ARMS = {
@@ -200,7 +214,7 @@ ARMS = {
         f"llip M={m} patches": dict(method="llip", mixture_tokens=m, all_tokens=True)
         for m in (1, 8)
     },
-    **{f"llip tau={t}": dict(method="llip", temperature=t) for t in (0.5, 2.5, 4.0)},
+    **{f"llip tau={t}": dict(method="llip", temperature=t) for t in (0.5, 2.5, 4.0, 8.0)},
     "llip text tokens": dict(method="llip", text_tokens=4),
     "clip wide": dict(method="clip", model="small", image_size=32),
     "siglip few": dict(method="siglip", train_size=1024),
@@ -211,6 +225,7 @@ ARMS = {
     "finetune average": fine_tuned(method="finetune", image_pooling="average"),
     "clipood": fine_tuned(method="clipood"),
     "uniform": fine_tuned(method="clipood", smoothing="uniform"),
+    "uniform less": fine_tuned(method="clipood", smoothing="uniform", epsilon=0.954),
     "sls": fine_tuned(method="clipood", **SMOOTH),
     "aal": fine_tuned(**GUIDE, smoothing="none"),
     "alignclip": fine_tuned(**FULL),
@@ -218,6 +233,9 @@ ARMS = {
     **{f"layers {n}": fine_tuned(**FULL, align_layers=n) for n in DEPTHS[1:]},
     **{f"epsilon {e}": fine_tuned(**FULL, epsilon=e) for e in EPSILONS if e != 0.9},
     "tes": fine_tuned(method="tes"),
+    "tes longer": fine_tuned(method="tes", times=4),
+    "plain sls": fine_tuned(method="finetune", **SMOOTH),
+    "plain sls longer": fine_tuned(method="finetune", **SMOOTH, times=4),
     **{name: fine_tuned(method=name) for name in ("coop", "cocoop", "maple")},
     **{
         f"{task} {name}": fine_tuned(task, **flags)
@@ -241,6 +259,13 @@ def same_as(names: dict) -> dict:
 CAPTIONS = {"captions mAP": ("aspects", "i2t_map")}
 KINDS = {"kinds top-1": ("zeroshot", "top1")}
 LLIP_FIGURES = CAPTIONS | KINDS
+
+
+def by_both(*parts) -> tuple:
+    """The parts by each of Llip's two figures."""
+    return tuple(replace(part, figure=figure) for figure in LLIP_FIGURES for part in parts)
+
+
 TARGET = {"target": ("reported", "target"), "val": ("reported", "val")}
 OPEN = {"base": ("reported", "base"), "new": ("reported", "new"), "H": ("reported", "H")}
 RECALL = {
@@ -263,20 +288,22 @@ def photos(split: str, size: int, seed: int, lab) -> scenes.Objects:
 
 
 def linear_probe(lab, seed: int) -> dict:
-    """Top-1 of CLIP_benchmark's probe (AdamW) on each image tower's output, in per cent."""
+    """Top-1 of both probes on each image tower's output, in per cent: CLIP's (L-BFGS) and AdamW's."""
     rows = {}
     sets = {n: photos(n, k, seed, lab) for n, k in (("train", 1536), ("val", 512), ("test", 960))}
     labels = {name: torch.tensor(d.labels) for name, d in sets.items()}
-    for arm in THREE:
+    for arm in (*THREE, "average"):
         net, _ = lab.model(arm, seed)
         tokens = {name: probes.encode(net, d) for name, d in sets.items()}
         for kind in probes.reduced(tokens["train"]):
             parts = {n: (probes.reduced(x)[kind], labels[n]) for n, x in tokens.items()}
-            found = probes.probe("adamw", parts, len(scenes.KINDS), seed=seed)
-            rows[arm if kind == "class token" else f"{arm} {kind}"] = {
-                "top-1": 100 * found["top1"],
-                "width": float(parts["train"][0].shape[1]),
+            found = {
+                f"top-1, {solver}": 100
+                * probes.probe(solver, parts, len(scenes.KINDS), **how)["top1"]
+                for solver, how in (("l-bfgs", {}), ("adamw", {"seed": seed}))
             }
+            width = float(parts["train"][0].shape[1])
+            rows[arm if kind == "class token" else f"{arm} {kind}"] = found | {"width": width}
     return rows
 
 
@@ -287,9 +314,9 @@ def spectrum(lab, seed: int) -> tuple[dict, dict]:
     for arm in ("clip", "siglip", "learned", "llip"):
         tokens = probes.encode(lab.model(arm, seed)[0], dataset)
         row, logs = probes.spectrum_row(arm, tokens)
-        rows[arm] = {"effective rank": row["effective rank"]}
         half = logs[len(logs) // 2]
-        rows[arm]["ln s at D/2 below the first"] = (half if half is not None else -99.0) - logs[0]
+        rows[arm] = {"ln s at D/2 less the first": (half if half is not None else -99.0) - logs[0]}
+        rows[arm]["effective rank"] = row["effective rank"]
         curves[arm] = [None if v is None else v - logs[0] for v in logs]
     return rows, curves
 
@@ -306,7 +333,7 @@ def two_captions(lab, seed: int) -> dict:
     )
     for arm in THREE:
         net, tokenizer = lab.model(arm, seed)
-        found = {"own caption closer": 50.0, "cosine gained": 0.0}  # one vector: no difference
+        found = {}  # one vector for every caption has nothing to gain
         if isinstance(net, llip.Llip):
             found = own_caption(net, tokenizer, dataset)
         typed = probes.typographic(
@@ -334,9 +361,8 @@ def own_caption(net: llip.Llip, tokenizer, dataset) -> dict[str, float]:
         text = text / text.norm(dim=-1, keepdim=True)
         cosine = []
         for queries in (own_q, other_q):
-            scores = torch.einsum("ihmk,ihk->ihm", keys, queries) / net.temperature
-            z = torch.einsum("ihm,ihmk->ihk", scores.softmax(-1), values).flatten(1)
-            z = z @ net.pred.out_proj  # (N, E)
+            one = zip(keys.split(1), values.split(1), queries.split(1))
+            z = torch.cat([net.mix(*parts)[:, 0] for parts in one])  # (N, E), each through its own
             cosine.append((z / z.norm(dim=-1, keepdim=True) * text).sum(-1))
         gains.append(cosine[0] - cosine[1])
     gains = torch.cat(gains)
@@ -441,20 +467,23 @@ def hierarchy(lab, seed: int) -> tuple[dict, list]:
 
 
 def inference(lab, seed: int) -> dict:
-    """AlignCLIP's finished model against CLIPood's: size, and the embedding with the branch on and off."""
+    """AlignCLIP's finished model against CLIPood's: size, and the embedding as training's two paths give it.
+
+    change: of the class token's embedding between encode_image and the plain path beside a second branch
+    """
     rows = {}
     images = torch.rand(8, 3, lab.image_size, lab.image_size).to(lab.device)
     for arm in ("clipood", "alignclip"):
         net, tokenizer = lab.model(arm, seed)
         with evaluate.evaluating(net):
-            text = evaluate.encode_classes(net, tokenizer, list(scenes.KINDS), scenes.TEMPLATES)
-            method = alignclip.AlignCLIP(net, text)
-            plain = (net.encode_image(images), method.predict(images))
-            other = alignclip.AlignCLIP(net, text.flip(0), branch="vvv")
-            change = (other.predict(images, text) - plain[1]).abs().max().item()
+            plain, change = net.encode_image(images), 0.0
+            for branch in ("dv", "vvv"):
+                x, _, _ = alignclip.two_paths(net.visual, images, branch, 1, 1)
+                beside = net.visual.head(x[:, 0])
+                change = max(change, (beside - plain).abs().max().item() / plain.abs().max().item())
         rows[arm] = {
             "parameters": float(sum(p.numel() for p in net.parameters())),
-            "change of predictions with another branch and other texts in training": change,
+            "relative change beside a branch": change,
             "tensors of the checkpoint": float(len(net.state_dict())),
         }
     rows["difference"] = {
@@ -465,20 +494,21 @@ def inference(lab, seed: int) -> dict:
 
 
 def accuracy_and_parameters(lab, seed: int) -> dict:
-    """Target accuracy of SLS and TeS, and the parameters each adds to CLIP."""
+    """Target accuracy of SLS and TeS at the same steps and at four times as many, parameters, a step."""
     rows = {}
-    for arm in ("sls", "tes"):
+    for name, arm in (("sls", "plain sls"), ("tes", "tes")):
         net, tokenizer = lab.model("start", seed)
         with evaluate.evaluating(net):
             text = evaluate.encode_classes(net, tokenizer, list(scenes.KINDS), scenes.TEMPLATES)
         before = sum(p.numel() for p in net.parameters())
-        method = TeS(net, text) if arm == "tes" else FineTune(net, text, smoothing="mixture")
+        method = TeS(net, text) if name == "tes" else FineTune(net, text, smoothing="mixture")
         method.to(lab.device)
         method.train()
         images = torch.rand(36, 3, lab.image_size, lab.image_size).to(lab.device)
         labels = torch.arange(36, device=lab.device) % len(text)
-        rows[arm] = {
+        rows[name] = {
             "target": 100 * lab.reported(arm, seed)["target"],
+            "target, 4 times the steps": 100 * lab.reported(f"{arm} longer", seed)["target"],
             "parameters added": float(sum(p.numel() for p in method.parameters()) - before),
             "ms a step": 1000 * step_seconds(method, images, labels, 5),
         }
@@ -497,7 +527,7 @@ def train_once(method, images: Tensor, labels: Tensor) -> None:
 
 def seconds(work: Callable) -> float:
     """CPU seconds of this process, or seconds of the GPU where there is one in use."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
         began = time.perf_counter()
         work()
@@ -509,6 +539,17 @@ def seconds(work: Callable) -> float:
 
 
 # Timings: random weights, arms in turn, ratios within a round ----------------------------------------------
+
+
+def timed(arms: dict[str, Callable], repetition: int) -> dict[str, float]:
+    """Seconds of each piece of work: the least of two after one that is not timed, in an order that turns."""
+    for work in arms.values():
+        work()
+    names, found = list(arms), {}
+    first = repetition % len(names)
+    for name in names[first:] + names[:first]:
+        found[name] = min(seconds(arms[name]) for _ in range(2))
+    return {name: found[name] for name in names}
 
 
 def once(build: Callable) -> Callable:
@@ -529,7 +570,7 @@ def depth_cut(name: str, part: int, classes: int = 7) -> towers.Config:
     c = CONFIGS[name]
     return replace(
         c,
-        vision_layers=c.vision_layers // part,
+        vision_layers=max(1, c.vision_layers // part),
         text_layers=max(1, c.text_layers // part),
         vocab_size=512,
     )
@@ -554,7 +595,8 @@ def step_methods(device):
 def step_cost(lab, repetition: int) -> dict:
     """Forward and backward of ViT-B/16, one image, one thread; seconds over those of CLIPood."""
     batch, methods = step_methods(lab.device)
-    spent = {name: step_seconds(method, *batch) for name, method in methods.items()}
+    work = {name: partial(train_once, method, *batch) for name, method in methods.items()}
+    spent = timed(work, repetition)
     return {name: {"step over CLIPood's": spent[name] / spent["CLIPood"]} for name in methods}
 
 
@@ -578,7 +620,8 @@ def prompt_methods(device):
 def prompt_cost(lab, repetition: int) -> dict:
     """Trainable parameters, and a step over CLIPood's; ViT-S/16 of 4 blocks, 8 images, 7 classes."""
     batch, methods = prompt_methods(lab.device)
-    spent = {name: step_seconds(method, *batch) for name, method in methods.items()}
+    work = {name: partial(train_once, method, *batch) for name, method in methods.items()}
+    spent = timed(work, repetition)
     return {
         name: {
             "step over CLIPood's": spent[name] / spent["CLIPood"],
@@ -604,26 +647,30 @@ def llip_pair(device):
 def llip_cost(lab, repetition: int) -> dict:
     """A training step and an inference against 1,000 prompts, over CLIP's; L/14, 32 tokens, 4 blocks."""
     (images, tokens), nets = llip_pair(lab.device)
-    train, infer = {}, {}
-    for name, net in nets.items():
+    sides = {name: prompt_side(net, 1000, lab.device) for name, net in nets.items()}
 
-        def step(net=net):
-            net.zero_grad(set_to_none=True)
-            siglip(net.pair_logits(net.encode_image(images), net.encode_text(tokens))).backward()
+    def step(net):
+        net.zero_grad(set_to_none=True)
+        siglip(net.pair_logits(net.encode_image(images), net.encode_text(tokens))).backward()
 
-        def answer(net=net):
-            with torch.no_grad():
-                net.pair_logits(net.encode_image(images[:1]), prompt_side(net, 1000, lab.device))
+    def answer(name):
+        with torch.no_grad():
+            nets[name].pair_logits(nets[name].encode_image(images[:1]), sides[name])
 
-        train[name], infer[name] = seconds(step), seconds(answer)
-    c = CONFIGS["ViT-L-14"]
-    flops = {"CLIP": towers.tower_flops(c), "Llip": llip.flops(c, 32, 32768)}
-    whole = {n: f["image"] + f["text"] + f.get("pairs", 2 * 32768 * 768) for n, f in flops.items()}
+    train = timed({name: partial(step, net) for name, net in nets.items()}, repetition)
+    infer = timed({name: partial(answer, name) for name in nets}, repetition)
+    c, texts = CONFIGS["ViT-L-14"], 32768
+    own, plain = llip.flops(c, 32, texts), towers.tower_flops(c)
+    clip = 3 * (plain["image"] + plain["text"] + 2 * texts * c.embed_dim)
+    here = tiles.flops(4096, texts, 32, 8, c.embed_dim, train=True) / 4096  # a rank's share of 8
+    both = 3 * (own["image"] + own["text"])
+    counts = {"CLIP": (clip, clip), "Llip": (both + here, both + 3 * own["pairs"])}
     return {
         name: {
             "step over CLIP's, 2 pairs": train[name] / train["CLIP"],
             "inference over CLIP's": infer[name] / infer["CLIP"],
-            "FLOPs of a step over CLIP's, 32,768 pairs": whole[name] / whole["CLIP"],
+            "FLOPs of a step over CLIP's, 32,768 pairs": counts[name][0] / clip,
+            "the same, pairs in the plain form": counts[name][1] / clip,
         }
         for name in nets
     }
@@ -654,12 +701,11 @@ def prompts_cost(lab, repetition: int) -> dict:
     net, image = large_llip(lab.device)
     with torch.no_grad():
         side = net.encode_image(image)
-        net.pair_logits(side, prompt_side(net, 10, lab.device))
-        tower = seconds(lambda: net.encode_image(image))
-        pairs = {}
+        work = {"tower": lambda: net.encode_image(image)}
         for n in PROMPTS:
-            prompts = prompt_side(net, n, lab.device)
-            pairs[n] = seconds(lambda p=prompts: net.pair_logits(side, p))
+            work[n] = partial(net.pair_logits, side, prompt_side(net, n, lab.device))
+        pairs = timed(work, repetition)
+        tower = pairs.pop("tower")
         lengths = [
             sum(part.numel() for part in net.encode_text(ids(words, lab.device)))
             for words in (5, 60)
@@ -723,7 +769,7 @@ def draw_matrix(path, table: dict, extras: list) -> None:
 A, L = "AlignCLIP, reply to reviewer", "Llip, reply to reviewer"
 CLAIMS = (
     Claim(
-        "a1", "dv-flops", "D-V costs far less than V-V-V.", f"{A} 1, W1",
+        "a1", "dv-flops", "D-V costs 1549 times less than V-V-V.", f"{A} 1, W1",
         "0.46478 against 0.0003 GFLOPs, 1549 times",
         (
             Equal("GFLOP", "rebuttal's formula, V-V-V", 0.46478, 5),
@@ -732,26 +778,30 @@ CLAIMS = (
         ),
         measure=formula, exact=True, picture="",
         notes="The formula for V-V-V reproduces to the digit. The one for D-V gives 0.00015: 0.0003 is that"
-        " with two operations a multiply-add, and 1549 is a quotient of the rounded number (with all its"
-        " digits 1536; with the formulas as written 3072). And 0.46478 is the value and output projections,"
-        " which D-V pays as well, without any mixing of tokens: with projections on both sides the ratio is"
-        " 1.26, in favour of D-V.",
+        " with two operations a multiply-add, and 1549 is a quotient of the rounded number (with all"
+        " its digits 1536; with the formulas as written 3072). And 0.46478 is the value and output"
+        " projections, which D-V pays as well, without any mixing of tokens: with projections on both"
+        " sides the ratio is 1.26, in favour of D-V: the sign is right, the number is not.",
     ),
     Claim(
         "a2", "dv-vs-vvv", "D-V guides as well as V-V-V.", f"{A} 1, Table 1", "VLCS 85.1 against 84.9",
-        (Same("target", "alignclip", "vvv", 1.0),),
-        arms={"alignclip": "alignclip", "vvv": "vvv", "kkv": "kkv", "qqv": "qqv"}, figures=TARGET,
-        notes="The four entries of the paper's D-V row average 84.98; no rounding of them gives 85.1.",
+        (Same("target", "alignclip", "vvv", 1.0), More("target", "alignclip", "clipood")),
+        arms={"clipood": "clipood", "alignclip": "alignclip", "vvv": "vvv", "kkv": "kkv", "qqv": "qqv"},
+        figures=TARGET,
+        notes="The second part keeps the first from being empty: where alignment does nothing, any two"
+        " structures are level. The four entries of the paper's D-V row average 84.98; no rounding of"
+        " them gives 85.1.",
     ),
     Claim(
-        "a3", "step-cost", "D-V adds little to a step of CLIPood, V-V-V more; no parameter is added.",
+        "a3", "step-cost", "D-V adds little to a step of CLIPood, V-V-V more.",
         f"{A} 1, W2", "0.19 / 0.21 / 0.25 s for a batch of 36: 1.105 and 1.316",
         (
             Below("step over CLIPood's", "D-V", 1.105),
             More("step over CLIPood's", "V-V-V", "D-V"),
         ),
         measure=step_cost, alone=True,
-        notes="The seconds of the paper are a V100's, ours are CPU seconds of one thread and one image.",
+        notes="The seconds of the paper are a V100's, ours are CPU seconds of one thread and one image. That"
+        " no parameter is added is A13's.",
     ),
     Claim(
         "a4", "aal", "Attention alignment helps.", f"{A} 1, W3 and Fig. 3",
@@ -760,16 +810,23 @@ CLAIMS = (
         arms={"neither": "clipood", "attention alignment": "aal", "both": "alignclip", "smoothing": "sls"},
         figures=TARGET, labels=True,
         notes="The paper's +1.0 and +2.8 are of its Fig. 3b, whose off-state (84.1) is not that of Fig. 3a"
-        " (86.7); in Fig. 3a alignment alone adds 0.5 and 0.7.",
+        " (86.7); in Fig. 3a alignment alone adds 0.5 and 0.7. Attention alignment means both of its"
+        " losses.",
     ),
     Claim(
         "a5", "sls", "Semantic label smoothing helps, and more than uniform smoothing.",
         f"{A} 1, W3 and Fig. 3d",
         "over none +3.21 / +2.29 / +0.89 (LabelMe, SUN, VOC); over uniform +2.48 / +2.25 / +0.73",
         (More("target", "semantic", "none"), More("target", "semantic", "uniform")),
-        arms={"none": "clipood", "uniform": "uniform", "semantic": "sls"}, figures=TARGET, labels=True,
-        notes="The reply calls +3.21 / +2.29 / +0.89 a contrast with label smoothing; by the authors'"
-        " notebook they are over no smoothing.",
+        arms={
+            "none": "clipood", "uniform": "uniform less", "semantic": "sls",
+            "uniform, epsilon 0.9": "uniform",
+        },
+        figures=TARGET, labels=True,
+        notes="Uniform smoothing moves as much of a target off its label as semantic smoothing does on"
+        " average (epsilon 0.954); with the same epsilon it would move twice as much. The reply calls"
+        " +3.21 / +2.29 / +0.89 a contrast with label smoothing; by the authors' notebook they are over"
+        " no smoothing.",
     ),
     Claim(
         "a6", "both", "Both together are best under domain and class shift.", f"{A} 1, W3 and Fig. 3a",
@@ -788,18 +845,18 @@ CLAIMS = (
     Claim(
         "a7", "depth", "Aligning the first part of the blocks is best, aligning all hurts.",
         f"{A} 2 and Fig. 3c", "peak at the fifth of 12 blocks; LabelMe 65.5 first, 68.7 peak, 66.3 all",
-        (More("target", "1", "3"), More("target", "1", "2")),
-        arms={str(n): f"layers {n}" if n > 1 else "alignclip" for n in DEPTHS},
+        (More("target", "1", "0"), More("target", "1", "2"), More("target", "1", "3")),
+        arms={"0": "sls"} | {str(n): f"layers {n}" if n > 1 else "alignclip" for n in DEPTHS},
         figures=TARGET, picture="lines",
-        notes="Our tower has three blocks, so five of twelve is nearest to the first one. The shaded band"
-        " of the paper's figure is random.uniform(0.5, 1) in the authors' notebook, and many of its points"
+        notes="Our tower has three blocks, so five of twelve is nearest to the first one. The shaded band of"
+        " the paper's figure is random.uniform(0.5, 1) in the authors' notebook, and many of its points"
         " are no multiples of one image: a claim, not data.",
     ),
     Claim(
         "a8", "epsilon", "Not sensitive to epsilon, and any smoothing is better than 1.", f"{A} 3, Table 2",
         "LabelMe 67.4 68.3 68.3 67.9 67.9, VOC 88.8 89.9 89.8 89.7 89.5 for 1, .9, .8, .7, .6",
         (
-            More("target", "0.9", "1.0"),
+            *(More("target", str(e), "1.0") for e in EPSILONS[1:]),
             *(Same("target", "0.9", str(e), 1.0) for e in EPSILONS[2:]),
         ),
         arms={str(e): f"epsilon {e}" if e != 0.9 else "alignclip" for e in EPSILONS},
@@ -817,24 +874,28 @@ CLAIMS = (
         "a10", "structures", "V-V-V, Q-Q, K-K and the diagonal give good maps; Q-K does not.",
         f"{A} 1, W1 and Fig. 8", "pictures",
         tuple(More("lift", kind, "qkv") for kind in ("vvv", "qqv", "kkv", "dv"))
-        + (Above("lift", "dv", 1.0),),
+        + tuple(More("lift", kind, "centre") for kind in ("vvv", "qqv", "kkv", "dv")),
         arms=same_as(("start",)), measure=structures,
         notes="Lift: the map's share on the thing over the thing's share of the area, 1 by chance. The cone"
-        " in the centre is no model: what large things in the middle give anyway.",
+        " in the centre is no model: what large things in the middle give anyway, and a good map more."
+        " Maps of 4 x 4 patches; LOG.md has finer ones.",
     ),
     Claim(
         "a11", "background",
         "CLIP's attention prefers the background; AlignCLIP moves it to the foreground.",
-        f"{A} 3, Q2 and Fig. 1, 4", "pictures",
+        f"{A} 2, W2 and Fig. 1, 4; how the maps are made: 3, Q2", "pictures",
         (
             Below("similarity lift", "start", 1.0),
+            Below("attention lift", "start", 1.0),
             More("similarity lift", "alignclip", "start"),
             More("similarity lift", "alignclip", "clipood"),
+            More("attention lift", "alignclip", "clipood"),
             More("early attention lift", "alignclip", "clipood"),
         ),
         arms=same_as(BACKGROUND), measure=background,
         notes="The authors' maps are similarities of patches to the name (CLIP Surgery, eq. 1), the first"
-        " column; the others are what the class token attends to, in the last and in the aligned blocks.",
+        " column; the others are what the class token attends to, in the last and in the aligned"
+        " blocks.",
     ),
     Claim(
         "a12", "hierarchy",
@@ -856,23 +917,27 @@ CLAIMS = (
         (
             Equal("parameters", "difference", 0, 0),
             Equal("tensors of the checkpoint", "difference", 0, 0),
-            Equal("change of predictions with another branch and other texts in training",
-                  "alignclip", 0, 9),
+            Equal("relative change beside a branch", "alignclip", 0, 5),
         ),
         arms=same_as(("clipood", "alignclip")), measure=inference, exact=True, picture="",
-        notes="The finished model is a plain CLIP in both cases: the same code runs on the same shapes, so"
-        " a difference in seconds would be noise and is not measured.",
+        notes="True by construction; this checks that the code does it. The finished model is a plain CLIP"
+        " in both cases: the same code runs on the same shapes, so a difference in seconds would be"
+        " noise and is not measured.",
     ),
     Claim(
         "a14", "sls-vs-tes", "SLS is cheaper than TeS, and more effective under shift.", f"{A} 1, W1.3",
         "none",
         (
-            Equal("parameters added", "sls", 0, 0),
-            Above("parameters added", "tes", 0.0),
+            More("parameters added", "tes", "sls"),
             More("target", "sls", "tes"),
+            More("target, 4 times the steps", "sls", "tes"),
         ),
-        arms=same_as(("start", "sls", "tes")), measure=accuracy_and_parameters,
-        notes="Milliseconds are shown and not judged: they were taken beside other work.",
+        arms=same_as(("start", "plain sls", "tes", "plain sls longer", "tes longer")),
+        measure=accuracy_and_parameters,
+        notes="Plain fine-tuning with smoothed labels on both sides of the comparison, without CLIPood's"
+        " margin and averages, which TeS has not either. Its two heads start from nothing where SLS"
+        " starts from zero-shot, so both are also given four times the steps. Milliseconds are shown"
+        " and not judged: they were taken beside other work.",
     ),
     Claim(
         "a15", "prompts", "Prompt tuning takes less of a step than full fine-tuning; CoCoOp is slow.",
@@ -884,15 +949,17 @@ CLAIMS = (
             Above("step over CLIPood's", "CoCoOp", 1.0),
         ),
         measure=prompt_cost, alone=True,
-        notes="A step, not a training: how many steps each needs is another matter. Their accuracy on our"
-        " scenes is beside A16.",
+        notes="A step, not a training: how many steps each needs is another matter. The reply calls CoCoOp"
+        " slow for its small batches; here all have 8 images. Their accuracy on our scenes is beside"
+        " A16.",
     ),
     Claim(
         "a16", "open-world",
-        "AlignCLIP is above CLIPood under domain shift, open class, and both.", f"{A} 1, 1",
+        "AlignCLIP is above CLIPood under domain shift, open class, and both.", f"{A} 1, W1",
         "best on almost all of 21 data sets",
         tuple(More("accuracy", f"{task} alignclip", f"{task} clipood")
-              for task in ("target", "open H", "wild H")),
+              for task in ("target", "open H", "wild H"))
+        + (More("accuracy", "target alignclip", "target finetune"),),
         labels=True,
         arms={
             f"{row} {name}": f"{task}{name}"
@@ -901,12 +968,13 @@ CLAIMS = (
         } | {f"target {name}": name for name in ("finetune", "coop", "cocoop", "maple", "tes")},
         figures={"accuracy": ("reported", ("target", "H"))},
         notes="H is the harmonic mean of base and new classes. The paper's own table was not available to"
-        " us; where both are known (VLCS 85.1 or 84.98 against 85.0, Office-Home 86.9 against 87.0) they"
-        " are level.",
+        " us; where both are known (VLCS 85.1 or 84.98 against 85.0, Office-Home 86.9 against 87.0)"
+        " they are level.",
     ),
     Claim(
         "l1", "zero-shot", "Llip is above SigLIP and CLIP, which are level, on the same data and backbone.",
-        "Llip, general comment", "B/32 70.4 against 67.3 and 67.6; L/14 80.9 against 79.4 and 79.2",
+        "Llip, general comment and Table 1",
+        "B/32 70.4 against 67.3 and 67.6; L/14 80.9 against 79.4 and 79.2",
         (
             More("kinds top-1", "llip", "siglip"),
             More("kinds top-1", "llip", "clip"),
@@ -938,18 +1006,23 @@ CLAIMS = (
     Claim(
         "l3", "linear-probe", "Mixture tokens carry more for a linear probe.", f"{L} MT7j, Table R2",
         "78.5 against 76.8 (B/32)",
-        (More("top-1", "llip mean", "siglip"), More("top-1", "llip concatenation", "siglip")),
-        arms=THREE, measure=linear_probe,
-        notes="How M tokens become one feature is not stated; the concatenation is M times as wide. The"
-        " reply says +1.3 in one place and +1.7 in another; its numbers give +1.7.",
+        (
+            More("top-1, l-bfgs", "llip mean", "siglip"),
+            More("top-1, l-bfgs", "llip concatenation", "siglip"),
+        ),
+        arms=THREE | same_as(("average",)), measure=linear_probe,
+        notes="The reply names CLIP's appendix A.3, which is L-BFGS; AdamW is CLIP_benchmark's. How M tokens"
+        " become one feature is not stated; the concatenation is M times as wide, and so is that of the"
+        " averaging arm, which no text ever asked: what it has is owed to the width. Two replies give"
+        " +1.3 (Vo7f) and +1.7 (MT7j); the numbers give +1.7.",
     ),
     Claim(
         "l4", "tokens", "More mixture tokens help.", "Llip, Fig. 6a",
         "K = 1, 32, 64, 128: 67.3 70.1 70.4 71.2",
-        (
-            More("captions mAP", "4", "1"),
-            More("captions mAP", "8", "4"),
-            More("captions mAP", "16", "8"),
+        by_both(
+            More("", "4", "1"),
+            More("", "8", "4"),
+            More("", "16", "8"),
         ),
         arms={"1": "llip M=1", "4": "llip M=4", "8": "llip", "16": "llip M=16"}, figures=LLIP_FIGURES,
         picture="lines",
@@ -957,9 +1030,9 @@ CLAIMS = (
     Claim(
         "l5", "patches", "Patches as keys and values help slightly; learned tokens matter more.",
         f"{L} MT7j, Table R3", "K = 1 + patches 68.2; 32: 70.4 with, 70.1 without; 64: 70.7, 70.4",
-        (
-            More("captions mAP", "8 tokens and patches", "8 tokens"),
-            More("captions mAP", "8 tokens", "1 token and patches"),
+        by_both(
+            More("", "8 tokens and patches", "8 tokens"),
+            More("", "8 tokens", "1 token and patches"),
         ),
         arms={
             "1 token": "llip M=1", "1 token and patches": "llip M=1 patches", "8 tokens": "llip",
@@ -972,11 +1045,11 @@ CLAIMS = (
         "l6", "ladder",
         "Registers do nothing, averaging some, a learned query some more, the text's query most.",
         "Llip, Fig. 3", "67.3 67.2 68.6 68.8 70.4",
-        (
-            Same("captions mAP", "register", "siglip", 2.0),
-            More("captions mAP", "average", "register"),
-            More("captions mAP", "learned query", "average"),
-            More("captions mAP", "text query (Llip)", "learned query"),
+        by_both(
+            Same("", "register", "siglip", 2.0),
+            More("", "average", "register"),
+            More("", "learned query", "average"),
+            More("", "text query (Llip)", "learned query"),
         ),
         arms={
             "siglip": "siglip", "register": "register", "average": "average",
@@ -994,7 +1067,9 @@ CLAIMS = (
         ),
         measure=llip_cost, alone=True,
         notes="CPU seconds of one thread, towers cut to a sixth of their blocks: what does not shrink with"
-        " them (pairs, W_K, W_V) weighs six times as much as it should, against Llip.",
+        " them (W_K, W_V, the pairs of an inference) weighs six times as much as it should, against"
+        " Llip; in a step of 2 pairs the pairs weigh next to nothing, for it. FLOPs are those of"
+        " tiles.py, which is what runs, beside the form as published.",
     ),
     Claim(
         "l8", "prompt-count", "Inference grows slowly with the number of prompts, not with their length.",
@@ -1011,14 +1086,14 @@ CLAIMS = (
         "l9", "smaller-better", "A smaller Llip beats a larger CLIP at lower cost.",
         f"{L} MT7j, Table R1", "L/14 80.9 at 0.011 s against H/14 80.5 at 0.020 s",
         (
-            More("captions mAP", "llip", "clip wide"),
+            *by_both(More("", "llip", "clip wide")),
             More("MFLOP, 16 texts", "clip wide", "llip"),
+            More("MFLOP, 450 texts", "clip wide", "llip"),
         ),
         arms={"llip": "llip", "clip wide": "clip wide"}, measure=sizes,
         notes="The larger CLIP is twice as wide in both towers (and trained for as many steps at the same"
-        " rate). Cost of an image and texts that were encoded before: with the 16 names of a zero-shot"
-        " task, where pairs are a small part, as in the paper; 450 captions cost this small a tower more"
-        " than the image.",
+        " rate). Cost of an image and texts that were encoded before: the 16 names of a zero-shot task,"
+        " and 450 captions; by construction.",
     ),
     Claim(
         "l10", "no-leak", "Zero-shot never uses the true label.", f"{L} MT7j", "none",
@@ -1027,34 +1102,33 @@ CLAIMS = (
             Equal("largest change of a score among fewer classes", "llip", 0, 3),
         ),
         arms={"llip": "llip"}, measure=no_leak, exact=True, picture="",
-        notes="Permuting the labels leaves every answer; asking fewer classes leaves every score of those"
-        " that stay: a class is scored through its own text and no other.",
+        notes="True by construction; this checks that the code does it. Permuting the labels leaves every"
+        " answer; asking fewer classes leaves every score of those that stay: a class is scored through"
+        " its own text and no other.",
     ),
     Claim(
         "l11", "context",
         "The image seen through a caption is closer to that caption; less typographic attack.",
         f"{L} Vo7f", "one picture of an apple with an iPod note",
-        (
-            Above("own caption closer", "llip", 50.0),
-            More("attack success", "clip", "llip"),
-        ),
+        (Above("own caption closer", "llip", 50.0),),
         arms=THREE, measure=two_captions,
-        notes="The second part cannot be decided here: models that never saw a letter in training cannot be"
-        " fooled by one.",
+        notes="The second half of the sentence is shown and not judged: models that never saw a letter in"
+        " training cannot be fooled by one.",
     ),
     Claim(
         "l12", "spectrum", "A richer representation: the covariance spectrum decays more slowly.",
         "Llip, Fig. 5", "curves: Llip slowest, then a learned query, then SigLIP",
         (
-            More("effective rank", "llip", "learned"),
-            More("effective rank", "learned", "siglip"),
-            More("effective rank", "llip", "siglip"),
+            More("ln s at D/2 less the first", "llip", "learned"),
+            More("ln s at D/2 less the first", "learned", "siglip"),
         ),
         arms=THREE | {"learned": "learned"}, measure=spectrum, picture=draw_spectrum,
+        notes="The paper plots ln s: how far its middle lies below its start is judged. The effective rank,"
+        " one number for the whole curve, is shown.",
     ),
     Claim(
         "l13", "objective", "InfoNCE and SigLIP baselines are comparable.", "Llip, Table 8",
-        "67.6 against 67.3 (B/32)", (Same("captions mAP", "clip", "siglip", 2.0),),
+        "67.6 against 67.3 (B/32)", by_both(Same("", "clip", "siglip", 2.0)),
         arms={"clip": "clip", "siglip": "siglip", "llip (sigmoid)": "llip", "llip, InfoNCE": "llip infonce"},
         figures=LLIP_FIGURES,
         notes="Llip under InfoNCE is an experiment of ours that nobody has published; it is shown, and not"
@@ -1063,21 +1137,23 @@ CLAIMS = (
     Claim(
         "l14", "temperature", "A wide optimum of the temperature.", "Llip, Fig. 6b",
         "tau 1, 5, 8, 10: 70.3 70.4 70.3 69.5",
-        tuple(Same("captions mAP", "5.0", tau, 2.0) for tau in ("0.5", "2.5", "4.0")),
-        arms={"0.5": "llip tau=0.5", "2.5": "llip tau=2.5", "4.0": "llip tau=4.0", "5.0": "llip"},
+        by_both(*(Same("", "2.5", tau, 2.0) for tau in ("0.5", "4.0", "5.0"))),
+        arms={f"{t}": f"llip tau={t}" for t in (0.5, 2.5, 4.0)}
+        | {"5.0": "llip", "8.0": "llip tau=8.0"},
         figures=LLIP_FIGURES, picture="lines",
-        notes="The same multiples of the square root of a head's width (8 there, 4 here): 1/8, 5/8, 1, 10/8.",
+        notes="The same multiples of the square root of a head's width (8 there, 4 here): 1/8, 5/8, 1, 10/8,"
+        " the second of them the paper's best; and twice the square root, which the paper has not.",
     ),
     Claim(
         "l15", "text-tokens", "Do latent tokens on the text side help?", f"{L} MT7j",
-        "none: an interesting follow-up", (More("captions mAP", "4 text tokens", "llip"),),
+        "none: an interesting follow-up", by_both(More("", "4 text tokens", "llip")),
         arms={"llip": "llip", "4 text tokens": "llip text tokens"}, figures=LLIP_FIGURES, ours=True,
         notes="An experiment of ours: llip.LatentTextLlip. Each pair costs four times as much.",
     ),
     Claim(
         "l16", "small-data", "Does Llip keep its lead on little data?", f"{L} MT7j",
         "none: left for future work",
-        (More("captions mAP", "llip, 1,024 pictures", "siglip, 1,024 pictures"),),
+        by_both(More("", "llip, 1,024 pictures", "siglip, 1,024 pictures")),
         arms={
             "siglip, 1,024 pictures": "siglip few", "llip, 1,024 pictures": "llip few",
             "siglip": "siglip", "llip": "llip",
