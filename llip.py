@@ -32,8 +32,8 @@ def mixture_tokens(visual: VisionTransformer, images: Tensor, all_tokens: bool =
 
     One LayerNorm (ln_post) serves all of them.
     """
-    x = visual.transformer(visual.embed(images))  # (B, M + P, D)
-    return visual.ln_post(x if all_tokens else x[:, : visual.tokens])
+    used = None if all_tokens else visual.tokens
+    return visual.ln_post(visual.transformer(visual.embed(images), pick=lambda x: x[:, :used]))
 
 
 def project_each(x: Tensor, weight: Tensor) -> Tensor:
@@ -254,8 +254,7 @@ class LatentTextLlip(Llip):
         place = tokens.argmax(-1)[:, None] + 1 + torch.arange(T, device=x.device)  # (B, T)
         # no position is added: each latent token is a vector of its own, wherever the caption ends
         x = x.index_put((row, place), self.text_tokens.to(x.dtype).expand(B, -1, -1))
-        mask = torch.ones(L + T, L + T, dtype=torch.bool, device=x.device).tril()
-        return self.ln_final(self.transformer(x, mask))[row, place]  # (B, T, D)
+        return self.ln_final(self.transformer(x, "causal", lambda x: x[row, place]))  # (B, T, D)
 
     pair_loss = None  # TRAP: a mean over T is no sum over Llip's own pairs
 
@@ -276,10 +275,8 @@ def flops(
     """
     c = config
     used = tokens + c.patches * all_tokens
-    tower = tower_flops(c, tokens)
-    heads = (
-        2 * tokens * c.vision_width * c.embed_dim
-    )  # counted in tower_flops, replaced by k_proj, v_proj
+    tower = tower_flops(c, tokens, used)
+    heads = 2 * used * c.vision_width * c.embed_dim  # counted there, replaced by k_proj, v_proj
     return {
         "image": tower["image"] - heads + 2 * 2 * used * c.vision_width * c.embed_dim,
         "text": tower["text"] + 2 * c.text_width * c.embed_dim,

@@ -96,7 +96,8 @@ class TeS(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, D), the class token after ln_post."""
         visual = self.clip.visual
-        return visual.ln_post(visual.transformer(visual.embed(images))[:, 0])  # (B, D)
+        x = visual.transformer(visual.embed(images), pick=lambda x: x[:, 0])
+        return visual.ln_post(x)  # (B, D)
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Images (B, 3, S, S), labels (B,) -> loss (), and both heads' accuracies."""
