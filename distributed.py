@@ -60,22 +60,55 @@ def setup(device: str = "auto") -> torch.device:
     return torch.device(device)
 
 
-class _AllGather(torch.autograd.Function):
-    """Forward: rows of every rank, in rank order. Backward: every rank's gradient for this rank's rows."""
+class _Start(torch.autograd.Function):
+    """Forward: asks for the rows of every rank, in rank order.   Backward: the gradient has arrived."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.rows = len(x)
-        parts = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+    def forward(ctx, x: Tensor, underway: "Gathering") -> Tensor:
+        ctx.underway, ctx.rows = underway, len(x)
+        out = x.new_empty(world_size() * len(x), *x.shape[1:])
+        underway.sent = x.contiguous()  # kept until it has left
+        underway.work = dist.all_gather(list(out.chunk(world_size())), underway.sent, async_op=True)
+        return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx, _: Tensor) -> tuple[Tensor, None]:
+        ctx.underway.work.wait()
         # each rank's loss depends on these rows; DDP averages over ranks afterwards, so sum, not mean
-        received = torch.empty_like(grad, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(received, grad.contiguous())  # a block of rows from every rank
-        return received.unflatten(0, (-1, ctx.rows)).sum(0)
+        return ctx.underway.received.unflatten(0, (-1, ctx.rows)).sum(0), None
+
+
+class _Finish(torch.autograd.Function):
+    """Forward: the rows have arrived.   Backward: asks for every rank's gradient for this rank's rows."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor, underway: "Gathering") -> Tensor:
+        underway.work.wait()
+        ctx.underway = underway
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.underway.sent = grad.contiguous()
+        ctx.underway.received = torch.empty_like(
+            ctx.underway.sent
+        )  # a block of rows from every rank
+        arguments = ctx.underway.received, ctx.underway.sent
+        ctx.underway.work = dist.all_to_all_single(*arguments, async_op=True)
+        return grad, None  # passed over: _Start has the gradient that arrives
+
+
+class Gathering:
+    """A gather that has begun; what stands between start_gather and gather runs while rows travel.
+
+    So does, in the backward pass, all that was computed between them: autograd walks back in that order.
+    """
+
+    def __init__(self, x: Tensor):
+        self.rows = _Start.apply(x, self)
+
+    def finish(self) -> Tensor:
+        return _Finish.apply(self.rows, self)
 
 
 class _Transpose(torch.autograd.Function):
@@ -100,15 +133,25 @@ def _exchange(x: Tensor) -> Tensor:
     return received.transpose(0, 1).flatten(1)  # (B, W B)
 
 
+def start_gather(side):
+    """SPEED: begins what gather(side) is to finish. One process: the side itself."""
+    if isinstance(side, tuple):
+        return tuple(start_gather(x) for x in side)
+    return side if world_size() == 1 else Gathering(side)
+
+
 def gather(side):
     """Rows of all ranks with gradient: a tensor (B, ...) to (W B, ...), or a tuple of such tensors.
 
     Every rank must hold the same number of rows. Bytes received per rank and step: (W - 1) times the
     local rows, and as much again for their gradients. One process: the side itself.
+    Args: side: local rows, or what start_gather made of them.
     """
     if isinstance(side, tuple):
         return tuple(gather(x) for x in side)
-    return side if world_size() == 1 else _AllGather.apply(side)
+    if isinstance(side, Tensor):
+        side = start_gather(side)
+    return side if isinstance(side, Tensor) else side.finish()
 
 
 def transpose(logits: Tensor) -> Tensor:

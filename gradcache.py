@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distributed
 import losses
+from model import DualEncoder
 
 
 def sides_of(side) -> tuple[Tensor, ...]:
@@ -73,13 +74,16 @@ def training_step(
     wrapped = isinstance(model, DistributedDataParallel)
     inner = model.module if wrapped else model
 
-    def encode(through, x, t):
+    def encode(through, x, t, *between):
         with autocast():
-            sides = through(x, t)
-        return tuple(float_side(side) for side in sides)
+            image_side, text_side = through(x, t, *between)
+        return float_side(image_side), text_side if between else float_side(text_side)
 
     if chunks == 1:
-        loss = contrastive_loss(inner, *encode(model, images, tokens), objective)
+        # SPEED: texts travel while the images are encoded, their gradients while the images' go back
+        between = [lambda side: distributed.start_gather(float_side(side))]
+        between *= distributed.world_size() > 1 and isinstance(inner, DualEncoder)
+        loss = contrastive_loss(inner, *encode(model, images, tokens, *between), objective)
         loss.backward()
         return loss.detach()
 

@@ -249,9 +249,14 @@ class DualEncoder(nn.Module):
         x = self.transformer(x, "causal", lambda x: x[row, end])  # (B, D) no looking ahead
         return self.ln_final(x)
 
-    def forward(self, images: Tensor, tokens: Tensor) -> tuple:
-        """Both sides of a batch; DistributedDataParallel wraps this call."""
-        return self.encode_image(images), self.encode_text(tokens)
+    def forward(self, images: Tensor, tokens: Tensor, between: Callable | None = None) -> tuple:
+        """Both sides of a batch; DistributedDataParallel wraps this call.
+
+        between(text side), if given, replaces it and may start something that runs while images are encoded.
+        """
+        text = self.encode_text(tokens)
+        text = between(text) if between else text
+        return self.encode_image(images), text
 
     def scale_logits(self, cosines: Tensor) -> Tensor:
         """exp(logit_scale) * cosines (+ logit_bias)."""

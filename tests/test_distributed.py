@@ -63,13 +63,13 @@ def counted_bytes(name, images, tokens, world):
     """Bytes that this rank receives in one step: collectives are wrapped, DDP's buckets seen by a hook."""
     found, real = Counter(), (dist.all_gather, dist.all_to_all_single)
 
-    def all_gather(parts, x):
+    def all_gather(parts, x, **how):
         found["others' rows"] += (world - 1) * x.nbytes
-        return real[0](parts, x)
+        return real[0](parts, x, **how)
 
-    def all_to_all_single(received, x):
+    def all_to_all_single(received, x, **how):
         found["others' rows"] += (world - 1) * received.nbytes // world
-        return real[1](received, x)
+        return real[1](received, x, **how)
 
     def all_reduce(
         group, bucket
@@ -85,6 +85,40 @@ def counted_bytes(name, images, tokens, world):
     finally:
         dist.all_gather, dist.all_to_all_single = real
     return dict(found)
+
+
+class Travelling:
+    """A collective under way; says when it is waited for."""
+
+    def __init__(self, work, say):
+        self.work, self.say = work, say
+
+    def wait(self):
+        self.say()
+        return self.work.wait()
+
+
+def order_of_a_step(images, tokens):
+    """What happens when in a step: collectives begun and waited for, images encoded and gone back."""
+    said, real = [], (dist.all_gather, dist.all_to_all_single)
+
+    def spied(call, name):
+        def run(*args, **how):
+            said.append(f"{name} begin")
+            return Travelling(call(*args, **how), lambda: said.append(f"{name} awaited"))
+
+        return run
+
+    model = build("clip siglip")
+    encode = model.encode_image
+    model.encode_image = lambda x: (said.append("images"), encode(x))[1]
+    model.visual.conv1.weight.register_hook(lambda grad: said.append("images' gradients"))
+    try:
+        dist.all_gather, dist.all_to_all_single = spied(real[0], "texts"), spied(real[1], "back")
+        training_step(DistributedDataParallel(model), images, tokens, "siglip")
+    finally:
+        dist.all_gather, dist.all_to_all_single = real
+    return said
 
 
 def worker(rank, world, folder):
@@ -106,6 +140,7 @@ def worker(rank, world, folder):
                     loss = training_step(model, images, tokens, name.split()[1], chunks)
                 results[f"{name} {chunks}"] = float(loss), gradients(model.module)
             results[f"bytes {name}"] = counted_bytes(name, images, tokens, world)
+        results["order"] = order_of_a_step(images, tokens)
         results["mean"] = distributed.mean({"rank": rank, "one": 1.0})
         results["broadcast"] = distributed.broadcast(f"from {rank}")
         results["rows"] = distributed.gather_rows(torch.full((rank + 1, 2), float(rank)))
@@ -217,6 +252,13 @@ def test_dry_run_counts_the_bytes_that_travel(ranks, name, world):
         counted = r[f"bytes {name}"]
         assert counted["gradients"] == twice["gradients"]
         assert counted["others' rows"] == twice["texts"] + twice.get("logits", 0)
+
+
+def test_texts_travel_while_images_are_encoded(ranks):
+    """SPEED: and their gradients while the images' go back through the tower."""
+    for r in ranks[2]:
+        there = ["texts begin", "images", "texts awaited"]
+        assert r["order"] == [*there, "back begin", "images' gradients", "back awaited"]
 
 
 def test_reductions(ranks):
