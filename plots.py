@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 # Okabe and Ito's palette: told apart by readers with any colour vision
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
@@ -33,27 +33,45 @@ def number(x: float) -> str:
     return f"{x:,.0f}" if abs(x) >= 100 or x == int(x) else f"{x:.3g}"
 
 
-def legend(draw, where: tuple[float, float], label: str, colour: str) -> None:
+def colour(k: int) -> tuple[int, int, int]:
+    """The k-th colour; from the ninth on they come again, lighter."""
+    rgb = ImageColor.getrgb(COLOURS[k % len(COLOURS)])
+    share = 0.6 ** (k // len(COLOURS))
+    return tuple(round(255 - share * (255 - part)) for part in rgb)
+
+
+def legend(draw, where: tuple[float, float], label: str, k: int) -> None:
     x, y = where
-    draw.rectangle([x, y + 3, x + 10, y + 12], fill=colour)
-    draw.text((x + 16, y), label, fill=colour, font=font(12))
+    draw.rectangle([x, y + 3, x + 10, y + 12], fill=colour(k))
+    draw.text((x + 16, y), label, fill=INK, font=font(12))
 
 
 def cell_text(x: float) -> str:
     return f"{x:.2g}" if abs(x) < 10 else f"{x:.0f}"
 
 
-class Canvas:
-    """One panel with axes; data coordinates to pixels by x(), y()."""
+def doubling(values: list[float]) -> list[float]:
+    """The different values in order if each is at least twice the one before, as 10, 100, 1000; else none."""
+    found = sorted(set(values))
+    geometric = found[0] > 0 and all(b >= 2 * a for a, b in zip(found, found[1:]))
+    return found if geometric and len(found) > 2 else []
 
-    def __init__(self, draw, box, xlim, ylim, title, xlabel="", xticks=True):
+
+class Canvas:
+    """One panel with axes; data coordinates to pixels by x(), y().
+
+    Args: marks: where to write numbers below a logarithmic axis; none: an even axis with round numbers
+    """
+
+    def __init__(self, draw, box, xlim, ylim, title, xlabel="", marks=(), xticks=True):
         self.draw, (self.left, self.top, self.right, self.bottom) = draw, box
+        self.log = len(marks) > 0
         self.xlim, self.ylim = xlim, ylim
         draw.text((self.left, self.top - 22), title, fill=INK, font=font(14))
         for t in ticks(*ylim):
             draw.line([(self.left, self.y(t)), (self.right, self.y(t))], fill=GRID)
             draw.text((self.left - 6, self.y(t)), number(t), fill=INK, font=font(11), anchor="rm")
-        for t in ticks(*xlim) if xticks else []:
+        for t in (marks or ticks(*xlim)) if xticks else []:
             where = (self.x(t), self.bottom + 5)
             draw.text(where, number(t), fill=INK, font=font(11), anchor="mt")
         middle = ((self.left + self.right) / 2, self.bottom + 20)
@@ -61,7 +79,7 @@ class Canvas:
         draw.rectangle(box, outline=INK)
 
     def x(self, value: float) -> float:
-        a, b = self.xlim
+        a, b, value = map(math.log, (*self.xlim, value)) if self.log else (*self.xlim, value)
         return self.left + (value - a) / ((b - a) or 1) * (self.right - self.left)
 
     def y(self, value: float) -> float:
@@ -77,71 +95,68 @@ def limits(values: list[float]) -> tuple[float, float]:
 
 
 def lines(path: str | Path, panels: dict[str, dict[str, list]], xlabel: str = "step") -> None:
-    """One panel a title; each {label: [(x, y), ...]}. A label with a single point is drawn as a dot."""
+    """One panel a title; each {label: [(x, y), ...]}. A label with a single point is drawn as a dot.
+
+    Where each x is at least twice the one before, the axis is logarithmic.
+    """
     width, height, margin = 420, 260, 60
-    image = Image.new("RGB", ((width + margin) * len(panels) + 30, height + 110), "white")
+    rows = (max(map(len, panels.values())) + 1) // 2  # of the legend, two labels in each
+    size = (width + margin) * len(panels) + 30, height + 85 + 15 * rows
+    image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
     for n, (title, series) in enumerate(panels.items()):
         points = [p for line in series.values() for p in line] or [(0, 0)]
         left = margin + n * (width + margin)
         box = (left, 40, left + width, 40 + height)
         xlim = (min(p[0] for p in points), max(p[0] for p in points) or 1)
-        panel = Canvas(draw, box, xlim, limits([p[1] for p in points]), title, xlabel)
+        marks = doubling([p[0] for p in points])
+        panel = Canvas(draw, box, xlim, limits([p[1] for p in points]), title, xlabel, marks)
         for k, (label, line) in enumerate(series.items()):
-            colour = COLOURS[k % len(COLOURS)]
             line = [(panel.x(x), panel.y(y)) for x, y in line if math.isfinite(y)]
             if len(line) > 1:
-                draw.line(line, fill=colour, width=2, joint="curve")
+                draw.line(line, fill=colour(k), width=2, joint="curve")
             for x, y in line if len(line) < 30 else line[-1:]:
-                draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour)
+                draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour(k))
             where = (left + 4 + (k % 2) * width // 2, 40 + height + 36 + 15 * (k // 2))
-            legend(draw, where, label, colour)
+            legend(draw, where, label, k)
     image.save(path)
 
 
 def bars(
-    path: str | Path,
-    groups: dict[str, dict[str, tuple[float, float]]],
-    title: str = "",
-    floor: float = 0,
+    path: str | Path, groups: dict[str, dict[str, tuple[float, float]]], title: str = ""
 ) -> None:
-    """Grouped bars: {group: {label: (mean, spread)}}; the whisker is the spread on either side."""
+    """Grouped bars from zero: {group: {label: (mean, spread)}}; the whisker is the spread on either side."""
     labels = list(dict.fromkeys(label for group in groups.values() for label in group))
     each, gap, height = 34, 30, 260
     slots = [max(len(g) * each, 7 * len(name)) + gap for name, g in groups.items()]
     width = sum(slots) + gap
-    width = max(width, 12 * max(map(len, labels)) + 60, 9 * len(title))
-    image = Image.new("RGB", (width + 80, height + 90 + 18 * len(labels)), "white")
+    wide = max(
+        width, 8 * max(map(len, labels)) + 30, 8 * len(title)
+    )  # the texts around may be wider
+    image = Image.new("RGB", (wide + 80, height + 90 + 18 * len(labels)), "white")
     draw = ImageDraw.Draw(image)
-    values = [v for g in groups.values() for m, s in g.values() for v in (m + s, m - s)]
-    low, high = limits([*values, floor])
-    box = (60, 40, 60 + width, 40 + height)
-    panel = Canvas(
-        draw, box, (0, 1), (floor if low < floor <= min(values) else low, high), title, xticks=False
+    low, high = limits(
+        [v for g in groups.values() for m, s in g.values() for v in (m + s, m - s, 0)]
     )
+    high += 0.06 * (high - low)  # the number above the highest whisker
+    ylim = (0 if low > -0.06 * high else low, high)  # no room below zero where nothing is
+    panel = Canvas(draw, (60, 40, 60 + width, 40 + height), (0, 1), ylim, title, xticks=False)
     start = 60 + gap
     for (name, group), slot in zip(groups.items(), slots):
         left = start + (slot - gap - len(group) * each) / 2
         for label, (mean, spread) in group.items():
-            colour = COLOURS[labels.index(label) % len(COLOURS)]
-            top, base = panel.y(mean), panel.y(panel.ylim[0])
-            draw.rectangle([left, min(top, base), left + each - 6, base], fill=colour)
-            x = left + (each - 6) / 2
-            draw.line([(x, panel.y(mean - spread)), (x, panel.y(mean + spread))], fill=INK, width=2)
-            draw.text(
-                (x, min(top, panel.y(mean + spread)) - 4),
-                number(mean),
-                fill=INK,
-                font=font(10),
-                anchor="mb",
-            )
+            top, bottom = sorted((panel.y(mean), panel.y(0)))
+            draw.rectangle([left, top, left + each - 6, bottom], fill=colour(labels.index(label)))
+            x, highest = left + (each - 6) / 2, panel.y(mean + spread)
+            draw.line([(x, panel.y(mean - spread)), (x, highest)], fill=INK, width=2)
+            where = (x, min(top, highest) - 4)
+            draw.text(where, number(mean), fill=INK, font=font(10), anchor="mb")
             left += each
         middle = start + (slot - gap) / 2
         draw.text((middle, 46 + height), name, fill=INK, font=font(12), anchor="mt")
         start += slot
     for k, label in enumerate(labels):
-        colour = COLOURS[k % len(COLOURS)]
-        legend(draw, (64, 70 + height + 18 * k), label, colour)
+        legend(draw, (64, 70 + height + 18 * k), label, k)
     image.save(path)
 
 

@@ -1,0 +1,72 @@
+"""plots.py: what a look at a picture relies on, read back from its pixels."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import plots
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB"), int)
+
+
+def area(picture, colour):
+    """Rows and columns of the pixels of one colour."""
+    return np.nonzero((picture == np.array(colour)).all(-1))
+
+
+def square(picture, k) -> bool:
+    """Is the whole 11 x 10 square of the k-th label in the picture?"""
+    rows, columns = area(picture, plots.colour(k))
+    return any(
+        (picture[y : y + 10, x : x + 11] == plots.colour(k)).all() for y, x in zip(rows, columns)
+    )
+
+
+def test_every_line_is_named_below(tmp_path):
+    for count in (1, 4, 7):
+        series = {f"seed {k}": [(1, k), (2, k + 1), (3, k)] for k in range(count)}
+        plots.lines(tmp_path / "a.png", {"one": series, "two": {"short": [(1, 1)]}})
+        picture = pixels(tmp_path / "a.png")
+        assert all(square(picture, k) for k in range(count))
+        assert (picture[-3:] == 255).all()  # nothing is cut off
+
+
+def test_numbers_that_double_get_a_logarithmic_axis(tmp_path):
+    assert plots.doubling([10, 1000, 100, 10, 10000]) == [10, 100, 1000, 10000]
+    for even in ([50, 100, 150, 200], [1, 2], [0, 1, 2, 4], [1, 2, 3], [5]):
+        assert plots.doubling(even) == []
+    series = {"a": [(10, 1), (100, 1), (1000, 1)]}
+    plots.lines(tmp_path / "a.png", {"": series})
+    rows, columns = area(pixels(tmp_path / "a.png")[:302], plots.colour(0))
+    thick = [x for x in range(60, 481) if (columns == x).sum() > 5]  # the dots
+    assert np.mean([x for x in thick if 100 < x < 440]) == pytest.approx(270, abs=1)  # the middle
+
+
+def test_bars_stand_on_zero_or_hang_from_it(tmp_path):
+    plots.bars(tmp_path / "a.png", {"g": {"loss": (-1.0, 0.1), "gain": (2.0, 0.1)}})
+    picture = pixels(tmp_path / "a.png")[:300]
+    below, above = (area(picture, plots.colour(k))[0] for k in (0, 1))
+    assert above.max() <= below.min() + 1
+    assert np.ptp(above) == pytest.approx(2 * np.ptp(below), abs=2)
+
+
+@pytest.mark.parametrize("values", [(88.8, 3.0), (0.5, 0.5), (1.0, 0.0), (-1.0, 0.2)])
+def test_the_number_of_the_highest_bar_is_inside_the_frame(tmp_path, values):
+    plots.bars(tmp_path / "a.png", {"g": {"a": values, "b": (values[0] / 2, 0.0)}})
+    assert (pixels(tmp_path / "a.png")[41:44, 62:100] == 255).all()
+
+
+def test_eleven_bars_have_eleven_colours(tmp_path):
+    assert len({plots.colour(k) for k in range(24)}) == 24
+    plots.bars(tmp_path / "a.png", {"g": {f"arm {k}": (1.0 + k, 0.1) for k in range(11)}}, "title")
+    picture = pixels(tmp_path / "a.png")
+    assert all(square(picture, k) for k in range(11))
+
+
+def test_a_matrix_and_nothing_to_show(tmp_path):
+    plots.matrix(tmp_path / "a.png", np.eye(3), list("abc"), list("abc"), "cosines")
+    assert len(np.unique(pixels(tmp_path / "a.png").reshape(-1, 3), axis=0)) > 3
+    plots.lines(tmp_path / "b.png", {"training loss": {"loss": []}})
+    plots.bars(tmp_path / "c.png", {"g": {"a": (0.0, 0.0)}})
