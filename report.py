@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -29,6 +30,10 @@ class Progress:
         print(("\r\x1b[K" if self.tty else "") + line, end=end, file=sys.stderr, flush=True)
 
 
+# also nothing, 1,024 and "0.31 +- 0.02" or "0.31 ± 0.02"
+NUMBER = re.compile(r"|[-+]?[\d,]*\.?\d+(e[-+]?\d+)?( (\+-|±) [\d,.e-]+)?|nan|-?inf")
+
+
 def format_table(rows: list[dict], digits: int = 3) -> str:
     """Rows of {column: value} as an aligned Markdown table; numbers to the right.
 
@@ -43,7 +48,7 @@ def format_table(rows: list[dict], digits: int = 3) -> str:
     table = [[cell(row.get(column, "")) for column in columns] for row in rows]
     widths = [max(3, *(len(line[n]) for line in [columns, *table])) for n in range(len(columns))]
     right = [
-        all(isinstance(row.get(c, 0), int | float) for row in rows) and rows != [] for c in columns
+        rows != [] and all(NUMBER.fullmatch(line[n]) for line in table) for n in range(len(columns))
     ]
 
     def line(cells: list[str]) -> str:

@@ -477,6 +477,9 @@ def test_table_is_markdown_with_numbers_to_the_right():
         "| clip | 0.500 |      7 |      |\n"
         "| llip | 0.250 |        | x    |"
     )
+    written = [{"n": "1,024", "gain": "-0.31 +- 0.02", "cosine": "1e-05", "area": "12 px"}]
+    ruled = evaluate.format_table(written + [{"cosine": "0.3"}]).splitlines()[1]
+    assert ruled == "| ----: | ------------: | -----: | ----- |"
     result = {"top1": 0.5, "chance": {"top1": 0.125}, "domains": {"sketch": 0.25}}
     table = evaluate.results_table({"zeroshot": result})
     assert "| zeroshot | top1        | 50.00 |  12.50 |" in table
