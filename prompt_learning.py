@@ -178,6 +178,7 @@ class CoOp(PromptLearner):
             it; for the last two the last token before the end token must be the full stop
     Raises: ValueError, beside those of PromptLearner, for another position; predict, for other classes
             than those trained on with class_specific.
+    Cost:   forward, T FLOPs of the text tower on n + L tokens: B I + C T + 2 B C E. 4 n D bytes of gradient
     """
 
     def __init__(
@@ -228,6 +229,8 @@ class CoCoOp(PromptLearner):
     another: fewer and larger kernels for a GPU; one CPU core gains nothing.
     Args: chunk: prompts encoded at once; a batch with more is recomputed in the backward pass, so that
           memory is that of one chunk, for a second forward pass
+    Cost: forward, h = E / 16: B I + B C T + 2 B h (E + D), B times CoOp's texts. 4 bytes of gradient for each
+          of the context's n D numbers and MetaNet's h (E + D) + h + D
     """
 
     def __init__(
@@ -278,6 +281,8 @@ class MaPLe(PromptLearner):
     Official runs: n = 2, words "a photo" with "of a dog.", depth 9, SGD 0.0035, batch 4, 5 epochs.
     Args:   depth: J, from 1 (prompts at the input only) to the number of blocks of the shorter tower
     Raises: ValueError, beside those of PromptLearner, for another depth.
+    Cost:   forward: as CoOp, with n tokens more in the image tower and J products 2 n D D' into its width D'.
+            4 bytes of gradient for each of J (n D + D D' + D') numbers
     """
 
     def __init__(

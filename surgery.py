@@ -137,6 +137,10 @@ def dense_features(
     Returns: (B, 1 + P, E), class token first, not normalised. Patches run along the rows.
     Raises:  ValueError for an unknown method or kind, too many blocks, images below one patch, and
              Llip's tower.
+    Cost:    FLOPs beside the blocks and 2 L D E for the head, L = 1 + P:  surgery, alignclip, gem in each
+             block of two paths 2 L D^2 for another merge, and 4 L^2 D, 0, 24 L^2 D for its attention;  in
+             the last block sclip 4 L^2 D, maskclip - 4 L D^2 - 4 L^2 D, clearclip - 2 L D^2 - 4 L D F (no
+             MLP, of width F).  4 L E bytes an image come out
     """
     depth = len(visual.transformer.resblocks)
     blocks = min(6, depth - depth // 3) if blocks is None else blocks

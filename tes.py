@@ -62,6 +62,8 @@ class TeS(nn.Module):
             text (C, E) unit-norm text features of the classes, from this CLIP or any other
             hidden: width of the projection head, the tower's by default;  the rest as in tes_loss
     Raises: ValueError if clip is no CLIP or text is not (C, E).
+    Cost:   forward, hidden = D: B (I + 2 C D + 2 D^2 + 4 C E). 4 bytes of gradient for each weight of the
+            image tower but its D E projection, and of the heads' C (D + 1) + D^2 + 3 D + E (D + 1)
     """
 
     def __init__(
