@@ -382,7 +382,10 @@ def test_alignment_reaches_the_attention_of_the_first_layers(clip, text, batch):
 
 
 def test_cost_of_the_branch_in_flops(clip, text, batch):
-    """dv adds one output projection per dual block to CLIPood, vvv two token mixings more."""
+    """dv adds one output projection per dual block to CLIPood, vvv two token mixings more.
+
+    And the patches of the last block, whose MLP CLIPood applies to the class token alone.
+    """
     images, labels = batch
 
     def cost(method):
@@ -399,7 +402,8 @@ def test_cost_of_the_branch_in_flops(clip, text, batch):
     rows = 2 * 2 * 2 * L * D  # two aligned blocks, the class token's query only
     heads = 2 * 2 * (L - 1) * D * E  # the patches of both paths
     maps = 2 * 2 * (L - 1) * E
-    dv = B * (2 * 2 * L * D * D + rows + heads + maps)
+    last = (L - 1) * 2 * 2 * D * clip.config.vision_mlp
+    dv = B * (2 * 2 * L * D * D + rows + heads + maps + last)
     assert cost(AlignCLIP(clip, text)) - plain == dv
     assert cost(AlignCLIP(clip, text, attention=False)) - plain == dv - B * rows
     mixing = 2 * B * flops("vvv", L, D, 2, projections=False)

@@ -1,15 +1,19 @@
 """What the docstrings say a method costs: FLOPs as torch counts them, and numbers that learn."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench
 import surgery
+from alignclip import AlignCLIP
 from attention import flops as attention_flops
 from clipood import FLYP, FineTune
-from model import CLIP, Config, tower_flops
+from model import CLIP, CONFIGS, Config, tower_flops
 from prompt_learning import CoCoOp, CoOp, MaPLe
 from tes import TeS
 
@@ -130,3 +134,16 @@ def test_dense_features(clip, batch, method):
     )
     assert cost == B * (plain + more[method])
     assert found[0].nbytes == B * 4 * L * E
+
+
+def test_alignclips_docstring_on_the_papers_tower():
+    c = CONFIGS["ViT-B-16"]
+    plain, dv, vvv = (
+        bench.counted_flops(partial(bench.finetune_case, kind, "ViT-B-16", 1, update=False))
+        for kind in ("", "dv", "vvv")
+    )
+    last = 3 * c.patches * 4 * c.vision_width * c.vision_mlp  # both passes
+    found = [100 * x / plain for x in (dv - plain, vvv - plain, last)]
+    assert found == pytest.approx([10.7, 12.9, 5.6], abs=0.05)
+    assert "10.7 % more" in AlignCLIP.__doc__ and "12.9 % with vvv" in AlignCLIP.__doc__
+    assert "5.6 are" in AlignCLIP.__doc__
