@@ -221,7 +221,7 @@ def test_means_and_deviations_over_the_runs_of_a_kind():
     assert [(r["model"], r["runs"]) for r in rows] == [("clip", 2), ("align", 1)]
     assert rows[0]["lift"] == (2, pytest.approx(2**0.5)) and rows[1]["lift"] == (4, None)
     text = maps.table(rows)
-    assert "vvv (surgery)" in text and "2.000 +- 1.414" in text and "| 4.000 " in text
+    assert "vvv (surgery)" in text and "2.000 +- 1.414" in text and " 4.000 |" in text
     assert "50.0 +- 0.0" in text
     rows = maps.summarise([*records, record("clip", "C", "runs/biased", "vvv", 9.0)])
     assert [r["model"] for r in rows] == ["clip (runs/c0)", "align", "clip (runs/biased)"]
