@@ -23,22 +23,27 @@ from report import format_table
 GPU_BYTES = 0.9 * 80e9  # what a usual large GPU leaves to tensors
 
 
-def activation_bytes(config: Config, tokens: int, half: bool, checkpointed: bool) -> int:
+def activation_bytes(
+    config: Config, tokens: int, half: bool, checkpointed: bool, used: int | None = None
+) -> int:
     """What autograd keeps of both towers for one pair, in bytes.
 
     A block keeps, per token, of width D and MLP width F: two residual streams, two norms' outputs, queries,
     keys, values, the mixed values before and after merging heads, and the MLP's hidden layer before and
-    after its activation: 9 D + 2 F numbers; residual streams stay fp32 under autocast. Checkpointed: one
-    stream per block, and the one block that is being computed again.
+    after its activation: 9 D + 2 F numbers; residual streams stay fp32 under autocast. The last block's MLP
+    keeps what leaves the tower only: used image tokens (these unless given), a text's end. Checkpointed:
+    one stream per block, and the one block that is being computed again.
     """
     c, total = config, 0
-    for length, width, mlp, layers in (
-        (tokens + c.patches, c.vision_width, c.vision_mlp, c.vision_layers),
-        (c.context_length, c.text_width, c.text_mlp, c.text_layers),
+    for length, picked, width, mlp, layers in (
+        (tokens + c.patches, used or tokens, c.vision_width, c.vision_mlp, c.vision_layers),
+        (c.context_length, 1, c.text_width, c.text_mlp, c.text_layers),
     ):
         small = 2 if half else 4
         block = length * (2 * 4 * width + small * (7 * width + 2 * mlp))
-        total += layers * 4 * length * width + block if checkpointed else layers * block
+        unused = (length - picked) * (4 * width + small * (width + 2 * mlp))
+        total += layers * (4 * length * width if checkpointed else block)
+        total += block if checkpointed else -unused
     return total
 
 
@@ -150,7 +155,8 @@ def describe(c) -> str:
     lines.append(f"FLOPs in all {sum(flops.values()) * c.steps:.3g}")
     half = c.precision != "fp32"
     tokens = c.mixture_tokens if c.method == "llip" else 1
-    each = activation_bytes(config, tokens, half, c.grad_checkpointing)
+    used = tokens + config.patches * (c.method == "llip" and c.all_tokens)
+    each = activation_bytes(config, tokens, half, c.grad_checkpointing, used)
     rows = []
     for world in (1, 8, 32, 128, 256):
         if c.batch_size % (world * c.accumulate):
