@@ -42,6 +42,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -86,6 +87,7 @@ class Request:
     target: str = ""  # domains: the one left out
     zeroshot: str = ""  # l1: a folder of classes to ask
     steps: int = 0  # with --data; 0: that of the settings
+    batch_size: int = 0  # with --data; 0: that of the settings; domains ask for a multiple of their number
     # running
     device: str = "auto"  # cpu, cuda (larger settings) or auto
     jobs: int = 1  # processes of one thread each
@@ -268,7 +270,8 @@ class Lab:
                 found |= {"target_domain": request.target} if "target_domain" in found else {}
             elif request.zeroshot:
                 found |= {"zeroshot_data": request.zeroshot}
-            found |= {"steps": request.steps} if request.steps else {}
+            for name in ("steps", "batch_size"):
+                found |= {name: getattr(request, name)} if getattr(request, name) else {}
         found |= {"steps": times * found["steps"]} if times > 1 else {}
         seeds = {"seed": seed} if request.data else {"seed": seed, "test_seed": seed}
         return found | seeds | {"device": request.device, "threads": 1}
@@ -373,6 +376,17 @@ def limit_threads() -> None:
     torch.set_num_threads(1)
 
 
+def begin_worker() -> None:
+    """One thread; and an end when the parent ends. TRAP: orphans of a killed pool wait for ever."""
+    limit_threads()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def work(request: Request, kind: str, name: str, seed: int) -> None:
     """One task of a pool: train an arm, or measure a claim.   Raises: ValueError that says which."""
     lab = Lab(request)
@@ -408,6 +422,8 @@ def in_turn(lab: Lab, tasks: list[tuple], costs: list[float], say) -> None:
     if not tasks:
         return
     order = sorted(range(len(tasks)), key=lambda n: -costs[n])
+    count, minutes = len(tasks), sum(costs) / 60 / lab.request.jobs
+    say(f"{count} to do, the longest first: some {minutes:.0f} minutes", flush=True)
     began, spent, whole = time.time(), 0.0, sum(costs)
 
     def progress(n: int, done: int) -> None:
@@ -423,7 +439,7 @@ def in_turn(lab: Lab, tasks: list[tuple], costs: list[float], say) -> None:
             progress(n, done)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(lab.request.jobs, context, limit_threads) as pool:
+    with ProcessPoolExecutor(lab.request.jobs, context, begin_worker) as pool:
         waiting = {pool.submit(work, lab.request, *tasks[n]): n for n in order}
         try:
             for done, future in enumerate(as_completed(waiting), 1):
@@ -554,6 +570,7 @@ def command(lab: Lab, claim: str) -> str:
         r.data
     )
     parts += [f"--steps {r.steps}"] * bool(r.steps) + [f"--target {r.target}"] * bool(r.target)
+    parts += [f"--batch-size {r.batch_size}"] * bool(r.batch_size)
     parts += ["--init CLIP"] * bool(r.init) + ["--zeroshot FOLDER"] * bool(r.zeroshot)
     return " ".join(parts)
 
@@ -767,6 +784,8 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"--{name} {getattr(request, name)}: must be at least 1")
         if request.target and not request.init:
             raise ValueError("--target goes with --init and --data")
+        if (request.steps or request.batch_size) and not request.data:
+            raise ValueError("--steps, --batch-size: go with --data")
         lab = Lab(request)
         if request.list:
             print(listing(lab))
@@ -779,7 +798,8 @@ def main(argv: list[str] | None = None) -> int:
         for claim in chosen:
             print(f"\n{section(conclude(lab, claim))}")
         path = write_report(lab)
-        print(f"\n{len(chosen)} claims in {duration(time.time() - began)}; report in {path}")
+        claims_ = "1 claim" if len(chosen) == 1 else f"{len(chosen)} claims"
+        print(f"\n{claims_} in {duration(time.time() - began)}; report in {path}")
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
