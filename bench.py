@@ -14,6 +14,7 @@ transformers, torchvision) are measured where they are installed. Weights are ra
 import contextlib
 import gc
 import io
+import json
 import multiprocessing
 import os
 import statistics
@@ -21,6 +22,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -28,8 +30,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -442,10 +447,11 @@ def finetune_case(
     return step_of(method, forward_backward, device, update)
 
 
-def map_case(method: str, name: str, device) -> Callable:
+def map_case(method: str, name: str, device, size: int = 0) -> Callable:
     """A heat map of one image for three texts; method "" is the tower's own forward pass."""
     visual = build("clip", CONFIGS[name], device).visual.eval()
-    picture = random_batch(CONFIGS[name], 1, device)[0]
+    config = replace(CONFIGS[name], image_size=size) if size else CONFIGS[name]
+    picture = random_batch(config, 1, device)[0]
     text = torch.randn(3, CONFIGS[name].embed_dim).to(device)
 
     def run() -> Tensor:
@@ -497,6 +503,24 @@ def towers(b: Bench) -> None:
         arms = {"here": partial(forward_case, *shape)}
         arms |= {peer: partial(forward_case, *shape, peer=peer) for peer in found}
         b.compare(f"{name} forward pass, batch {b.batch}", arms)
+
+
+def scaling(b: Bench) -> None:
+    """CLIP's step by batch, and its image tower by resolution, beside what the FLOPs give."""
+    name = "ViT-B-32"
+    cases = {
+        f"batch {n}": partial(step_case, "clip", name, n, b.c.precision, update=False)
+        for n in (b.batch, 2 * b.batch, 4 * b.batch)
+    }
+    found = b.compare(f"{name} forward and backward", cases, True, repeats=min(3, b.repeats))
+    for arm, seconds in found.items():
+        n = int(arm.split()[1])
+        b.point("ms an image, forward and backward, by batch", name, n, 1e3 * seconds / n)
+    sizes = (224, 336) if b.c.quick else (224, 336, 448)
+    cases = {f"{size} px": partial(map_case, "", "ViT-B-16", size=size) for size in sizes}
+    found = b.compare("ViT-B-16 image tower", cases, True, repeats=min(3, b.repeats))
+    for arm, seconds in found.items():
+        b.point("ms an image by pixels", "ViT-B-16", int(arm.split()[0]), 1e3 * seconds)
 
 
 def alignclip(b: Bench) -> None:
@@ -693,6 +717,89 @@ def score_case(form: str, rows: int, columns: int, device) -> Callable:
     return run
 
 
+RANKED = {"clip": "infonce", "siglip": "siglip", "llip": "siglip"}
+RANKED_PAIRS = 32
+
+
+def counted_bytes(model: nn.Module, step: Callable) -> dict[str, int]:
+    """Bytes that this rank receives in one step: collectives are wrapped, DDP's buckets seen by a hook.
+
+    Args: model, to be wrapped by DDP here;  step(model): one forward and backward pass.
+    """
+    found, real, world = Counter(), (dist.all_gather, dist.all_to_all_single), dist.get_world_size()
+
+    def all_gather(parts, x, **how):
+        found["others' rows"] += (world - 1) * x.nbytes
+        return real[0](parts, x, **how)
+
+    def all_to_all_single(received, x, **how):
+        found["others' rows"] += (world - 1) * received.nbytes // world
+        return real[1](received, x, **how)
+
+    def all_reduce(group, bucket):  # a rank's part comes in once to be summed, and once as the sum
+        found["gradients"] += 2 * (world - 1) * bucket.buffer().nbytes // world
+        return allreduce_hook(group, bucket)
+
+    model = DistributedDataParallel(model)
+    model.register_comm_hook(None, all_reduce)
+    try:
+        dist.all_gather, dist.all_to_all_single = all_gather, all_to_all_single
+        step(model)
+    finally:
+        dist.all_gather, dist.all_to_all_single = real
+    return dict(found)
+
+
+def rank_of_bytes(rank: int, world: int, folder: str) -> None:
+    """One process of several on this machine (gloo): the bytes of a step of each method, as JSON."""
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store{world}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    config, found = CONFIGS["tiny"], {}
+    for kind, objective in RANKED.items():
+        sides = random_batch(config, RANKED_PAIRS // world, "cpu")
+        model = build(kind, config, "cpu", tokens=8)
+        found[kind] = counted_bytes(model, lambda m, s=sides, o=objective: training_step(m, *s, o))
+    if rank == 0:
+        write_json(f"{folder}/{world}.json", found)
+    dist.barrier()
+    os._exit(0)  # TRAP: gloo's destructor can hang
+
+
+def wire(b: Bench) -> None:
+    """Bytes that a rank receives in a step, counted in real processes, beside --dry-run's formula."""
+    rows, context = [], multiprocessing.get_context("spawn")
+    for world in (2,) if b.c.quick else (2, 4):
+        with tempfile.TemporaryDirectory() as folder:
+            jobs = [
+                context.Process(target=rank_of_bytes, args=(r, world, folder)) for r in range(world)
+            ]
+            for job in jobs:
+                job.start()
+            for job in jobs:
+                job.join()
+            if any(job.exitcode for job in jobs):
+                raise ValueError(f"{world} processes: one ended with an error")
+            found = json.loads(Path(folder, f"{world}.json").read_text())
+        for kind, objective in RANKED.items():
+            c = train.TrainConfig(method=kind, objective=objective, batch_size=RANKED_PAIRS)
+            total = sum(
+                p.numel() for p in build(kind, CONFIGS["tiny"], "meta", tokens=8).parameters()
+            )
+            formula = dryrun.wire_bytes(c, CONFIGS["tiny"], total, world)
+            text = sum(formula.get(k, 0) for k in ("texts", "logits"))
+            counted = found[kind]
+            rows.append({"method": kind, "ranks": world} | {
+                "texts and logits": counted["others' rows"], "by formula": int(text),
+                "gradients": counted["gradients"], "by formula ": int(formula["gradients"]),
+            })  # fmt: skip
+            name = "log10 bytes of texts and logits by ranks"
+            b.point(name, kind, world, float(np.log10(counted["others' rows"])))
+    print(format_table(rows))
+    b.note(f"{RANKED_PAIRS} pairs, tiny; the formula is exact: "
+           f"{all(r['texts and logits'] == r['by formula'] for r in rows)}")  # fmt: skip
+
+
 def ranks(b: Bench) -> None:
     """What a step of 32,768 pairs would take on 1 to 1,024 ranks, from pieces measured here."""
     name, tokens, N = "ViT-B-32", 64, 32768
@@ -737,11 +844,13 @@ def ranks(b: Bench) -> None:
 SECTIONS = {
     "objective": objective,
     "towers": towers,
+    "scaling": scaling,
     "alignclip": alignclip,
     "llip": llip_against_clip,
     "maps": maps,
     "data": data_section,
     "memory": memory,
+    "wire": wire,
     "ranks": ranks,
     "evaluation": evaluation,
 }

@@ -8,18 +8,17 @@ import multiprocessing
 import os
 import traceback
 import warnings
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import distributed
 import dryrun
 import losses
+from bench import counted_bytes
 from gradcache import contrastive_loss, training_step
 from llip import LatentTextLlip, Llip, PooledTokens
 from model import CLIP, Config
@@ -59,32 +58,9 @@ def whole_batch(name):
     return loss, gradients(model)
 
 
-def counted_bytes(name, images, tokens, world):
-    """Bytes that this rank receives in one step: collectives are wrapped, DDP's buckets seen by a hook."""
-    found, real = Counter(), (dist.all_gather, dist.all_to_all_single)
-
-    def all_gather(parts, x, **how):
-        found["others' rows"] += (world - 1) * x.nbytes
-        return real[0](parts, x, **how)
-
-    def all_to_all_single(received, x, **how):
-        found["others' rows"] += (world - 1) * received.nbytes // world
-        return real[1](received, x, **how)
-
-    def all_reduce(
-        group, bucket
-    ):  # every rank's part comes in once to be summed, and once as the sum
-        found["gradients"] += 2 * (world - 1) * bucket.buffer().nbytes // world
-        return allreduce_hook(group, bucket)
-
-    model = DistributedDataParallel(build(name))
-    model.register_comm_hook(None, all_reduce)
-    try:
-        dist.all_gather, dist.all_to_all_single = all_gather, all_to_all_single
-        training_step(model, images, tokens, name.split()[1])
-    finally:
-        dist.all_gather, dist.all_to_all_single = real
-    return dict(found)
+def bytes_of(name, images, tokens):
+    """Bytes that this rank receives in one step."""
+    return counted_bytes(build(name), lambda m: training_step(m, images, tokens, name.split()[1]))
 
 
 class Travelling:
@@ -139,7 +115,7 @@ def worker(rank, world, folder):
                     model.zero_grad()
                     loss = training_step(model, images, tokens, name.split()[1], chunks)
                 results[f"{name} {chunks}"] = float(loss), gradients(model.module)
-            results[f"bytes {name}"] = counted_bytes(name, images, tokens, world)
+            results[f"bytes {name}"] = bytes_of(name, images, tokens)
         results["order"] = order_of_a_step(images, tokens)
         results["mean"] = distributed.mean({"rank": rank, "one": 1.0})
         results["broadcast"] = distributed.broadcast(f"from {rank}")
