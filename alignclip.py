@@ -124,7 +124,8 @@ class AlignCLIP(FineTune):
     L = L_SLS + weight * (KL(G || A) + L_sim), see above; predictions and parameters are those of CLIP.
     Args:   clip, text, margin, epsilon, scale, smoothing: as in clipood.FineTune
             branch: structure of the second branch, dv, vvv, qqv or kkv
-            dual_from: index of its first block. None is the middle: 6 of 12, as CLIP Surgery
+            dual_from: index of its first block. None: the branch has the last six blocks, as CLIP Surgery
+            whatever the depth, but at most two thirds of the stack, as in surgery.dense_features
             layers: how many blocks, from the first, are aligned. None is the released 5, or fewer in a
             tower whose branch starts before block 5
             attention, similarity: AAL on or off; L_sim over the "label"'s map, "all" maps or "none".
@@ -158,7 +159,7 @@ class AlignCLIP(FineTune):
             clip, text, smoothing=smoothing, epsilon=epsilon, scale=scale, margin=margin
         )
         depth = len(clip.visual.transformer.resblocks)
-        dual_from = depth // 2 if dual_from is None else dual_from
+        dual_from = depth - min(6, depth - depth // 3) if dual_from is None else dual_from
         layers = max(1, min(5, dual_from)) if layers is None else layers
         if branch not in BRANCHES:
             raise ValueError(f"branch {branch!r}: expected one of {', '.join(BRANCHES)}")

@@ -11,6 +11,7 @@ from attention import attend, flops
 from clipood import FineTune, unit
 from losses import attention_alignment, similarity_alignment
 from model import CLIP, Config
+from surgery import dense_features
 
 CONFIG = Config(16, 16, 4, 32, 4, 2, 64, 12, 40, 16, 2, 2, 32)  # 4 blocks, 16 patches
 
@@ -265,7 +266,7 @@ def test_loss_is_the_sum_of_its_parts(clip, text, batch):
     (images, labels), visual = batch, clip.visual
     method = AlignCLIP(clip, text, guidance_temperature=0.1, weight=3.0)
     loss, logs = method(images, labels)
-    x, z, weights = plain_twin(visual, images, "dv", 2, 2)
+    x, z, weights = plain_twin(visual, images, "dv", method.dual_from, method.layers)
     image, guide = unit(visual.head(x)), unit(visual.head(z))
     maps, guides = image[:, 1:] @ text.t(), guide[:, 1:] @ text.t()
     expected = {
@@ -286,7 +287,7 @@ def test_loss_is_the_sum_of_its_parts(clip, text, batch):
 def test_similarity_of_all_classes_is_another_loss(clip, text, batch):
     """REF of the released code: all C maps are summed, not the label's alone."""
     value = {s: AlignCLIP(clip, text, similarity=s)(*batch)[1] for s in ("label", "all")}
-    x, z, _ = two_paths(clip.visual, batch[0], "dv", 2, 0)
+    x, z, _ = two_paths(clip.visual, batch[0], "dv", 1, 0)
     maps, guides = (unit(clip.visual.head(t[:, 1:])) @ text.t() for t in (x, z))
     expected = similarity_alignment(maps, guides)
     torch.testing.assert_close(value["all"]["similarity"], expected, rtol=1e-4, atol=1e-6)
@@ -335,8 +336,8 @@ def test_options_have_an_effect(clip, text, batch):
         {"branch": "vvv"},
         {"branch": "qqv"},
         {"branch": "kkv"},
-        {"dual_from": 1},
-        {"layers": 1},
+        {"dual_from": 2},
+        {"layers": 2},
         {"margin": 0.1},
         {"epsilon": 0.5},
         {"scale": 5.0},
@@ -399,14 +400,14 @@ def test_cost_of_the_branch_in_flops(clip, text, batch):
         return counter.get_total_flops()
 
     plain, (B, L, D, E) = cost(FineTune(clip, text, margin=0.3)), (6, 17, 32, 16)
-    rows = 2 * 2 * 2 * L * D  # two aligned blocks, the class token's query only
+    rows = 2 * 2 * L * D  # one aligned block, the class token's query only
     heads = 2 * 2 * (L - 1) * D * E  # the patches of both paths
     maps = 2 * 2 * (L - 1) * E
     last = (L - 1) * 2 * 2 * D * clip.config.vision_mlp
-    dv = B * (2 * 2 * L * D * D + rows + heads + maps + last)
+    dv = B * (3 * 2 * L * D * D + rows + heads + maps + last)  # three dual blocks of four
     assert cost(AlignCLIP(clip, text)) - plain == dv
     assert cost(AlignCLIP(clip, text, attention=False)) - plain == dv - B * rows
-    mixing = 2 * B * flops("vvv", L, D, 2, projections=False)
+    mixing = 3 * B * flops("vvv", L, D, 2, projections=False)
     assert cost(AlignCLIP(clip, text, branch="vvv")) - plain == dv + mixing
     assert cost(AlignCLIP(clip, text, attention=False, similarity="none")) == plain
 
@@ -415,6 +416,19 @@ def test_defaults_are_the_papers_for_twelve_blocks(text):
     config = Config(16, 8, 4, 8, 12, 2, 8, 8, 16, 8, 1, 2, 8)
     method = AlignCLIP(CLIP(config), text)
     assert (method.dual_from, method.layers, method.weight) == (6, 5, 10.0)
+
+
+@pytest.mark.parametrize("depth, first", [(1, 0), (3, 1), (4, 1), (12, 6), (24, 18)])
+def test_maps_show_the_branch_that_was_trained(text, depth, first):
+    """The default branch is the last six blocks in a deep tower too, the one that surgery.py draws."""
+    torch.manual_seed(0)
+    clip = CLIP(Config(16, 8, 4, 8, depth, 2, 8, 8, 16, 8, 1, 2, 8))
+    method, images = AlignCLIP(clip, text), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        _, z, _ = two_paths(clip.visual, images, "dv", method.dual_from, 0)
+        drawn = dense_features(clip.visual, images, "alignclip")
+        torch.testing.assert_close(clip.visual.head(z)[:, 1:], drawn[:, 1:])
+    assert method.dual_from == first
 
 
 def test_user_mistakes(clip, text):
