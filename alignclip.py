@@ -3,7 +3,7 @@
 Han et al. 2025, "AlignCLIP: navigating the misalignments for robust vision-language generalization"
 (Machine Learning 114:58, doi 10.1007/s10994-025-06742-z); CLIPood plus two ideas:
 
-    z    = x^(6) + sum_{l=7..12} W_o^l (D V^l) + b_o^l      second branch, section 3.2: D-V attention over
+    z    = x^(6) + sum_{l=7..12} [W_o^l (D V^l) + b_o^l]    second branch, section 3.2: D-V attention over
            V^l = values of LN1(x^(l-1)), x the plain path   the same weights; D = I, no MLP
     S_s  = cos(head(z)_p, T_c),  S = cos(head(x)_p, T_c)    eq. 4: patch-text similarity, each branch
     G    = softmax_p(S_s[p, y])                             what the class token should attend to
