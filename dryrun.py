@@ -67,7 +67,7 @@ def pair_bytes(c, config: Config, rows: int, columns: int) -> int:
         return logits
     latent, columns = c.text_tokens, columns * max(1, c.text_tokens)
     squares = 4 * E * E
-    if tiles.form(rows, columns, M, H, E) == "gram":
+    if tiles.form(columns, M, H, E) == "gram":
         squares += 3 * (H * M) ** 2
     sides = 4 * rows * M * E + 14 * columns * E
     tile = tiles.GPU_TILES * tiles.TILE_BYTES

@@ -36,7 +36,7 @@ GPU_TILES = 64  # times as much on a GPU, which wants few and large kernels
 TILE_TEXTS = 256  # captions in a tile, at most; times 16 on a GPU
 
 
-def form(images: int, texts: int, tokens: int, heads: int, width: int) -> str:
+def form(texts: int, tokens: int, heads: int, width: int) -> str:
     """Which of the two forms takes fewer multiply-adds for these pairs, as a training step counts them."""
     wide = heads * tokens
     setup = tokens * width**2 + heads * tokens**2 * width  # G_i, shared by an image's captions
@@ -50,7 +50,7 @@ def flops(
 
     As torch's FlopCounterMode counts them: matrix products only.  which: a form, else the one taken
     """
-    which = which or form(images, texts, tokens, heads, width)
+    which = which or form(texts, tokens, heads, width)
     wide = heads * tokens if which == "gram" else width
     linear = 2 * 2 * tokens * width  # scores and, over values, either mixture or <V, u>
     setup = 2 * images * (tokens * width**2 + heads * tokens**2 * width) * (which == "gram")
@@ -139,7 +139,7 @@ def sweep(inputs: tuple, temperature: float, visit: Callable, train: bool = Fals
     keys, values, queries, text, weight = inputs
     _, H, M, _ = keys.shape
     rows, columns = tile_shape(keys, len(queries))
-    by_gram = form(len(keys), len(queries), M, H, len(weight)) == "gram"
+    by_gram = form(len(queries), M, H, len(weight)) == "gram"
     grads = [torch.empty_like(x) for x in (keys, values)] if train else None
     device = "cuda" if keys.is_cuda else "cpu"  # TRAP: autocast knows no meta device
     with torch.set_grad_enabled(train), torch.autocast(device, enabled=False):

@@ -52,7 +52,7 @@ def test_the_published_form_is_the_same_number():
 def test_a_forced_form_is_taken_and_given_back():
     choose = tiles.form
     with pytest.raises(KeyError), bench.forced("gram"):
-        assert tiles.form(1, 1, 99, 8, 8) == "gram"
+        assert tiles.form(1, 99, 8, 8) == "gram"
         raise KeyError
     assert tiles.form is choose
 

@@ -173,9 +173,9 @@ def test_the_gradient_of_a_tiled_loss_is_given_once():
 
 
 def test_the_cheaper_form_is_taken():
-    assert tiles.form(256, 256, 32, 8, 512) == "gram"  # 256 < 512
-    assert tiles.form(256, 256, 64, 8, 512) == "value"  # as wide, and G_i on top
-    assert tiles.form(256, 8, 32, 8, 512) == "value"  # too few captions to pay for G_i
+    assert tiles.form(256, 32, 8, 512) == "gram"  # 256 < 512
+    assert tiles.form(256, 64, 8, 512) == "value"  # as wide, and G_i on top
+    assert tiles.form(8, 32, 8, 512) == "value"  # too few captions to pay for G_i
 
 
 def counted(which, images, texts, M, H, train):
