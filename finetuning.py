@@ -66,9 +66,10 @@ PUBLISHED = dict(
 )  # fmt: skip
 SMALL = dict(lr=5e-4, steps=300)
 PROMPTS = dict(optimizer="sgd", weight_decay=5e-4, shots=16, crop_scale=0.08, bma_beta=0.0)
-OURS = dict(
-    epochs=0.0, batch_size=36, optimizer="adamw", shots=0
-)  # beside SMALL, for the last four
+WORDS = "a photo of a"
+NESTEROV = dict(optimizer="nesterov", weight_decay=1e-5, bma_beta=0.0)
+# beside SMALL, for the last four
+OURS = dict(epochs=0.0, batch_size=36, optimizer="adamw", shots=0)
 METHODS = {
     "finetune": dict(smoothing="none", margin=0.0, bma_beta=0.0),
     "labelsmooth": dict(smoothing="uniform", margin=0.0, bma_beta=0.0),
@@ -76,18 +77,9 @@ METHODS = {
     "alignclip": dict(smoothing="mixture", margin=0.3, bma_beta=0.5),
     "flyp": dict(lr=1e-5, bma_beta=0.0),
     "coop": PROMPTS | dict(lr=2e-3, batch_size=32, epochs=50.0, context=16),
-    "cocoop": PROMPTS
-    | dict(lr=2e-3, batch_size=1, epochs=10.0, context=4, context_words="a photo of a"),
-    "maple": PROMPTS
-    | dict(lr=3.5e-3, batch_size=4, epochs=5.0, context=2, context_words="a photo of a"),
-    "tes": dict(
-        optimizer="nesterov",
-        lr=3.16e-3,
-        batch_size=256,
-        epochs=100.0,
-        weight_decay=1e-5,
-        bma_beta=0.0,
-    ),
+    "cocoop": PROMPTS | dict(lr=2e-3, batch_size=1, epochs=10.0, context=4, context_words=WORDS),
+    "maple": PROMPTS | dict(lr=3.5e-3, batch_size=4, epochs=5.0, context=2, context_words=WORDS),
+    "tes": NESTEROV | dict(lr=3.16e-3, batch_size=256, epochs=100.0),
 }
 BESIDE = {  # what these learn lies beside CLIP; their values for a small one
     "coop": OURS | dict(lr=5e-3, context=4),

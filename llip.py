@@ -284,9 +284,7 @@ def flops(
     }
 
 
-if (
-    __name__ == "__main__"
-):  # what a caption changes: the weights over four mixture tokens, two heads
+if __name__ == "__main__":  # what a caption changes: the weights of four tokens, two heads
     torch.manual_seed(0)
     model = Llip(Config(8, 16, 8, 32, 1, 2, 64, 8, 50, 16, 1, 2, 32), 4, 2, temperature=1.0)
     keys, values = model.encode_image(torch.randn(1, 3, 16, 16))

@@ -159,6 +159,5 @@ if __name__ == "__main__":  # closed forms that tell a right loss from a wrong o
     same = torch.full((n, n), 3.0)
     print(f"info_nce, equal logits   {info_nce(same):.4f}  = ln 8 = {math.log(n):.4f}")  # 2.0794
     zero = torch.full((n, n), -10.0)
-    print(
-        f"siglip, cosine 0, b=-10  {siglip(zero):.4f}"
-    )  # softplus(10) + 7 softplus(-10) = 10.0004
+    # softplus(10) + 7 softplus(-10) = 10.0004
+    print(f"siglip, cosine 0, b=-10  {siglip(zero):.4f}")

@@ -158,9 +158,7 @@ def resize_positions(
     side = math.isqrt(len(positions) - extra)
     if size == (side, side):
         return positions
-    grid = (
-        positions[extra:].float().view(1, side, side, -1).permute(0, 3, 1, 2)
-    )  # (1, D, side, side)
+    grid = positions[extra:].float().t().reshape(1, -1, side, side)  # (1, D, side, side)
     grid = F.interpolate(grid, size, mode=mode, align_corners=False, antialias=antialias)
     grid = grid.flatten(2)[0].t().to(positions.dtype)  # (rows * columns, D)
     return torch.cat([positions[:extra], grid])  # (extra + rows * columns, D)

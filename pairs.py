@@ -114,9 +114,7 @@ class PairTask:
 
     def step(self, model: nn.Module, batch, device: torch.device) -> Tensor:
         tokens = batch.tokens
-        if (
-            not self.c.compile
-        ):  # SPEED: nothing looks ahead of the end token; what is behind can be cut off
+        if not self.c.compile:  # SPEED: nothing looks ahead of the end token: the rest is cut off
             tokens = tokens[:, : int(tokens.argmax(-1).max()) + 1]
         images, tokens = (x.to(device, non_blocking=True) for x in (batch.images, tokens))
         return training_step(

@@ -60,9 +60,7 @@ def embed(visual: VisionTransformer, images: Tensor, method: str) -> Tensor:
     # columns) gives other numbers, since the sampling points are spaced by the factor itself.
     positions = visual.positional_embedding[1:].t().view(1, -1, side, side)  # (1, D, side, side)
     factor = [(n + 0.1) / side for n in size]
-    positions = F.interpolate(
-        positions, scale_factor=factor, mode="bicubic"
-    )  # (1, D, rows, columns)
+    positions = F.interpolate(positions, scale_factor=factor, mode="bicubic")
     x = visual.conv1(images) + positions  # (B, D, rows, columns)
     cls = visual.class_embedding + visual.positional_embedding[0]  # (D,)
     x = torch.cat([cls.expand(len(x), 1, -1), x.flatten(2).transpose(1, 2)], 1)  # (B, 1 + P, D)
@@ -291,9 +289,8 @@ def image_scores(maps: Tensor, masks: Tensor) -> dict[str, Tensor]:
     kept = masks.any(1)
     maps, masks = maps[kept], masks[kept].double()
     area = masks.mean(1)  # (N',)
-    mass = torch.where(
-        maps.sum(1, keepdim=True) > 0, maps, 1.0
-    )  # an empty map is as good as uniform
+    # an empty map is as good as a uniform one
+    mass = torch.where(maps.sum(1, keepdim=True) > 0, maps, 1.0)  # (N', H W)
     lift = (mass * masks).sum(1) / mass.sum(1) / area
     top = (maps == maps.amax(1, keepdim=True)).double()
     pointing = (top * masks).sum(1) / top.sum(1)

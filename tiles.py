@@ -95,9 +95,8 @@ class Cosine(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple:
         x, l, Sx, inverse, cos, free = ctx.saved_tensors
         up = (grad * inverse).unsqueeze(1)  # (I, 1, J)
-        down = (grad * cos * inverse.square() * free).unsqueeze(
-            1
-        )  # (I, 1, J) 0 where |z| is clamped
+        # 0 where |z| is clamped
+        down = (grad * cos * inverse.square() * free).unsqueeze(1)  # (I, 1, J)
         dx = torch.addcmul(up * l, Sx, down, value=-1)  # (I, F, J)
         weighted = x * (-0.5 * down)  # (I, F, J)
         if ctx.shared:
