@@ -64,8 +64,11 @@ class Llip(DualEncoder):
             scale, bias: starts of exp(logit_scale) and logit_bias. PAPER: 10 and -10, as SigLIP; for
             small batches of N pairs -ln(N - 1) is the better start.
     Cost:   a pair costs 4 M E + 2 E^2 FLOPs as written above, mostly W_O; tiles.flops as computed.
-            An image sends nothing, a caption 2 E numbers to each other rank. M = 1 is allowed and is
-            SigLIP with one more projection, since a softmax over one token is 1.
+            An image sends nothing, a caption 2 E numbers to each other rank. W_K and W_V are 2 M D E
+            parameters: B/32 grows from 151 to 202 M at M = 64, 50 M of them here.
+            PAPER: "without changing the model size" is not to be taken literally; shared=True has 152 M.
+            REF: M = 1 fails in the official class. Here it is SigLIP with one more projection, since a
+            softmax over one token is 1.
     """
 
     def __init__(
