@@ -104,6 +104,18 @@ def test_official_baselines(golden, golden_arrays, name, pooling):
             close(names[key.split(".grad.")[1]].grad, g[key])
 
 
+def test_a_register_is_one_projection_and_no_parameter_is_without_gradient():
+    """DDP fails on a parameter without one, so the projections of the other tokens have zeros."""
+    model = PooledTokens(SIZES, 3, "register").double()
+    x = llip.mixture_tokens(model.visual, images(2))
+    torch.testing.assert_close(model.encode_image(images(2)), (x @ model.visual.proj[0])[:, 0])
+    siglip(model.pair_logits(*model(images(2), tokens(2)))).backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    assert not [name for name, grad in grads.items() if grad is None]
+    used = grads["visual.proj"].abs().amax((1, 2))
+    assert used[0] > 0 and not used[1:].any()
+
+
 def test_official_zero_shot(golden, golden_arrays):
     g = golden_arrays("llip_zeroshot.npz")
     model = Llip(golden_config(golden("llip_zeroshot.npz")), 4, 4)
