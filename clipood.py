@@ -156,7 +156,7 @@ class FLYP(nn.Module):
         classes, place = labels.unique(return_inverse=True)
         text = unit(self.clip.encode_text(self.class_tokens[classes]))[place]  # (B, E)
         with full_precision(image):
-            logits = self.clip.pair_logits(image, gather(text))  # (B, G)
+            logits = self.clip.scale_logits(image @ gather(text).t())  # (B, G)
             first = rank() * len(image)
             loss = info_nce(logits, transpose(logits), first)
         found = labels[logits[:, first : first + len(labels)].detach().argmax(-1)]  # (B,)
