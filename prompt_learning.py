@@ -312,10 +312,9 @@ class MaPLe(PromptLearner):
     def encode_prompts(self, ctx: Tensor, tokens: Tensor) -> Tensor:
         """Context (C, n, D) and tokens (C, L) through the text tower: (C, E) unit norm."""
         clip, (x, end) = self.clip, self.prompts(ctx, tokens)
-        L = x.shape[1]
-        x = x + clip.positional_embedding[:L].to(x.dtype)  # P_1 ... replace P_0 with its positions
-        mask = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()  # (L, L)
-        x = run_blocks(clip.transformer, x, list(self.compound_prompts_text), 1, mask)
+        # P_1 ... replace P_0 with its positions
+        x = x + clip.positional_embedding[: x.shape[1]].to(x.dtype)  # (C, n + L, D)
+        x = run_blocks(clip.transformer, x, list(self.compound_prompts_text), 1, "causal")
         x = clip.ln_final(x[torch.arange(len(x), device=x.device), end])  # (C, D)
         return unit(x @ clip.text_projection.to(x.dtype))  # (C, E)
 
@@ -336,7 +335,7 @@ def run_blocks(
     x: Tensor,
     prompts: list[Tensor],
     place: int,
-    mask: Tensor | None = None,
+    mask: Tensor | str | None = None,
 ) -> Tensor:
     """All blocks over x (B, L, D), tokens from place on set to prompts[j - 1] (n, D) before block j."""
     for j, block in enumerate(transformer.resblocks):
