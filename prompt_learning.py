@@ -23,6 +23,7 @@ start token and it. With t = a tokenizer:
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -314,9 +315,9 @@ class MaPLe(PromptLearner):
         clip, (x, end) = self.clip, self.prompts(ctx, tokens)
         # P_1 ... replace P_0 with its positions
         x = x + clip.positional_embedding[: x.shape[1]].to(x.dtype)  # (C, n + L, D)
-        x = run_blocks(clip.transformer, x, list(self.compound_prompts_text), 1, "causal")
-        x = clip.ln_final(x[torch.arange(len(x), device=x.device), end])  # (C, D)
-        return unit(x @ clip.text_projection.to(x.dtype))  # (C, E)
+        deeper, row = list(self.compound_prompts_text), torch.arange(len(x), device=x.device)
+        x = run_blocks(clip.transformer, x, deeper, 1, lambda x: x[row, end], "causal")  # (C, D)
+        return unit(clip.ln_final(x) @ clip.text_projection.to(x.dtype))  # (C, E)
 
     def image_features(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, E) unit norm."""
@@ -327,7 +328,8 @@ class MaPLe(PromptLearner):
         deeper = [project(p) for project, p in pairs]  # (n, D) each
         place = x.shape[1]
         x = torch.cat([x, first.expand(len(x), -1, -1)], 1)  # (B, 1 + P + n, D)
-        return unit(visual.head(run_blocks(visual.transformer, x, deeper, place)[:, 0]))  # (B, E)
+        x = run_blocks(visual.transformer, x, deeper, place, lambda x: x[:, 0])  # (B, D)
+        return unit(visual.head(x))  # (B, E)
 
 
 def run_blocks(
@@ -335,15 +337,20 @@ def run_blocks(
     x: Tensor,
     prompts: list[Tensor],
     place: int,
+    pick: Callable[[Tensor], Tensor],
     mask: Tensor | str | None = None,
 ) -> Tensor:
-    """All blocks over x (B, L, D), tokens from place on set to prompts[j - 1] (n, D) before block j."""
+    """All blocks over x (B, L, D), tokens from place on set to prompts[j - 1] (n, D) before block j.
+
+    As model.Transformer with a pick: the tokens that are used after the last block.
+    """
     for j, block in enumerate(transformer.resblocks):
         if 1 <= j <= len(prompts):
             new = prompts[j - 1].to(x.dtype).expand(len(x), -1, -1)  # (B, n, D)
             x = torch.cat([x[:, :place], new, x[:, place + new.shape[1] :]], 1)  # (B, L, D)
+        last = pick if block is transformer.resblocks[-1] else None
         if transformer.grad_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(block, x, "qkv", mask, use_reentrant=False)
+            x = checkpoint(block, x, "qkv", mask, False, last, use_reentrant=False)
         else:
-            x = block(x, mask=mask)
-    return x
+            x = block(x, mask=mask, pick=last)
+    return x  # what was picked

@@ -1,5 +1,6 @@
 """What the docstrings say a method costs: FLOPs as torch counts them, and numbers that learn."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -32,12 +33,9 @@ def counted(run) -> int:
     return counter.get_total_flops()
 
 
-def text_flops(length: int, picked: bool = True) -> int:
-    """The text tower on so many tokens; picked: the last MLP on the end token alone."""
-    one = 4 * D * CONFIG.text_mlp
-    layers = CONFIG.text_layers
-    blocks = layers * (attention_flops("qkv", length, D, CONFIG.text_heads) + length * one)
-    return blocks - picked * (length - 1) * one + 2 * D * E
+def text_flops(length: int) -> int:
+    """The text tower on so many tokens."""
+    return tower_flops(replace(CONFIG, context_length=length))["text"]
 
 
 def learned(method) -> int:
@@ -65,10 +63,6 @@ def tokens():
 
 def unit_text():
     return F.normalize(torch.randn(C, E), dim=-1)
-
-
-def test_text_flops_are_the_towers():
-    assert text_flops(CONFIG.context_length) == tower_flops(CONFIG)["text"]
 
 
 def test_finetune_and_tes(clip, batch):
@@ -104,11 +98,8 @@ def test_coop_and_cocoop(clip, batch, tokens):
 @pytest.mark.parametrize("depth", [1, 3])
 def test_maple(clip, batch, tokens, depth):
     method, n = MaPLe(clip, tokens, 2, depth), 2
-    image = CONFIG.vision_layers * (
-        attention_flops("qkv", 1 + P + n, WIDE, 2) + (1 + P + n) * 4 * WIDE * F_
-    )
-    image += 2 * P * WIDE * 3 * CONFIG.patch_size**2 + 2 * WIDE * E  # patches and head
-    both = B * image + C * text_flops(n + 7, picked=False) + 2 * B * C * E
+    image = tower_flops(CONFIG, tokens=1 + n, used=1)["image"]
+    both = B * image + C * text_flops(n + 7) + 2 * B * C * E
     assert counted(lambda: method(batch[0])) == both + depth * 2 * n * D * WIDE
     assert learned(method) == depth * (n * D + D * WIDE + WIDE)
 
