@@ -64,7 +64,9 @@ def training_step(
     Args:    images (B, 3, S, S), tokens (B, L) of this rank, the same B on every rank
              model: a dual encoder, or DistributedDataParallel around one;  objective "infonce" | "siglip"
              autocast: context manager for the towers' precision
-    Returns: () this rank's loss, detached. Cost: chunks > 1 adds one forward pass of the towers.
+    Returns: () this rank's loss, detached.
+    Cost:    chunks > 1 adds one forward pass of the towers, and holds both sides three times (by chunk,
+             joined, gradients): 24 B E bytes for CLIP, 24 B E (M + 1) for Llip.
     Raises:  ValueError if B is not divisible by chunks, or the objective is unknown.
     """
     if objective not in ("infonce", "siglip"):

@@ -31,6 +31,7 @@ def info_nce(logits: Tensor, logits_t: Tensor | None = None, offset: int = 0) ->
              images, logits.t() if not given;  offset: column of row 0's pair
     Returns: () mean nats over the local rows. Equal features give ln G at any scale; a random CLIP
              starts above ln G, since its scale is 1/0.07 and not 0.
+    Cost:    no products beside the logits' own; keeps 8 B G bytes, the log-probabilities both ways.
     Raises:  ValueError if the pairs' columns are not there, or a block comes without logits_t.
     """
     if logits_t is None:
@@ -51,6 +52,7 @@ def siglip(logits: Tensor, offset: int = 0) -> Tensor:
     Args:    logits (B, G) local images against all texts;  offset: column of row 0's pair
     Returns: () nats, summed over columns and averaged over the local rows. At bias -10 and cosine 0 it
              is softplus(10) + (G - 1) softplus(-10).
+    Cost:    no products; keeps the logits in fp32, 4 B G bytes, which fp32 logits are already.
     """
     _pair_columns(logits, offset)
     return siglip_sum(logits, offset) / len(logits)
@@ -83,6 +85,7 @@ def margin_metric_logits(
     Under softmax it is the same to add scale * margin * (1 - text_y . text_c) to every other class c.
     Args:    image (B, E), text (C, E) unit norm;  labels (B,);  scale: exp(logit_scale);  margin lambda
     Returns: (B, C). For training only: predictions use plain cosines.
+    Cost:    2 B C E FLOPs, as without a margin.
     """
     return scale * (image - margin * text[labels]) @ text.t()  # (B, C)
 
@@ -101,6 +104,7 @@ def smoothing_targets(
     Table 2 reads eps = 1 as "none", true for the mixture only, which is the default here.
     Args:    text (C, E) unit norm;  epsilon in [0, 1], the label's own share
     Returns: (C, C) targets.   Raises: ValueError for another form or epsilon.
+    Cost:    2 C^2 E FLOPs (mixture, released) and 4 C^2 bytes, once before training.
     """
     if not 0 <= epsilon <= 1:
         raise ValueError(f"epsilon {epsilon} is not in [0, 1]")
@@ -121,7 +125,7 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy against target distributions:  -(1/B) sum_b sum_c targets log softmax(logits).
 
     Args: logits, targets (B, C); targets need not sum to 1 (the released smoothing's do not).
-    Returns: () nats, mean over images.
+    Returns: () nats, mean over images.   Cost: no products; keeps 4 B C bytes beside the targets.
     """
     return -(targets * at_least_fp32(logits).log_softmax(-1)).sum(-1).mean()
 
@@ -131,7 +135,8 @@ def attention_alignment(attention: Tensor, guidance: Tensor) -> Tensor:
 
     AlignCLIP eq. 6. REF: gradients flow into the guidance as well, as in the released code (no detach);
     pass guidance.detach() for a one-sided loss.
-    Args: attention, guidance (B, P), rows sum to 1.   Returns: () nats.
+    Args: attention, guidance (B, P), rows sum to 1.
+    Returns: () nats.   Cost: no products; keeps 8 B P bytes.
     """
     tiny = torch.finfo(torch.float32).tiny  # an attention of exactly 0 must not give log 0
     log_attention = at_least_fp32(attention).clamp_min(tiny).log()
@@ -145,6 +150,7 @@ def similarity_alignment(plain: Tensor, guide: Tensor, labels: Tensor | None = N
     REF: the released code gathers the label's map and then sums over all classes; labels=None is that,
     labels (B,) is what its comments describe.
     Args: plain, guide (B, P, C) raw cosines;  labels (B,) or None.   Returns: () nats, mean over images.
+    Cost: no products; keeps 16 B P C bytes, with labels 16 B P.
     """
     if labels is not None:
         own = labels[:, None, None].expand(-1, plain.shape[1], 1)  # (B, P, 1)

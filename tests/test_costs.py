@@ -1,4 +1,4 @@
-"""What the docstrings say a method costs: FLOPs as torch counts them, and numbers that learn."""
+"""What the docstrings say a method costs: FLOPs as torch counts them, numbers that learn, bytes kept."""
 
 from dataclasses import replace
 from functools import partial
@@ -6,14 +6,18 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import losses
 import surgery
 from alignclip import AlignCLIP
 from attention import flops as attention_flops
 from clipood import FLYP, FineTune
+from gradcache import sides_of
+from llip import Llip, PooledTokens
 from model import CLIP, CONFIGS, Config, tower_flops
 from prompt_learning import CoCoOp, CoOp, MaPLe
 from tes import TeS
@@ -138,3 +142,66 @@ def test_alignclips_docstring_on_the_papers_tower():
     assert found == pytest.approx([10.7, 12.9, 5.6], abs=0.05)
     assert "10.7 % more" in AlignCLIP.__doc__ and "12.9 % with vvv" in AlignCLIP.__doc__
     assert "5.6 are" in AlignCLIP.__doc__
+
+
+def test_losses_that_multiply(batch):
+    text, image = unit_text(), F.normalize(torch.randn(B, E), dim=-1)
+    margin = counted(lambda: losses.margin_metric_logits(image, text, LABELS, 10.0))
+    assert margin == 2 * B * C * E
+    assert counted(lambda: losses.smoothing_targets(text)) == 2 * C**2 * E
+    assert losses.smoothing_targets(text).nbytes == 4 * C**2
+
+
+@pytest.mark.parametrize("pooling", ["register", "average", "learned"])
+def test_pooled_tokens(batch, pooling):
+    M = 3
+    model, each = PooledTokens(CONFIG, M, pooling, heads=2), 2 * WIDE * E
+    more = {"register": (1 - M) * each, "average": 0, "learned": M * each + 4 * M * E + 2 * E**2}
+    image = tower_flops(CONFIG, M)["image"] + more[pooling]
+    assert counted(lambda: model.encode_image(batch[0])) == B * image
+
+
+def kept(function, *inputs) -> int:
+    """Bytes that autograd keeps beside the inputs, until the backward pass."""
+    given, found = {x.untyped_storage().data_ptr() for x in inputs}, {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in given:
+            found[storage.data_ptr()] = x, storage.nbytes()  # x: no other may take its place
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        function(*inputs)
+    return sum(size for _, size in found.values())
+
+
+def leaf(*shape, dtype=torch.float32):
+    return torch.rand(*shape, dtype=dtype).requires_grad_()
+
+
+G = 30
+KEPT = {
+    "info_nce": (losses.info_nce, [leaf(B, G), leaf(B, G)], 8 * B * G),
+    "siglip": (losses.siglip, [leaf(B, G)], 0),
+    "siglip in bf16": (losses.siglip, [leaf(B, G, dtype=torch.bfloat16)], 4 * B * G),
+    "soft": (losses.soft_cross_entropy, [leaf(B, C), torch.rand(B, C)], 4 * B * C),
+    "attention": (losses.attention_alignment, [leaf(B, P), leaf(B, P)], 8 * B * P),
+    "maps": (losses.similarity_alignment, [leaf(B, P, C), leaf(B, P, C)], 16 * B * P * C),
+    "map": (losses.similarity_alignment, [leaf(B, P, C), leaf(B, P, C), LABELS], 16 * B * P),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_bytes_that_a_loss_keeps(name):
+    function, inputs, expected = KEPT[name]
+    labels_and_scalars = 8 * B + 16
+    assert expected <= kept(function, *inputs) <= expected + labels_and_scalars
+
+
+def test_sides_that_gradcache_holds(clip, batch, tokens):
+    """Three times 4 bytes a number: 24 B E for CLIP, 24 B E (M + 1) for Llip."""
+    M = 3
+    for model, numbers in [(clip, 2 * B * E), (Llip(CONFIG, M, 2), 2 * B * E * (M + 1))]:
+        sides = model(batch[0], tokens[LABELS])
+        assert sum(x.numel() for side in sides for x in sides_of(side)) == numbers
