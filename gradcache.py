@@ -96,6 +96,7 @@ def training_step(
         tuple(torch.cat(xs).requires_grad_() for xs in zip(*(sides[which] for sides in encoded)))
         for which in (0, 1)
     ]
+    del encoded
     image_side, text_side = (side if len(side) > 1 else side[0] for side in full)
     loss = contrastive_loss(inner, image_side, text_side, objective)
     leaves, parameters = [*full[0], *full[1]], [p for p in inner.parameters() if p.requires_grad]

@@ -43,6 +43,14 @@ def published_pair_loss(
     return siglip(logits)
 
 
+def published_tower(visual: nn.Module, images: Tensor) -> Tensor:
+    """CLIP's image tower as everybody writes it: (B, 3, S, S) -> (B, E), every token through the last MLP.
+
+    model.VisionTransformer gives the same number without that of the patches, which nobody reads.
+    """
+    return visual.head(visual.transformer(visual.embed(images)))[:, 0]  # (B, E)
+
+
 def import_open_clip():
     """open_clip, also where torchvision was built for another torch (a CPU-only one, say)."""
     try:

@@ -61,7 +61,7 @@ class _Files:
 
     def image(self, i: int) -> Image.Image:
         path = self.name(i)
-        # SPEED: here and not for all at the start: on a network disk that would take minutes
+        # here and not for all at the start: on a network disk that would take minutes
         if self.inside and not os.path.realpath(path).startswith(self.inside):
             raise ValueError(f"a link out of {self.inside}: --allow-outside reads it anyway")
         return open_image(path)

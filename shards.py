@@ -138,7 +138,7 @@ def index_shard(path: str, cache: Path) -> dict:
         part.write_text(json.dumps(index))
         os.replace(part, file)
     except OSError:
-        pass  # SPEED: in a read-only home the next run scans again
+        pass  # in a read-only home the next run scans again
     return index
 
 

@@ -96,7 +96,7 @@ def noise(photo, width, height, seed=0):
         pytest.param("objective", {"published", "tiles"}, marks=pytest.mark.slow),
         ("scaling", {"batch 2", "batch 8", "224 px", "336 px"}),
         ("wire", set()),
-        ("alignclip", {"CLIPood", "AlignCLIP dv", "AlignCLIP vvv"}),
+        ("alignclip", {"CLIPood as published", "CLIPood", "AlignCLIP dv", "AlignCLIP vvv"}),
         ("llip", {"clip", "siglip", "llip"}),
         ("maps", {"forward pass", "surgery", "gem", "sclip"}),
         ("evaluation", {"plain form", "tiles"}),

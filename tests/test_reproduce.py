@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import claims
@@ -361,6 +362,21 @@ def test_timings_are_warm_and_their_order_turns(monkeypatch):
     ran.clear()
     assert list(claims.timed(arms, 1).items()) == [("a", 1.0), ("b", 4.0)]
     assert ran[:4] == ["a", "b", "timed", "b"]
+
+
+def test_kept_bytes_are_what_autograd_keeps_beside_the_parameters():
+    class Squared(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(4, 3))
+
+        def loss(self, images, labels):
+            return ((images @ self.weight) ** 2).sum(), {}
+
+    found = claims.kept_bytes(Squared(), torch.ones(2, 4), None)
+    assert found == 4 * (
+        2 * 4 + 2 * 3
+    )  # the images for the weight's gradient, the products for the square
 
 
 def test_timings_give_ratios_within_a_round(monkeypatch):

@@ -63,6 +63,24 @@ def test_learning_rate():
     assert learning_rate(12, c) == pytest.approx(0.0)
 
 
+def test_the_fused_update_is_adamw_written_out():
+    """SPEED: three steps against Loshchilov and Hutter 2019, Algorithm 2, with PyTorch's decoupled decay."""
+    g = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(5, 3, generator=g, dtype=torch.double))
+    groups = [{"params": [p], "weight_decay": 0.3}]
+    c = TrainConfig(lr=0.1, beta1=0.8, beta2=0.9, eps=1e-3)
+    optimizer = train.build_optimizer(c, groups, torch.device("cpu"))
+    assert optimizer.defaults["fused"]
+    x, m, v = p.detach().clone(), 0.0, 0.0
+    for t in range(1, 4):
+        grad = torch.randn(5, 3, generator=g, dtype=torch.double)
+        p.grad = grad.clone()
+        optimizer.step()
+        m, v = 0.8 * m + 0.2 * grad, 0.9 * v + 0.1 * grad**2
+        x = x - 0.1 * 0.3 * x - 0.1 * (m / (1 - 0.8**t)) / ((v / (1 - 0.9**t)).sqrt() + 1e-3)
+        torch.testing.assert_close(p.detach(), x)
+
+
 def test_every_parameter_has_one_group_and_scalars_do_not_decay():
     with torch.device("meta"):
         model = pairs.build_model(resolve(TrainConfig(), set()), CONFIGS["tiny"])
