@@ -103,7 +103,7 @@ class Claim:
     exact: nothing in it is left to chance, one value is enough
     alone: a timing; measure(lab, repetition) is called in turn, with nothing beside it
     picture: bars, lines (rows are numbers) or none; or a function(path, table, [extra of each seed])
-    pairs: {arms, figures, parts} that change with --data, a list of captions
+    pairs: {arms, figures, parts} that change with --data, a list of captions; others: on_pairs
     """
 
     id: str
@@ -121,7 +121,6 @@ class Claim:
     notes: str = ""
     ours: bool = False  # nobody has published numbers to compare with
     pairs: dict = field(default_factory=dict)
-    labels: bool = False  # --data DOMAINS --init CLIP can be asked too
 
 
 # Arms and settings -----------------------------------------------------------------------------------------
@@ -857,7 +856,7 @@ CLAIMS = (
         "+1.0 on VLCS, +2.8 on Office-Home",
         (More("target", "attention alignment", "neither"),),
         arms={"neither": "clipood", "attention alignment": "aal", "both": "alignclip", "smoothing": "sls"},
-        figures=TARGET, labels=True,
+        figures=TARGET,
         notes="The paper's +1.0 and +2.8 are of its Fig. 3b, whose off-state (84.1) is not that of Fig. 3a"
         " (86.7); in Fig. 3a alignment alone adds 0.5 and 0.7. Attention alignment means both of its"
         " losses.",
@@ -871,7 +870,7 @@ CLAIMS = (
             "none": "clipood", "uniform": "uniform less", "semantic": "sls",
             "uniform, epsilon 0.9": "uniform",
         },
-        figures=TARGET, labels=True,
+        figures=TARGET,
         notes="Uniform smoothing moves as much of a target off its label as semantic smoothing does on"
         " average (epsilon 0.954); with the same epsilon it would move twice as much. The reply calls"
         " +3.21 / +2.29 / +0.89 a contrast with label smoothing; by the authors' notebook they are over"
@@ -889,7 +888,7 @@ CLAIMS = (
             "neither": "in-the-wild clipood", "attention alignment": "in-the-wild aal",
             "smoothing": "in-the-wild sls", "both": "in-the-wild alignclip",
         },
-        figures=OPEN, labels=True,
+        figures=OPEN,
     ),
     Claim(
         "a7", "depth", "Aligning the first part of the blocks is best, aligning all hurts.",
@@ -1009,7 +1008,6 @@ CLAIMS = (
         tuple(More("accuracy", f"{task} alignclip", f"{task} clipood")
               for task in ("target", "open H", "wild H"))
         + (More("accuracy", "target alignclip", "target finetune"),),
-        labels=True,
         arms={
             f"{row} {name}": f"{task}{name}"
             for row, task in (("target", ""), ("open H", "open-class "), ("wild H", "in-the-wild "))
@@ -1213,3 +1211,20 @@ CLAIMS = (
     ),
 )  # fmt: skip
 BY_NAME = {name: claim for claim in CLAIMS for name in (claim.id, claim.name)}
+
+
+def on_pairs(claim: Claim) -> dict:
+    """What changes of a claim with --data, a list of captions; {} if it cannot be asked there.
+
+    Of the claims about pre-trained arms the same comparisons, by R@1 in both directions.
+    """
+    if claim.pairs or claim.measure or any("start" in ARMS[arm] for arm in claim.arms.values()):
+        return claim.pairs
+    parts = dict.fromkeys(replace(part, figure="") for part in claim.parts)
+    ways = ("image to text R@1", "text to image R@1")
+    return dict(figures=RECALL, parts=tuple(replace(p, figure=way) for way in ways for p in parts))
+
+
+def on_domains(claim: Claim) -> bool:
+    """Whether a claim can be asked with --data, a folder DOMAIN/CLASS, and --init, a CLIP to fine-tune."""
+    return not claim.measure and all("start" in ARMS[arm] for arm in claim.arms.values())

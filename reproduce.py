@@ -81,7 +81,7 @@ class Request:
     seeds: int = 3  # repetitions: weights, data and tests of their own
     quick: bool = False  # a third of the steps, on smaller sets
     validation: bool = False  # on the seeds that settings were chosen with, not the reported ones
-    # on other data: pairs for l1, l2, l16; domains with labels for a4, a5, a6, a16
+    # on other data: pairs for claims about pre-training, domains with labels for those about fine-tuning
     data: str = ""  # a list of captions, or a folder DOMAIN/CLASS
     init: str = ""  # domains: the CLIP to fine-tune
     target: str = ""  # domains: the one left out
@@ -404,14 +404,14 @@ def asked(claim: Claim, lab: Lab) -> Claim:
     if lab.scale != "data":
         return claim
     request = lab.request
-    if claim.pairs and not request.init:
+    if (changes := claims.on_pairs(claim)) and not request.init:
         if claim.id == "l1" and not request.zeroshot:
             raise ValueError("l1 on pairs needs --zeroshot, a folder of classes to ask")
-        return replace(claim, **claim.pairs)
-    if claim.labels and request.init:
+        return replace(claim, **changes)
+    if claims.on_domains(claim) and request.init:
         return claim
-    with_init = ", ".join(c.id for c in CLAIMS if c.labels)
-    pairs = ", ".join(c.id for c in CLAIMS if c.pairs)
+    with_init = ", ".join(c.id for c in CLAIMS if claims.on_domains(c))
+    pairs = ", ".join(c.id for c in CLAIMS if claims.on_pairs(c))
     raise ValueError(
         f"{claim.id}: --data alone serves {pairs} (a list of captions); with --init and --target {with_init}"
     )

@@ -203,7 +203,11 @@ def test_list(capsys):
         ([], "give --list, --all, or --claim"),
         (["--all", "--claim", "a1"], "give --list, --all, or --claim"),
         (["--claim", "a1", "--seeds", "0"], "--seeds 0: must be at least 1"),
-        (["--claim", "l6", "--data", "x.jsonl"], "--data alone serves l1, l2, l16"),
+        (["--claim", "l9", "--data", "x.jsonl"], "--data alone serves l1, l2, l4, l5, l6, l13"),
+        (
+            ["--claim", "a1", "--data", "x.jsonl"],
+            "with --init and --target a2, a4, a5, a6, a7, a8, a9",
+        ),
         (["--claim", "l1", "--data", "x.jsonl"], "l1 on pairs needs --zeroshot"),
         (["--all", "--data", "x.jsonl"], "--data serves some claims only"),
         (["--claim", "a4", "--target", "sketch"], "--target goes with --init"),
@@ -214,6 +218,19 @@ def test_bad_input_is_one_line(argv, message, capsys, tmp_path):
     assert main([*argv, "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_claims_on_pairs_compare_the_same_arms_by_recall():
+    lab = Lab(Request(data="captions.jsonl"))
+    for claim in CLAIMS:
+        if claims.on_pairs(claim) and claim.id != "l1":
+            there = reproduce.asked(claim, lab)
+            assert {part.figure for part in there.parts} == {
+                "image to text R@1", "text to image R@1"}  # fmt: skip
+            assert there.parts and all(part.figure in there.figures for part in there.parts)
+    ladder = reproduce.asked(reproduce.BY_NAME["l6"], lab)
+    assert ladder.arms["text query (Llip)"] == "llip" and len(ladder.parts) == 8
+    assert not any(claims.on_pairs(c) and claims.on_domains(c) for c in CLAIMS)
 
 
 def test_workers_end_with_a_parent_that_was_killed(tmp_path):
