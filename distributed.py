@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+PATIENCE = timedelta(minutes=10)  # of a rank with the others
+
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -56,8 +58,23 @@ def setup(device: str = "auto") -> torch.device:
     if int(env.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         # gloo beside nccl: plain numbers on the CPU are reduced without waiting for the GPU
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        dist.init_process_group(backend, timeout=PATIENCE, **meeting_place())
     return torch.device(device)
+
+
+def meeting_place() -> dict:
+    """Where ranks tell each other their addresses: under torchrun a place of this attempt's own.
+
+    TRAP: torchrun's default rendezvous keeps one store over restarts; a rank that reads there the address
+    of one that was killed is refused, or waits for ten minutes, and --max-restarts does not help.
+    """
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    address = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    store = dist.TCPStore(*address, is_master=False, timeout=PATIENCE)
+    store = dist.PrefixStore(f"attempt {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return {"store": store, "rank": int(env["RANK"]), "world_size": int(env["WORLD_SIZE"])}
 
 
 class _Start(torch.autograd.Function):
@@ -90,9 +107,7 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         ctx.underway.sent = grad.contiguous()
-        ctx.underway.received = torch.empty_like(
-            ctx.underway.sent
-        )  # a block of rows from every rank
+        ctx.underway.received = torch.empty_like(ctx.underway.sent)  # a block of rows of every rank
         arguments = ctx.underway.received, ctx.underway.sent
         ctx.underway.work = dist.all_to_all_single(*arguments, async_op=True)
         return grad, None  # passed over: _Start has the gradient that arrives

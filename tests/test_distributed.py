@@ -6,6 +6,8 @@ that the comparison is about the algorithm and not about the order of a sum.
 
 import multiprocessing
 import os
+import signal
+import time
 import traceback
 import warnings
 from types import SimpleNamespace
@@ -298,3 +300,30 @@ def test_a_step_asks_for_the_protocols_methods_only(objective, chunks):
     torch.testing.assert_close(found, expected)
     for p, g in zip(model.parameters(), grads):
         torch.testing.assert_close(p.grad, g)
+
+
+def test_a_restart_does_not_meet_the_dead(monkeypatch):
+    """TRAP: torchrun keeps its store; rank 0 of the second attempt must wait for the second rank 1."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+    for name, value in (env | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
+        monkeypatch.setenv(name, value)
+
+    def rank(number, attempt):
+        if (pid := os.fork()) == 0:
+            os.environ.update(RANK=str(number), LOCAL_RANK=str(number))
+            os.environ.update(TORCHELASTIC_RESTART_COUNT=str(attempt))
+            signal.alarm(60)  # it would wait for ten minutes
+            try:
+                distributed.setup("cpu")
+                os._exit(0 if distributed.mean({"rank": number}) == {"rank": 0.5} else 1)
+            except BaseException:
+                os._exit(2)
+        return pid
+
+    for attempt in (0, 1):
+        pids = [rank(0, attempt)]
+        time.sleep(0.5)  # what the first attempt left would be read in this time
+        pids.append(rank(1, attempt))
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        assert codes == [0, 0], f"attempt {attempt}"
