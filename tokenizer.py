@@ -117,7 +117,7 @@ def download_openai() -> Path:
         raise OSError(
             f"OpenAI's vocabulary {OPENAI_FILE} was not found: give its path, set $ALIGNCLIP_VOCAB, "
             f"copy it to {target}, or pip install open_clip_torch, which ships it "
-            f"(download of {OPENAI_URL} failed: {error})"
+            f"(download of {OPENAI_URL} failed: {error!s:.200})"
         ) from error
     if hashlib.sha256(data).hexdigest() != OPENAI_SHA256:
         raise OSError(f"{OPENAI_URL}: {len(data)} bytes came with a wrong sha256; try again")
@@ -398,7 +398,9 @@ def explain(tokenizer: Tokenizer, text: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line. With OpenAI's merges "a photo of a cat" gives 320 1125 539 320 2368."""
-    parser = argparse.ArgumentParser(description="Show how a text becomes tokens, step by step.")
+    parser = argparse.ArgumentParser(
+        description="Show how a text becomes tokens, step by step.", allow_abbrev=False
+    )
     parser.add_argument("text", nargs="?", default="a photo of a cat")
     parser.add_argument("--vocab", metavar="PATH", help="OpenAI's file, or Tokenizer.save's")
     parser.add_argument("--learn", metavar="FILE", help="learn merges from captions, one per line")
@@ -415,6 +417,9 @@ def main(argv: list[str] | None = None) -> int:
         else:
             tokenizer = Tokenizer.from_openai(args.vocab)
         explain(tokenizer, args.text)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2,6 +2,8 @@
 
 import hashlib
 import http.server
+import os
+import resource
 import threading
 import time
 
@@ -17,7 +19,7 @@ class Server(http.server.ThreadingHTTPServer):
     """Serves BODY under every path, in the manner that the test sets."""
 
     ranges, cut, length, redirect, wrong_range = True, None, None, None, False
-    slow, endless = 0.0, False
+    slow, endless, raw, pause = 0.0, False, None, 0.0
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -31,6 +33,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         server, asked = self.server, self.headers.get("Range")
         server.asked.append((self.path, asked))
+        time.sleep(server.pause)
+        if server.raw is not None:
+            self.wfile.write(server.raw)
+            self.close_connection = True
+            return
         if server.redirect:
             self.send_response(302)
             self.send_header("Location", server.redirect)
@@ -180,6 +187,98 @@ def test_an_endless_body_ends(server, tmp_path, monkeypatch, stated):
         get(server, tmp_path / "x.pt")
     assert not (tmp_path / "x.pt").exists()
     assert sum(p.stat().st_size for p in tmp_path.iterdir()) < 6_000_000
+
+
+def test_a_body_that_is_too_long_leaves_nothing(server, tmp_path, monkeypatch):
+    """A known release is small: an endless body may not fill the disk up to the largest one's size."""
+    monkeypatch.setattr(download, "HASHED", 2_000_000)
+    server.endless, server.length = True, -1
+    with pytest.raises(ValueError, match="more than 2,000,000 bytes; run again"):
+        get(server, tmp_path / "x.pt")
+    assert not list(tmp_path.iterdir())
+
+
+ANSWERS = [
+    b"",
+    b"\x1b]0;owned\x07 nothing of the kind\r\n\r\n",
+    b"HTTP/1.1 500 \x1b[2Jcleared\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\nxyz",
+    b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\nxyz",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 9" + b"9" * 5000 + b"\r\n\r\nxyz",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nxyz\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nxyz\r\n",
+    b"HTTP/1.1 206 Partial\r\nContent-Range: bytes 7-9/10\r\n\r\nxyz",
+    b"HTTP/1.1 416 No\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 1000 + b"\r\n",
+    b"HTTP/1.1 200 OK\r\nx: " + b"y" * 100_000 + b"\r\n\r\n",
+    b"HTTP/1.1 302 Found\r\nLocation: http://[::1\r\n\r\n",
+    b"HTTP/1.1 302 Found\r\nLocation: http://\x1b[2J/x\r\n\r\n",
+    b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\n\r\n",
+    b"HTTP/1.1 302 Found\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=range(len(ANSWERS)))
+def test_whatever_a_server_answers_the_error_is_one_plain_line(server, tmp_path, answer):
+    server.raw = answer
+    for begun in (b"", BODY[:1000]):
+        (tmp_path / "x.pt.part").write_bytes(begun)
+        with pytest.raises((ValueError, OSError)) as error:
+            get(server, tmp_path / "x.pt")
+        said = str(error.value)
+        assert said.isprintable() and said.startswith(server.url) and len(said) < 600
+        assert "run again" in said and not (tmp_path / "x.pt").exists()
+    server.raw = None  # and nothing that it left is in the way
+    for _ in range(2):
+        try:
+            get(server, tmp_path / "x.pt")
+            break
+        except ValueError:
+            pass
+    assert (tmp_path / "x.pt").read_bytes() == BODY
+
+
+def test_several_processes_fetch_it_once(server, tmp_path):
+    """TRAP: every rank of a run fetches what it starts from; two writers of one part would ruin it."""
+    server.pause = 0.3
+    children = []
+    for _ in range(4):
+        if (pid := os.fork()) == 0:
+            try:
+                get(server, tmp_path / "x.pt")
+                os._exit(0 if (tmp_path / "x.pt").read_bytes() == BODY else 3)
+            except BaseException:
+                os._exit(1)
+        children.append(pid)
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * 4
+    assert len(server.asked) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_a_full_disk_is_named(server, tmp_path):
+    """The kernel refuses to let the file grow; what came so far is kept, and taken up again."""
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+        with pytest.raises(OSError, match="cannot write .*x.pt.part: File too large; run again"):
+            get(server, tmp_path / "x.pt")
+
+    if (pid := os.fork()) == 0:
+        try:
+            limited()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert (tmp_path / "x.pt.part").stat().st_size == 300_000
+    get(server, tmp_path / "x.pt")
+    assert (tmp_path / "x.pt").read_bytes() == BODY and server.asked[-1][1] == "bytes=300000-"
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(server, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        download.fetch("llip-B-16", tmp_path / "file" / "cache", server.url, ("http",))
 
 
 def test_redirects_in_a_circle_end(server, tmp_path):
