@@ -36,6 +36,7 @@ from images import (
     random_crop,
 )
 from readers import Labelled, Pairs, Subset, base_new_classes, domainbed_split, open_dataset
+from report import write_image
 from shards import Shards, warn
 
 TOKEN_CACHE = 2**20  # captions whose tokens a process remembers
@@ -434,7 +435,9 @@ def contact_sheet(dataset, size: int, count: int = 50, columns: int = 10) -> Ima
 
 
 def main(argv: list | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Say what a data set is, and draw some of it.")
+    parser = argparse.ArgumentParser(
+        description="Say what a data set is, and draw some of it.", allow_abbrev=False
+    )
     parser.add_argument("path", help="folder, list, 'shards/{00..10}.tar', or scenes")
     parser.add_argument("--show", action="store_true", help="the default, and all there is")
     parser.add_argument("--split", help="only this split")
@@ -451,7 +454,10 @@ def main(argv: list | None = None) -> int:
     try:
         dataset = open_dataset(path, **options)
         print(describe(dataset))
-        contact_sheet(dataset, size).save(out)
+        write_image(out, contact_sheet(dataset, size))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -51,6 +51,7 @@ from report import (  # noqa: F401  (train.py and reproduce.py write and print t
     Progress,
     duration,
     format_table,
+    output_folder,
     write_json,
     write_text,
 )
@@ -491,13 +492,13 @@ def zeroshot_command(args, device: torch.device) -> None:
     per_class = [
         {"class": name, "images": n, "right": k} for name, n, k in zip(shown, counts, right)
     ]
+    finish(args, summary(place, dataset), templates=list(templates), per_class=per_class)
     if args.out and C <= 100:
         rows = [f"{name} ({n})" for name, n in zip(shown, counts)]
         picture = Path(args.out) / "confusion.png"
         plots.matrix(
             picture, confusion.numpy(), rows, shown, "images of a class (row) by answer (column)"
         )
-    finish(args, summary(place, dataset), templates=list(templates), per_class=per_class)
 
 
 def retrieval_command(args, device: torch.device) -> None:
@@ -755,8 +756,11 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
         device = distributed.setup(args.device)
         if args.out:
-            Path(args.out).mkdir(parents=True, exist_ok=True)
+            output_folder(args.out)
         commands[args.task][2](args, device)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

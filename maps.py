@@ -36,7 +36,7 @@ import scenes
 import surgery
 from attention import KINDS
 from model import VisionTransformer
-from report import Progress, format_table, write_json
+from report import Progress, format_table, write_image, write_json
 
 SAME = {"surgery": "vvv", "alignclip": "dv"}  # a method and a structure that are one
 METHODS = ("plain", *surgery.METHODS)
@@ -317,7 +317,7 @@ def draw_sheet(path: Path, dataset, kept: dict[int, Tensor], names: list[str], a
         maps = surgery.stretch(maps[None, ..., : 1 + len(names)])[0]  # (S, S, 1 + names)
         rows.append((label, dataset.image(i), maps))
     sought = "mask" if all(len(dataset.masks(i)) == 1 for i in kept) else "mask of the first"
-    surgery.sheet(rows, [sought, *map(title, names)], about).save(path)
+    write_image(path, surgery.sheet(rows, [sought, *map(title, names)], about))
 
 
 def command(args, open_model: Callable) -> None:
@@ -327,7 +327,7 @@ def command(args, open_model: Callable) -> None:
     if not 0 <= args.show <= MAX_ROWS:
         raise ValueError(f"--show {args.show}: a sheet holds 0 to {MAX_ROWS} pictures")
     drawn = scenes.Scenes if args.several else scenes.Objects
-    records, pictures = [], []
+    records, pictures = [], {}  # pictures are drawn last: one that fails costs no figures
     for number, source in enumerate([args.model, *args.more]):
         model, tokenizer = open_model(source)
         names = names_for(args, source, model)
@@ -350,8 +350,7 @@ def command(args, open_model: Callable) -> None:
         if shown:
             path = Path(args.out) / f"maps-{number + 1}.png"
             about = f"{label}, {source}, {dataset.image_size} pixels"
-            draw_sheet(path, dataset, kept, names, about)
-            pictures.append(path.name)
+            pictures[path] = (dataset, kept, names, about)
     rows = summarise(records)
     print(table(rows))
     print("chance: lift 1, pointing the area; the foreground of attention is all things together")
@@ -364,5 +363,8 @@ def command(args, open_model: Callable) -> None:
         }
         told = [{key: r[key] for key in r if key != "kind"} for r in records]
         path = Path(args.out) / "results.json"
-        write_json(path, content | {"rows": rows, "records": told, "pictures": pictures})
-        print(f"written to {path}, {', '.join(pictures)}".rstrip(", "))
+        shown = [picture.name for picture in pictures]
+        write_json(path, content | {"rows": rows, "records": told, "pictures": shown})
+        for picture, parts in pictures.items():
+            draw_sheet(picture, *parts)
+        print(f"written to {', '.join([str(path), *shown])}")

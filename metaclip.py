@@ -19,6 +19,7 @@ import argparse
 import codecs
 import contextlib
 import csv
+import errno
 import gzip
 import hashlib
 import json
@@ -35,6 +36,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from report import output_folder, write_image
 
 PUNCTUATION = ",.;:?!`"
 MAX_LINE = 1 << 20  # bytes; a longer line is unreadable, so that one line cannot fill the memory
@@ -401,6 +404,10 @@ def _atomic(path: Path):
                 file = stack.enter_context(gzip.GzipFile("", "wb", fileobj=file, mtime=0))
             yield file
         os.replace(part, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # do not say which file it was
+            raise OSError(f"cannot write {path}: {error.strerror}") from error
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -444,6 +451,15 @@ def _sample(corpus: Corpus, matcher: Matcher, counts, t, seed, file, label) -> t
     return summary, after
 
 
+def check_out(corpus: Corpus, out: Path) -> None:
+    """Raises: ValueError, OSError before hours of counting, if nothing could be written in the end."""
+    if not out.parent.is_dir() or (out.exists() and out.samefile(corpus.path)):
+        raise ValueError(f"{out}: its folder does not exist, or it is the corpus itself")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: --out names the file of the kept records")
+    output_folder(out.parent)
+
+
 def curate(
     corpus: Corpus,
     entries: list[str],
@@ -460,15 +476,14 @@ def curate(
     """
     out = Path(out)
     _check(t, tail_share)
-    if not out.parent.is_dir() or (out.exists() and out.samefile(corpus.path)):
-        raise ValueError(f"{out}: its folder does not exist, or it is the corpus itself")
+    check_out(corpus, out)
     matcher = Matcher(entries)
     counts = count(matcher, (text for _, _, text in corpus.scan("count " if verbose else None)))
     pairs = corpus.records
     if not any(counts):
         raise ValueError(f"{corpus.path}: no entry of {len(counts)} in any of {pairs} captions")
     t = p_to_t(counts, tail_share) if t is None else t
-    with _atomic(out) as file:  # outermost: the records appear last, when all else is written
+    with _atomic(out) as file:  # outermost: the records appear when all figures are written
         label = "sample" if verbose else None
         summary, after = _sample(corpus, matcher, counts, t, seed, file, label)
         if corpus.records != pairs:
@@ -477,8 +492,7 @@ def curate(
         for suffix, table in ((".json", report), (".counts.json", dict(zip(entries, counts)))):
             with _atomic(out.with_name(out.name + suffix)) as side:
                 side.write(json.dumps(table, indent=1).encode())
-        with _atomic(out.with_name(out.name + ".png")) as side:
-            picture(counts, after, t).save(side, "PNG")
+    write_image(out.with_name(out.name + ".png"), picture(counts, after, t))  # nothing hangs on it
     return summary
 
 
@@ -521,7 +535,9 @@ def picture(before: list[int], after: list[int], t: float) -> Image.Image:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns its exit status."""
-    parser = argparse.ArgumentParser(description="MetaCLIP curation: match captions, balance them.")
+    parser = argparse.ArgumentParser(
+        description="MetaCLIP curation: match captions, balance them.", allow_abbrev=False
+    )
     add = parser.add_argument
     add("corpus", help=".tsv or .csv with header, .jsonl, else one caption a line; .gz too")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -540,6 +556,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         corpus = Corpus(args.corpus, args.column)
+        check_out(corpus, Path(args.out))
         if args.entries:
             entries = read_entries(args.entries)
         else:

@@ -33,7 +33,7 @@ import data
 import options
 import prompts
 import scenes
-from report import duration, format_table, write_json
+from report import duration, format_table, output_folder, write_json
 
 TASKS = ("domain-shift", "open-class", "in-the-wild")
 METHODS = ("finetune", "labelsmooth", "clipood", "alignclip", "flyp")
@@ -412,7 +412,7 @@ def compare(c: Comparison, say=print) -> list[dict]:
     out = Path(c.out or f"runs/open-world-{name}")
     init, began, records = c.init or str(out / "clip"), time.time(), {}
     runs = plan(c, init, out)
-    out.mkdir(parents=True, exist_ok=True)
+    output_folder(out)
     with open(out / "log.txt", "a") as log:
         if c.scenes and not c.init:
             steps = max(1, c.pretrain_steps // (10 if c.quick else 1))

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from report import write_image
+
 # Okabe and Ito's palette: told apart by readers with any colour vision
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
 INK, GRID = "#222222", "#dddddd"
@@ -119,7 +121,7 @@ def lines(path: str | Path, panels: dict[str, dict[str, list]], xlabel: str = "s
                 draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour(k))
             where = (left + 4 + (k % 2) * width // 2, 40 + height + 36 + 15 * (k // 2))
             legend(draw, where, label, k)
-    image.save(path)
+    write_image(path, image)
 
 
 def bars(
@@ -157,7 +159,7 @@ def bars(
         start += slot
     for k, label in enumerate(labels):
         legend(draw, (64, 70 + height + 18 * k), label, k)
-    image.save(path)
+    write_image(path, image)
 
 
 def heat(values: np.ndarray) -> np.ndarray:
@@ -201,4 +203,4 @@ def matrix(
         strip = Image.new("RGB", (top - 34, 16), "white")
         ImageDraw.Draw(strip).text((0, 1), column, fill=INK, font=font(12))
         image.paste(strip.rotate(90, expand=True), (left + j * cell + (cell - 16) // 2, 30))
-    image.save(path)
+    write_image(path, image)

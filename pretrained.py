@@ -542,6 +542,9 @@ def main(argv: list[str] | None = None) -> int:
         found = summary(source, model)
         if to:
             found["written"] = str(save(model, out, to))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

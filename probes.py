@@ -39,7 +39,7 @@ import pretrained
 import prompts
 from llip import mixture_tokens
 from metrics import no_nan, places
-from report import Progress, format_table, write_json
+from report import Progress, format_table, write_image, write_json
 
 # Features, computed once ---------------------------------------------------------------------------------
 
@@ -95,7 +95,10 @@ def features(source: str, model: nn.Module, dataset, folder: str | Path, **optio
         except Exception as error:  # damaged files fail in many ways; all mean the same to the user
             raise ValueError(f"{path} cannot be read: delete it, it is made again") from error
     found = encode(model, dataset, **options)
-    pretrained.write(path, lambda file: torch.save(found, file))
+    try:
+        pretrained.write(path, lambda file: torch.save(found, file))
+    except OSError as error:  # a full disk must not cost what was computed
+        data.warn(f"{error}; without it the next run encodes again")
     return found
 
 
@@ -410,6 +413,7 @@ def spectrum_command(args, device: torch.device) -> None:
         row, curves[source] = spectrum_row(source, tokens)
         rows.append(row)
     print(format_table(rows, digits=2))
+    write_results(args, {"models": models, "rows": rows, "log_singular_values": curves})
     if args.out:
         lines = {
             source: [(k, v) for k, v in enumerate(logs) if v is not None]
@@ -417,7 +421,6 @@ def spectrum_command(args, device: torch.device) -> None:
         }
         picture = Path(args.out) / "spectrum.png"
         plots.lines(picture, {"ln of the covariance's singular values": lines}, xlabel="rank")
-    write_results(args, {"models": models, "rows": rows, "log_singular_values": curves})
 
 
 # Typographic attack --------------------------------------------------------------------------------------
@@ -555,7 +558,7 @@ def typographic_arguments(parser: argparse.ArgumentParser) -> None:
 def typographic_command(args, device: torch.device) -> None:
     """Clean, blank-note and attacked accuracy, attack success, cosines under both captions."""
     alone(args)
-    rows, results, models = [], {}, [args.model, *args.more]
+    rows, results, models, pictures = [], {}, [args.model, *args.more], {}
     for n, source in enumerate(models):
         args.model = source
         model, tokenizer = evaluate.open_model(args, device)
@@ -581,11 +584,13 @@ def typographic_command(args, device: torch.device) -> None:
             rows.append(row | {name: f"{value:.4f}" for name, value in more.items()})
         if args.out:
             picture = Path(args.out) / f"typographic{n + 1 if args.more else ''}.png"
-            contact_sheet(dataset, written, scores).save(picture)
+            pictures[picture] = contact_sheet(dataset, written, scores)
     print(format_table(rows, digits=2))
     C = len(dataset.classes)
     print(f"images {len(dataset):,}  classes {C}  chance {100 / C:.2f} %")
     write_results(args, {"models": models, "seed": args.seed, "chance": 1 / C, "results": results})
+    for path, picture in pictures.items():
+        write_image(path, picture)
 
 
 # What the three commands share ---------------------------------------------------------------------------

@@ -1,9 +1,12 @@
 """What a run shows and leaves behind: progress on the terminal, tables, files that are never half written."""
 
+import contextlib
+import io
 import json
 import os
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -67,17 +70,53 @@ def duration(seconds: float) -> str:
     return f"{int(minutes)}:{int(minutes % 1 * 60):02} {unit}"
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a file so that nobody ever sees half of it."""
+def output_folder(path: str | Path) -> Path:
+    """Makes a folder and tries to write in it: what cannot be kept is known before the work, not after.
+
+    Raises: OSError, one line.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"cannot write in {path}: it is a file, not a folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write in {path}: {error.strerror or error}") from error
+    return path
+
+
+def write_whole(path: str | Path, data: bytes) -> None:
+    """Writes a file so that nobody ever sees half of it, not even after a power cut.
+
+    Raises: OSError naming the file, which is then what it was before.
+    """
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(text, encoding="utf-8")
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:  # a full disk does not say which file it was
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    write_whole(path, text.encode())
+
+
+def write_image(path: str | Path, image) -> None:
+    """A Pillow image, in the format of its name.   Raises: ValueError if there is no such format."""
+    file = io.BytesIO()
+    file.name = str(path)  # where Pillow looks for the format
+    image.save(file)
+    write_whole(path, file.getvalue())
 
 
 def write_json(path: str | Path, content) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import distributed
-from report import write_text
+from report import output_folder, write_text
 
 
 class Run:
@@ -32,7 +32,7 @@ class Run:
         self.checkpoint, self.writes = self.path / "checkpoint.pt", distributed.rank() == 0
         self.previous = self.path / "checkpoint.previous.pt"
         if self.writes:
-            self.path.mkdir(parents=True, exist_ok=True)
+            output_folder(self.path)
             self.lock = lock(self.path / "lock")
             for left in self.path.glob("*.part"):  # by a run that was killed while it wrote
                 left.unlink(missing_ok=True)
@@ -59,23 +59,37 @@ class Run:
         if not self.writes:
             return
         part = self.checkpoint.with_suffix(".part")
+        with self.writing(self.checkpoint):
+            try:
+                with open(part, "wb") as f:
+                    torch.save(state, f)
+                    f.flush()
+                    os.fsync(f.fileno())
+                if self.checkpoint.exists():
+                    os.replace(self.checkpoint, self.previous)
+                os.replace(part, self.checkpoint)  # killed before this: load() takes the previous
+                sync_folder(self.path)
+            finally:
+                with contextlib.suppress(OSError):
+                    part.unlink()
+
+    @contextlib.contextmanager
+    def writing(self, path: Path | None = None):
+        """Around every write: where it fails, the message says what is kept and how to go on.
+
+        Args:   path where the error itself does not name the file
+        Raises: ValueError, one line.
+        """
         try:
-            with open(part, "wb") as f:
-                torch.save(state, f)
-                f.flush()
-                os.fsync(f.fileno())
-            if self.checkpoint.exists():
-                os.replace(self.checkpoint, self.previous)
-            os.replace(part, self.checkpoint)  # killed before this line: load() takes the previous
-            sync_folder(self.path)
+            yield
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+            if isinstance(error, RuntimeError) and not path:
+                raise
             # TRAP: torch.save closes its zip after a failed write, fails again, and reports only that
-            said = one_line(error.__context__ or error)
+            said = one_line((path and error.__context__) or error)
+            said = f"cannot write {path} ({said})" if path else said
             raise ValueError(
-                f"cannot write {self.checkpoint} ({said}); {self.kept()}. Make room, then"
-                " --resume auto goes on from there"
+                f"{said}; {self.kept()}. Make room, then --resume auto goes on from there"
             ) from error
 
     def kept(self) -> str:
@@ -113,14 +127,8 @@ class Run:
         if not self.writes:
             return
         path = self.path / "metrics.jsonl"
-        try:
-            with open(path, "a") as f:
-                f.write(json.dumps(values) + "\n")
-        except OSError as error:
-            raise ValueError(
-                f"cannot write {path} ({one_line(error)}); {self.kept()}. Make room, then"
-                " --resume auto goes on from there"
-            ) from error
+        with self.writing(path), open(path, "a") as f:
+            f.write(json.dumps(values) + "\n")
 
     def metrics(self) -> list[dict]:
         path = self.path / "metrics.jsonl"
@@ -131,7 +139,8 @@ class Run:
         """Drops what was logged after the checkpoint of this step."""
         if self.writes:
             kept = [json.dumps(m) + "\n" for m in self.metrics() if m["step"] <= step]
-            write_text(self.path / "metrics.jsonl", "".join(kept))
+            with self.writing():
+                write_text(self.path / "metrics.jsonl", "".join(kept))
 
 
 def holds_checkpoint(path: Path) -> bool:
@@ -141,17 +150,20 @@ def holds_checkpoint(path: Path) -> bool:
 def read_checkpoint(path: Path) -> dict:
     """A checkpoint of ours whose every byte is what was written.
 
-    Raises: FileNotFoundError; ValueError, one line, for a damaged one.
+    Raises: FileNotFoundError; OSError where it cannot be read now; ValueError, one line, if damaged.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if wrong := archive.testzip():  # TRAP: torch.load reads flipped weights without a word
-                raise ValueError(f"the checksum of {wrong} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # damaged files fail in many ways; all mean the same to the user
-        raise ValueError(f"{path} is damaged ({one_line(error)})") from error
+    with open(path, "rb") as file:  # not allowed, too many open files: says nothing about the file
+        try:
+            with zipfile.ZipFile(file) as archive:
+                if wrong := archive.testzip():  # TRAP: torch.load reads flipped weights in silence
+                    raise ValueError(f"the checksum of {wrong} is wrong")
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged files fail in many ways; all mean the same to the user
+            # TRAP: a whole checkpoint must not be put aside because the memory was full just then
+            if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+                raise OSError(f"{path} cannot be read: there is not enough memory") from error
+            raise ValueError(f"{path} is damaged ({one_line(error)})") from error
 
 
 def sync_folder(path: Path) -> None:
@@ -177,8 +189,10 @@ def lock(path: Path):
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:  # Windows has no such lock
         pass
-    except OSError as error:
+    except (BlockingIOError, PermissionError) as error:
         raise ValueError(f"{path.parent} is in use by another process") from error
+    except OSError as error:  # some network disks have no locks: training is possible there too
+        print(f"warning: {path.parent} cannot be locked ({one_line(error)}): one process only")
     return handle
 
 

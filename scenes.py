@@ -812,7 +812,7 @@ def vocabulary(data: Scenes) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Write a contact sheet and print the captions and the words."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--show", action="store_true", help="write a contact sheet (the default)")
     parser.add_argument("--objects", action="store_true", help="labelled pictures of one thing")
     parser.add_argument("--split", default="train", help="train, val or test")
@@ -832,6 +832,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         data = Objects(*common, bias=args.bias) if args.objects else Scenes(*common)
         contact_sheet(data, args.count, args.zoom).save(args.out)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

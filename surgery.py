@@ -39,6 +39,7 @@ from torch import Tensor
 from attention import KINDS, attend
 from model import DualEncoder, VisionTransformer
 from plots import INK, font, heat
+from report import write_image
 
 TWO_PATHS = ("surgery", "alignclip", "gem")
 METHODS = (*TWO_PATHS, "maskclip", "sclip", "clearclip")
@@ -533,7 +534,7 @@ def show(args: argparse.Namespace) -> str:
         if sys.stderr.isatty():
             print(f"\r{n}/{len(names)} images", end="\n" * (n == len(names)), file=sys.stderr)
     page = sheet(rows, texts, f"{method}, {Path(args.model).name}, {size} pixels")
-    page.save(args.out)
+    write_image(args.out, page)
     return f"{args.out}: {len(names)} images x {len(texts)} texts, {method}"
 
 
@@ -541,6 +542,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_intermixed_args(argv)
     try:
         print(show(args))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

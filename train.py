@@ -248,8 +248,9 @@ def train(c: TrainConfig) -> dict:
         task.autocast = lambda: torch.autocast(device.type, torch.bfloat16)
 
     if main:
-        report.write_json(run.path / "config.json", asdict(c) | {"commit": git_commit()})
-        task.tokenizer.save(run.path / "tokenizer.json")
+        with run.writing():
+            report.write_json(run.path / "config.json", asdict(c) | {"commit": git_commit()})
+            task.tokenizer.save(run.path / "tokenizer.json")
     parameters = sum(p.numel() for p in raw.parameters())
     say(f"{c.method} {c.init or c.model}: {parameters:,} parameters, {len(task.train):,} images")
     precision = "bf16" if bf16 else "fp32"
@@ -370,9 +371,10 @@ def finish(run: Run, task, c: TrainConfig, results: dict, seconds: float, say) -
         return
     if results:
         say(f"\n{evaluate.results_table(results)}")
+    with run.writing():
+        report.write_json(run.path / "results.json", results)
+        pictures(run, results)
     say(f"trained in {report.duration(seconds)}; model, metrics and picture in {run.path}")
-    report.write_json(run.path / "results.json", results)
-    pictures(run, results)
 
 
 def pictures(run: Run, results: dict) -> None:

@@ -198,6 +198,29 @@ openworld.py --data nowhere --init START
 openworld.py --data DATA/bed
 openworld.py --data DATA/bed --init START --targets moon
 openworld.py --scenes --bias 3
+openworld.py --scenes --seed 3
+metaclip.py DATA/pairs.csv --build-entries 1 --column title --out DATA
+metaclip.py DATA/pairs.csv --build 1 --column title --out DATA/kept
+tokenizer.py text --voc DATA/pairs.csv
+data.py DATA/pairs.csv --spl train --out DATA/s.png
+scenes.py --coun 3 --out DATA/s.png
+surgery.py DATA/bed/art/cat/0.png cat --mod START --out DATA/m.png
+pretrained.py START --jso
+evaluate.py zeroshot --model START --dat scenes
+bench.py juggle
+bench.py loss --repeats 1
+bench.py loss --precision fp16
+bench.py loss --repeat 9
+bench.py loss --device moon
+reproduce.py
+reproduce.py --claim nothing
+reproduce.py --all --claim l1
+reproduce.py --all --data DATA/pairs.csv
+reproduce.py --claim l1 --seeds 0
+reproduce.py --claim l1 --jobs 0
+reproduce.py --claim a4 --target sketch
+reproduce.py --clai l1
+reproduce.py --list --device moon
 """
 
 
@@ -259,7 +282,7 @@ def run_here(words: list[str]) -> tuple[object, str, str]:
     out, err = io.StringIO(), io.StringIO()
     signals = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(20)
+    signal.alarm(60)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = module.main(words[1:])
@@ -275,7 +298,7 @@ def run_here(words: list[str]) -> tuple[object, str, str]:
 
 def run_apart(words: list[str]) -> tuple[object, str, str]:
     command = [sys.executable, str(ROOT / words[0]), *words[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     return done.returncode, done.stdout, done.stderr
 
 

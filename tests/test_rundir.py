@@ -1,15 +1,21 @@
 """rundir.py: a checkpoint is whole or noticed, whatever happens between two operations on files."""
 
+import errno
+import fcntl
 import os
 import resource
 import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import outputs
 import pytest
 import torch
+from PIL import Image
 
+import plots
 import pretrained
+import report
 import rundir
 from model import CLIP, Config
 from rundir import Run, lock, read_checkpoint
@@ -266,5 +272,105 @@ def test_a_disk_that_fills_inside_torch_save_is_named(tmp_path):
 
 def test_a_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError):
-        open_run(Path(tmp_path / "file" / "run"))
+    for name in ("file", "file/run"):
+        with pytest.raises(OSError, match=f"cannot write in .*{name}") as error:
+            open_run(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+def test_a_directory_that_is_read_only(tmp_path):
+    """Known before the data are read and the model is made, and leaves nothing."""
+    tmp_path.chmod(0o555)
+
+    def work():
+        outputs.obey_modes()
+        with pytest.raises(OSError, match="cannot write in .*Permission denied"):
+            open_run(tmp_path)
+
+    assert in_child(work) == 0 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint.previous.pt"])
+def test_what_cannot_be_read_now_is_not_damaged(tmp_path, name):
+    """TRAP: not allowed to, or no memory just then: the last checkpoint must not be put aside for that."""
+    run = open_run(tmp_path)
+    for step in (1, 2):
+        run.save(state(step))
+    (tmp_path / name).chmod(0)
+    if name == "checkpoint.previous.pt":
+        run.checkpoint.unlink()
+
+    def work():
+        outputs.obey_modes()
+        with pytest.raises(OSError, match=f"Permission denied.*{name}"):
+            open_run(tmp_path).load()
+
+    run.lock.close()
+    assert in_child(work) == 0
+    assert not (tmp_path / "checkpoint.damaged.pt").exists()
+    (tmp_path / name).chmod(0o644)
+    assert open_run(tmp_path).load()["step"] == (2 if name == "checkpoint.pt" else 1)
+
+
+def test_no_memory_for_a_checkpoint_is_not_damage(tmp_path):
+    run = open_run(tmp_path)
+    run.save(state(1))
+    run.save(state(2) | {"state_dict": {"w": torch.zeros(1 << 26)}})
+    run.lock.close()
+
+    def work():
+        pages = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (pages + (1 << 27),) * 2)
+        with pytest.raises(
+            OSError, match="checkpoint.pt cannot be read: there is not enough memory"
+        ):
+            open_run(tmp_path).load()
+
+    assert in_child(work) == 0
+    assert not (tmp_path / "checkpoint.damaged.pt").exists()
+    assert open_run(tmp_path).load()["step"] == 2
+
+
+def test_a_disk_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", none)
+    open_run(tmp_path).save(state(1))
+    assert "cannot be locked (" in capsys.readouterr().out
+
+
+def test_files_are_named_where_they_cannot_be_written(tmp_path):
+    """A folder in the place of the file; the last line of it all is what is kept and what to do."""
+    run = open_run(tmp_path)
+    run.save(state(1))
+    for name in ("metrics.jsonl", "results.json", "curves.png"):
+        (tmp_path / name).mkdir()
+        with (
+            pytest.raises(ValueError, match=f"{name}.*is whole.*--resume auto") as error,
+            run.writing(),
+        ):
+            if name == "metrics.jsonl":
+                run.log(step=1)
+            elif name == "results.json":
+                report.write_json(tmp_path / name, {})
+            else:
+                plots.lines(tmp_path / name, {"loss": {"loss": [(0, 1.0), (1, 0.5)]}})
+        assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_picture_is_whole_or_what_it_was(tmp_path):
+    plots.lines(tmp_path / "curves.png", {"loss": {"loss": [(0, 1.0), (1, 0.5)]}})
+    before = (tmp_path / "curves.png").read_bytes()
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        with pytest.raises(OSError, match="cannot write .*curves.png: File too large"):
+            plots.lines(tmp_path / "curves.png", {"loss": {"loss": [(0, 9.0), (1, 0.5)]}})
+
+    assert in_child(work) == 0
+    assert (tmp_path / "curves.png").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
+    with pytest.raises(ValueError, match="unknown file extension"):
+        report.write_image(tmp_path / "x.unknown", Image.new("RGB", (8, 8)))
