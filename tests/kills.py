@@ -8,18 +8,24 @@ caught, and the product has no code that knows of them.
 """
 
 import contextlib
+import ctypes
+import errno
+import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
 import random
 import resource
+import runpy
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
+import types
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +37,7 @@ for folder in (ROOT, ROOT / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
+import data  # noqa: E402
 import pretrained  # noqa: E402
 import train  # noqa: E402
 from model import CLIP, Config  # noqa: E402
@@ -42,7 +49,7 @@ torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
 COMMON = "--device cpu --threads 1 --batch-size 6 --steps 8 --save-every 2 --log-every 1 --warmup 2"
 COMMON += " --eval-every 4"
 KINDS, DOMAINS = ("cat", "dog", "elk"), ("art", "photo", "sketch")
-WAIT = 90  # seconds after which a run counts as hanging
+WAIT = 240  # seconds after which a run counts as hanging: less than gloo waits, more than a busy machine
 
 
 def make_data(root: Path) -> dict[str, list[str]]:
@@ -76,20 +83,15 @@ def make_data(root: Path) -> dict[str, list[str]]:
 # One process of a run --------------------------------------------------------------------------------
 
 
-def rank_of_a_run(argv: list[str], out: str, env: dict, operation: int, size: int) -> None:
-    """train.main(argv) in this process, with an end built in: before a file operation, or in a write."""
+def rank_of_a_run(argv: list[str], out: str, env: dict, end: dict) -> None:
+    """train.main(argv) in this process, with an end of it built in."""
     os.environ.update(env)
     multiprocessing.set_start_method("fork", force=True)  # loader workers as in a run of its own
     log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.stdout = open(1, "w", buffering=1, closefd=False)
-    if operation:
-        die_before(out, operation)
-    if size:
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python would make an OSError of it
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    build_in(out, **end)
     with open(f"{out}.ids", "a") as seen:
         note_samples(seen)
         try:
@@ -101,27 +103,54 @@ def rank_of_a_run(argv: list[str], out: str, env: dict, operation: int, size: in
     os._exit(code)
 
 
-def die_before(out: str, operation: int) -> None:
-    """SIGKILL before the n-th time that something in the run's directory is opened to write, renamed..."""
+def build_in(out: str, operation=0, name="", size=0, batch=0, evaluation=0.0, full=False) -> None:
+    """SIGKILL, or another end, at one of these moments; without any, nothing happens.
+
+    Args: operation n, name: before the n-th time that something in the directory `out` whose name begins
+          so is opened to write, renamed or removed;  size: not SIGKILL, but from then on no file can
+          grow beyond so many bytes, and the kernel ends a process that tries;  full: nor this, but that
+          operation fails as on a full disk
+          batch: before the n-th batch;  evaluation: so many seconds after the first begins
+    """
     left = [operation]
 
-    def hook(event, args):
-        if event == "open":
-            changes = str(args[0]).startswith(out + "/") and args[2] & (os.O_WRONLY | os.O_RDWR)
+    def end():
+        Path(f"{out}.ended").touch()
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device", name)
+        if size:
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python would make an OSError of it
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
         else:
-            changes = event in ("os.rename", "os.remove") and str(args[0]).startswith(out + "/")
-        if changes:
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    sys.addaudithook(hook)
+    def hook(event, args):
+        if event in ("open", "os.rename", "os.remove") and str(args[0]).startswith(f"{out}/{name}"):
+            if event != "open" or args[2] & (os.O_WRONLY | os.O_RDWR):
+                left[0] -= 1
+                if left[0] == 0:
+                    end()
+
+    if operation:
+        sys.addaudithook(hook)
+    elif size:
+        end()
+    if batch:
+        following, count = data.Batches.__next__, itertools.count(1)
+        data.Batches.__next__ = lambda self: end() if next(count) == batch else following(self)
+    if evaluation:
+        evaluate = train.timed_evaluation
+
+        def begin(*args):
+            threading.Timer(evaluation, end).start()
+            return evaluate(*args)
+
+        train.timed_evaluation = begin
 
 
 def note_samples(seen) -> None:
     """Every batch that training takes leaves a line: rank and step, then its samples."""
-    import data
-
     make, following, rank = (
         data.Batches.__init__,
         data.Batches.__next__,
@@ -158,16 +187,27 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(argv, out, world=1, operation=0, size=0) -> list:
-    """The processes of one run, started."""
+@contextlib.contextmanager
+def no_main():
+    """SPEED: every process of the server would import the main program first."""
+    real, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = real
+
+
+def start(argv, out, world=1, **end) -> list:
+    """The processes of one run, started; end: as build_in takes it."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = []
     for rank in range(world):
         env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)} | address
         argv = [*argv] if "--out" in argv else [*argv, "--out", str(out), "--resume", "auto"]
-        args = (argv, str(out), env if world > 1 else {}, operation, size)
+        args = (argv, str(out), env if world > 1 else {}, end)
         ranks.append(server().Process(target=rank_of_a_run, args=args))
-        ranks[-1].start()
+        with no_main():
+            ranks[-1].start()
     return ranks
 
 
@@ -243,6 +283,9 @@ def reference(flags: list[str], out: Path, world: int = 1) -> float:
 # Killing -------------------------------------------------------------------------------------------------
 
 
+WAYS = ("time", "file operation", "write", "evaluation")
+
+
 def kill_and_resume(flags, folder: Path, kills: int, seed: int, world=1, tell=None) -> dict:
     """Kills runs at random until there were `kills` of them, lets each finish, and compares.
 
@@ -250,28 +293,30 @@ def kill_and_resume(flags, folder: Path, kills: int, seed: int, world=1, tell=No
     """
     rng, whole = random.Random(seed), folder / "whole"
     warm = server().Process(target=int)
-    warm.start()
+    with no_main():
+        warm.start()
     warm.join()
     seconds = reference(flags, whole, world)
     largest = (whole / "checkpoint.pt").stat().st_size
-    by, runs, done = {"time": 0, "file operation": 0, "write": 0}, 0, 0
+    by, runs, done = dict.fromkeys(WAYS, 0), 0, 0
     while done < kills:
         runs += 1
         out = folder / f"killed-{runs}"
         finished = False
         while not finished:
-            how = rng.choice(["time", "time", "file operation", "write"]) if done < kills else ""
-            operation = rng.randint(1, 60) if how == "file operation" else 0
-            size = rng.randint(20_000, largest) if how == "write" else 0
+            how = rng.choice(["time", *WAYS]) if done < kills else ""
+            end = {
+                "file operation": {"operation": rng.randint(1, 60)},
+                "write": {"size": rng.randint(20_000, largest)},
+                "evaluation": {"evaluation": rng.uniform(0, 0.1) * seconds},
+            }.get(how, {})
             before = len(ranks_seen(out))
-            ranks = start(flags, out, world, operation, size)
+            ranks = start(flags, out, world, **end)
             if how == "time":
                 time.sleep(rng.uniform(0.1, 1.1) * seconds)
                 for process in rng.sample(ranks, rng.randint(1, world)):  # one rank, or all
                     process.kill()
-            codes = ended(
-                ranks, met=lambda n=before, out=out: len({*ranks_seen(out)[n:]}) == world
-            )
+            codes = ended(ranks, met=lambda n=before, out=out: len({*ranks_seen(out)[n:]}) == world)
             finished = codes == [0] * world
             log = Path(f"{out}.log").read_text() if Path(f"{out}.log").exists() else ""
             if any(code in (-signal.SIGKILL, -signal.SIGXFSZ) for code in codes):
@@ -287,36 +332,58 @@ def kill_and_resume(flags, folder: Path, kills: int, seed: int, world=1, tell=No
 # The real launcher ---------------------------------------------------------------------------------------
 
 
-def torchrun(flags, out, world=2, restarts=0):
-    """python -m torch.distributed.run train.py, as users start it, in a process group of its own."""
+def torchrun(flags, out, world=2, restarts=0, victim=None, **end) -> int:
+    """torchrun train.py, as users start it; rank `victim` has an end built in, the first time.
+
+    Returns: the launcher's status; what was said is in OUT.log.   Raises: AssertionError if it hangs.
+    """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world)]
     launcher += ["--max-restarts", str(restarts), "--master_port", str(free_port())]
-    command = [*launcher, str(ROOT / "train.py"), *flags, "--out", str(out), "--resume", "auto"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    log = open(f"{out}.log", "a")
-    return subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+    command = [*launcher, __file__, *flags, "--out", str(out), "--resume", "auto"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "END": json.dumps([victim, str(out), end])}
+    with open(f"{out}.log", "a") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+    try:
+        return process.wait(timeout=3 * WAIT)
+    except subprocess.TimeoutExpired:
+        end_all(process.pid)
+        process.kill()
+        raise AssertionError(f"torchrun hangs: {Path(f'{out}.log').read_text()[-1500:]}") from None
 
 
-def ranks_of(launcher) -> list[int]:
-    """Process ids of the ranks, in order of their start."""
-    path = f"/proc/{launcher.pid}/task/{launcher.pid}/children"
-    found = []
-    for pid in map(int, Path(path).read_text().split()):
+def descendants(of: int) -> list[int]:
+    """Process ids of a process' children, their children..., of any session."""
+    children = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
-    return found
+            state, parent = stat.read_text().rsplit(")", 1)[1].split()[:2]
+            if state != "Z":
+                children.setdefault(int(parent), []).append(int(stat.parent.name))
+    found = [of]
+    for pid in found:
+        found += children.get(pid, [])
+    return found[1:]
 
 
-def wait_for(condition, what: str, timeout: float = WAIT):
-    until = time.monotonic() + timeout
-    while not (found := condition()):
-        assert time.monotonic() < until, f"waited {timeout} s for {what}"
+def adopt() -> None:
+    """Processes below this one whose parent ends become its own children, so that end_all finds them."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER, Linux
+
+
+def end_all(of: int) -> None:
+    """SIGKILL to all below a process, until there are none."""
+    until = time.monotonic() + 20
+    while (found := descendants(of)) and time.monotonic() < until:
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
-    return found
 
 
-def steps_logged(out) -> int:
-    path = Path(out) / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+if __name__ == "__main__":  # a rank under the real launcher
+    victim, out, end = json.loads(os.environ["END"])
+    if os.environ["RANK"] == str(victim) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        build_in(out, **end)
+    sys.argv[0] = str(ROOT / "train.py")
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,17 +1,20 @@
 """The reliability table: kills, lost ranks, full disks, hostile files, wrong commands. One command:
 
-    python tests/reliability.py --quick         a few of each: some minutes
     python tests/reliability.py                 50 kills of every kind of run, 2,000 inputs a format
-    python tests/reliability.py --only fuzz     one part: kills ranks disk fuzz commands determinism
+    python tests/reliability.py --quick         a few of each: some minutes
+    python tests/reliability.py --only fuzz     one part or some: PARTS
+    python tests/reliability.py --list          what there is, and minutes of one core for each
 
-Prints a line when a part ends, then the table; writes it as JSON with --json FILE. The status is 1 if
-anything did not end as it should, and what that was is printed. tests/test_reliability.py calls the same.
+Jobs are tried side by side, as many as there are cores (--jobs). A line when one ends, how long is still
+to go, then the table; --json FILE writes it too. The status is 1 if anything did not end as it should, and
+what that was is printed. Ctrl-C ends every process that was started. tests/test_reliability.py does some.
 """
 
 import argparse
-import contextlib
 import itertools
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import resource
 import signal
@@ -19,6 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import xml.etree.ElementTree
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,67 +35,92 @@ for folder in (ROOT, ROOT / "tests"):
 import fuzz  # noqa: E402
 import invocations  # noqa: E402
 import kills  # noqa: E402
+import outputs  # noqa: E402
 import torch  # noqa: E402
 
 from report import duration, format_table, write_json  # noqa: E402
 
-PARTS = ("kills", "ranks", "disk", "fuzz", "commands", "determinism")
+
+@dataclass
+class Job:
+    """One row of the table: work(folder) -> what came out, or (how many were tried, what came out)."""
+
+    what: str
+    tried: int
+    seconds: float  # of one core, roughly: for the order and the ETA
+    work: Callable = field(repr=False)
 
 
-def row(what: str, tried: int, outcome: str, began: float, failures=()) -> dict:
+def attempt(job: Job) -> dict:
+    """A job as a row; what its AssertionError says is its failure."""
+    began, failures, tried = time.monotonic(), [], job.tried
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            outcome = job.work(Path(place))
+            tried, outcome = outcome if isinstance(outcome, tuple) else (tried, outcome)
+        except AssertionError as error:
+            outcome, failures = "FAILED", str(error)[-3000:].splitlines()
+    spent = time.monotonic() - began
     return {
-        "what": what, "tried": tried, "outcome": outcome, "time": duration(time.monotonic() - began),
-        "failures": list(failures),
-    }  # fmt: skip
+        "what": job.what,
+        "tried": tried,
+        "outcome": outcome,
+        "seconds": spent,
+        "failures": failures,
+    }
 
 
-def attempt(what: str, tried: int, work) -> dict:
-    """work() -> outcome, or an AssertionError, as a row."""
-    began = time.monotonic()
-    try:
-        return row(what, tried, work(), began)
-    except AssertionError as error:
-        return row(what, tried, "FAILED", began, [str(error)[-1500:]])
+def no_failures(found: dict) -> dict:
+    assert not found["failures"], "\n".join(found["failures"][:20])
+    return found
 
 
-def kill_rows(count: int, methods=("llip", "alignclip"), workers=(0, 2), worlds=(1, 2), seed=0):
+def kill_jobs(count: int, methods=("llip", "alignclip"), workers=(0, 2), worlds=(1, 2), seed=0):
     """`count` kills of each kind of run: resumed, it ends with the bits of the run that was never killed."""
     for method, world, w in itertools.product(methods, worlds, workers):
-        with tempfile.TemporaryDirectory() as place:
-            flags = [*kills.make_data(Path(place) / "data")[method], "--workers", str(w)]
 
-            def work(flags=flags, place=place, world=world):
-                found = kills.kill_and_resume(flags, Path(place), count, seed, world)
-                ways = ", ".join(f"{n} by {how}" for how, n in found["by"].items() if n)
-                return f"{found['runs']} runs equal to the bit ({ways})"
+        def work(place, method=method, world=world, w=w):
+            flags = [*kills.make_data(place / "data")[method], "--workers", str(w)]
+            found = kills.kill_and_resume(flags, place, count, seed, world)
+            ways = ", ".join(f"{n} by {how}" for how, n in found["by"].items() if n)
+            return found["kills"], f"{found['runs']} runs equal to the bit ({ways})"
 
-            yield attempt(f"SIGKILL: {method}, {world} process(es), {w} workers", count, work)
+        ranks = "one process" if world == 1 else f"{world} ranks"
+        what = f"SIGKILL, then --resume auto: {method}, {ranks}, {w} workers"
+        yield Job(what, count, count * (1.6 + 1.2 * (world - 1)) * (1 + w / 4), work)
 
 
 # Ranks ---------------------------------------------------------------------------------------------------
 
+# TRAP: the worst moments are inside a save: its file is half written, or the last one has moved already
+LOST = {  # how rank r is lost: build_in's arguments; operations of the second save on checkpoint files
+    "at a step": {"batch": 5},
+    "before a save": {"operation": 4, "name": "checkpoint"},
+    "in the middle of writing a checkpoint": {
+        "operation": 4,
+        "name": "checkpoint",
+        "size": 100_000,
+    },
+    "before the last checkpoint moves": {"operation": 5, "name": "checkpoint"},
+    "between the two renames of a save": {"operation": 6, "name": "checkpoint"},
+}
 
-def lost_rank(place: Path, victim: int = 1) -> str:
+
+def lost_rank(place: Path, victim: int, how: str, method: str = "llip") -> str:
     """One of torchrun's ranks is killed; --max-restarts goes on to the same bits."""
-    flags = kills.make_data(place / "data")["llip"]
+    flags = kills.make_data(place / "data")[method]
     kills.reference(flags, place / "whole", 2)
-    launcher = kills.torchrun(flags, place / "lost", restarts=3)
-    try:
-        kills.wait_for(lambda: kills.steps_logged(place / "lost") >= 3, "three steps")
-        ranks = kills.ranks_of(launcher)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(ranks[victim], signal.SIGKILL)
-        code = launcher.wait(timeout=3 * kills.WAIT)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(launcher.pid, signal.SIGKILL)
-    assert code == 0, Path(f"{place}/lost.log").read_text()[-1500:]
+    code = kills.torchrun(flags, place / "lost", 2, restarts=3, victim=victim, **LOST[how])
+    log = Path(f"{place}/lost.log").read_text()
+    assert code == 0, log[-1500:]
+    assert Path(f"{place}/lost.ended").exists(), f"rank {victim} was not killed: {log[-1500:]}"
+    assert "resuming" in log, f"nothing was resumed: {log[-1500:]}"
     a, b = (torch.load(place / n / "checkpoint.pt", weights_only=True) for n in ("whole", "lost"))
-    assert kills.same(a["state_dict"], b["state_dict"]) and kills.same(
-        a["optimizer"], b["optimizer"]
-    )
-    logs = [(place / n / "metrics.jsonl").read_bytes() for n in ("whole", "lost")]
-    assert logs[0] == logs[1], "metrics.jsonl differs"
+    for key in ("state_dict", "optimizer", "step"):
+        assert kills.same(a[key], b[key]), f"{key} differs"
+    for name in ("metrics.jsonl", "results.json"):
+        both = [(place / n / name).read_bytes() for n in ("whole", "lost")]
+        assert both[0] == both[1], f"{name} differs"
     return "went on by itself, equal to the bit"
 
 
@@ -97,12 +128,9 @@ def other_world(place: Path, method: str, first: int = 1, then: int = 2) -> str:
     """A run begun on `first` ranks goes on on `then`: the same batches, the same losses up to rounding."""
     flags = kills.make_data(place / "data")[method]
     kills.reference(flags, place / "whole", first)
-    ranks = kills.start(flags, place / "moved", first)
     moved = place / "moved"
-    kills.wait_for(lambda: (moved / "checkpoint.pt").exists(), "a checkpoint")
-    for process in ranks:
-        process.kill()
-    kills.ended(ranks)
+    codes = kills.ended(kills.start(flags, moved, first, operation=6, name="checkpoint"))
+    assert -signal.SIGKILL in codes, codes
     assert kills.ended(kills.start(flags, moved, then)) == [0] * then
     a, b = (
         [json.loads(line) for line in (p / "metrics.jsonl").read_text().splitlines()]
@@ -114,18 +142,48 @@ def other_world(place: Path, method: str, first: int = 1, then: int = 2) -> str:
     return f"losses within {worst:.0e}"
 
 
-def rank_rows(victims=(0, 1), methods=("llip", "alignclip")):
-    for victim in victims:
-        with tempfile.TemporaryDirectory() as place:
-            what = f"rank {victim} of torchrun's two killed, --max-restarts 3"
-            yield attempt(what, 1, lambda p=Path(place), v=victim: lost_rank(p, v))
+def rank_jobs(cases=None, methods=("llip", "alignclip")):
+    """cases: (victim, how, method); all of them if None."""
+    every = [(r, how, "llip") for r in (0, 1) for how in LOST if r == 0 or how == "at a step"]
+    for victim, how, method in cases or [*every, (0, "at a step", "alignclip")]:
+        what = f"torchrun --max-restarts 3, {method}: rank {victim} killed {how}"
+        yield Job(what, 1, 35, lambda p, v=victim, h=how, m=method: lost_rank(p, v, h, m))
     for method, (first, then) in itertools.product(methods, ((1, 2), (2, 1))):
-        with tempfile.TemporaryDirectory() as place:
-            work = lambda p=Path(place), m=method, f=first, t=then: other_world(p, m, f, t)  # noqa: E731
-            yield attempt(f"{method}: begun on {first} rank(s), resumed on {then}", 1, work)
+        what = f"{method}: begun on {first} rank(s), resumed on {then}"
+        yield Job(what, 1, 12, lambda p, m=method, f=first, t=then: other_world(p, m, f, t))
 
 
 # Disks ---------------------------------------------------------------------------------------------------
+
+# a file of a run, and the time that something is done to it which fails
+FULL = {
+    "checkpoint.part": 2, "metrics.jsonl": 6, "config.json": 1, "tokenizer.json": 1,
+    "results.json": 1, "curves.png": 1, "results.png": 1,
+}  # fmt: skip
+
+
+def no_room(place: Path, names=tuple(FULL), method="llip") -> str:
+    """The disk is full when this file is written: one line that names it, nothing lost, goes on."""
+    flags = kills.make_data(place / "data")[method]
+    kills.reference(flags, place / "whole")
+    for name in names:
+        out = place / name.split(".")[0]
+        end = {"operation": FULL[name], "name": name, "full": True}
+        codes = kills.ended(kills.start(flags, out, 1, **end))
+        said = Path(f"{out}.log").read_text()
+        errors = [line for line in said.splitlines() if line.startswith("error")]
+        assert codes == [2] and len(errors) == 1 and "Traceback" not in said, said[-1500:]
+        file = "checkpoint.pt" if name == "checkpoint.part" else name
+        kept = (
+            "the last checkpoint is whole" if (out / "checkpoint.pt").exists() else "no checkpoint"
+        )
+        for words in (str(out / file), "No space left", kept, "Make room, then --resume auto"):
+            assert words in errors[0], f"{words!r} is not in {errors[0]!r}"
+        assert kills.ended(kills.start(flags, out)) == [0], Path(f"{out}.log").read_text()[-1500:]
+        kills.check_equal(place / "whole", out)
+        there = [{p.name for p in (place / d).iterdir()} for d in ("whole", out.name)]
+        assert there[0] == there[1], there
+    return "one line that names it, the last checkpoint whole, finished later to the same bits"
 
 
 def limited(argv: list[str], size: int) -> subprocess.CompletedProcess:
@@ -146,34 +204,30 @@ def one_error(done, *words: str) -> None:
         assert word in errors[0], f"{word!r} is not in {errors[0]!r}"
 
 
-def failing_writes(place: Path) -> str:
-    """A write that fails in the middle of a save: the last checkpoint is whole, and the run goes on."""
-    flags = [
-        *kills.make_data(place / "data")["llip"],
-        "--out",
-        str(place / "run"),
-        "--resume",
-        "auto",
-    ]
+def cut_write(place: Path) -> str:
+    """The kernel lets no file grow beyond half a checkpoint: one line; with more room the run goes on."""
+    flags = kills.make_data(place / "data")["llip"]
+    flags = [*flags, "--out", str(place / "run"), "--resume", "auto"]
     one_error(limited(flags, 300_000), "File too large", "checkpoint.pt", "no checkpoint yet")
     assert kills.ended(kills.start(flags, place / "run")) == [0]
     more = [x if x != "8" else "12" for x in flags]
     kept = (place / "run" / "checkpoint.pt").read_bytes()
     one_error(limited(more, 300_000), "steps 8 -> 12")  # another run is refused before it writes
     assert (place / "run" / "checkpoint.pt").read_bytes() == kept
-    for name, size in (("metrics.jsonl", 60), ("tokenizer.json", 10)):
-        other = [x.replace("/run", f"/{name}") for x in flags]
-        one_error(limited(other, size), "cannot write")
-    return "one line each, the last checkpoint whole"
+    return "one line, then went on"
 
 
-def full_disk(place: Path) -> str:
+def full_disk(place: Path) -> str | tuple:
     """A disk of 12 MB, which two checkpoints and a half fill: the run stops, and later goes on."""
     disk = place / "disk"
     disk.mkdir()
     mounted = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)]
-    if subprocess.run(mounted, capture_output=True).returncode:
-        return "not tried: mounting a small disk needs root"
+    try:
+        refused = subprocess.run(mounted, capture_output=True).returncode
+    except OSError:
+        refused = True
+    if refused:
+        return 0, "not tried: mounting a small disk needs root on Linux"
     try:
         flags = kills.make_data(place / "data")["llip"]
         flags = [*flags, "--out", str(disk / "run"), "--resume", "auto"]
@@ -188,37 +242,109 @@ def full_disk(place: Path) -> str:
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         assert done.returncode == 0 and "resuming" in done.stdout, done.stderr
     finally:
-        subprocess.run(["umount", str(disk)], check=False)
+        subprocess.run(["umount", "--lazy", str(disk)], check=False, capture_output=True)
     return "stopped with one line, went on when there was room"
 
 
-def disk_rows(mount=True):
-    for what, tried, work in (
-        ("a write fails: checkpoint, metrics, tokenizer", 3, failing_writes),
-        ("a full disk (tmpfs of 12 MB)", 1, full_disk),
-    )[: 2 if mount else 1]:
-        with tempfile.TemporaryDirectory() as place:
-            yield attempt(what, tried, lambda w=work, p=Path(place): w(p))
+def output_job(what: str, tried: int, seconds: float, check: Callable, outcome: str, leave_out=()):
+    def work(place):
+        before = os.getcwd()
+        os.chdir(place)  # some commands keep things under runs/
+        try:
+            found = no_failures(check(place, outputs.make_place(place), leave_out))
+        finally:
+            os.chdir(before)
+        return found["tried"], outcome
+
+    return Job(what, tried, seconds, work)
 
 
-# Files, commands, determinism ----------------------------------------------------------------------------
+def disk_jobs():
+    names = ", ".join(name.removesuffix(".part") for name in FULL)
+    yield Job(f"no room for {names}", len(FULL), 25, no_room)
+    names = ("checkpoint.part", "results.json")
+    yield Job("no room for checkpoint, results.json: alignclip", 2, 12,
+              lambda p: no_room(p, names, "alignclip"))  # fmt: skip
+    yield Job("no file can grow beyond half a checkpoint", 2, 20, cut_write)
+    yield Job("a full disk (tmpfs of 12 MB)", 1, 25, full_disk)
+    yield output_job(
+        "read-only folders, folders below a file: every command that writes", 68, 15,
+        outputs.unwritable, "status 2, one line, before the work begins",
+    )  # fmt: skip
+    yield output_job(
+        "a table or a picture that cannot be written at the end", 13, 15, outputs.in_the_way,
+        "one line; figures printed, results kept; finished later",
+    )  # fmt: skip
 
 
-def fuzz_rows(count: int, formats=fuzz.FORMATS):
+def stop_jobs():
+    yield output_job(
+        "Ctrl-C in a command other than train.py",
+        14,
+        5,
+        outputs.interrupted,
+        "status 130, one line",
+    )
+    yield tested("SIGTERM and Ctrl-C while training: saves, says how to resume", 6,
+                 "test_train.py", "sigterm or signal")  # fmt: skip
+
+
+def tested(what: str, seconds: float, file: str, words: str = "", outcome="as it should") -> Job:
+    """Tests of the suite as a row: how many ran, and that none failed."""
+
+    def work(place):
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            str(ROOT / "tests" / file),
+        ]
+        command += ["-k", words] * bool(words) + [f"--junitxml={place}/found.xml"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-300:]
+        suite = next(xml.etree.ElementTree.parse(place / "found.xml").iter("testsuite"))
+        return int(suite.get("tests")) - int(suite.get("skipped")), outcome
+
+    return Job(what, 0, seconds, work)
+
+
+def file_jobs():
+    yield tested("every operation on a run's files: SIGKILL, no space; every 31st bit flipped; damage",
+                 15, "test_rundir.py", outcome="resumed, or refused and the previous one used")  # fmt: skip
+    yield tested("hostile pickles, each as torch.save file, TorchScript and legacy file", 6,
+                 "test_archive.py", "do_nothing", "nothing runs, one line")  # fmt: skip
+    yield tested("zip bombs, shapes, offsets, headers, NaN, dtypes, paths in checkpoints", 8,
+                 "test_archive.py", "not do_nothing and not armed", "one line, bounded memory")  # fmt: skip
+    yield tested("decompression bombs, links and paths that lead outside, control characters", 4,
+                 "test_data.py", "bomb or link or outside or control or oversized or damaged",
+                 "refused and named")  # fmt: skip
+    yield tested("downloads from a hostile server", 3, "test_download.py", outcome="fail cleanly")
+    yield tested("numbers at the edge: not finite, bf16, scale, empty and equal captions", 20,
+                 "test_numbers.py", outcome="defined")  # fmt: skip
+
+
+# Mutants, commands, determinism --------------------------------------------------------------------------
+
+
+def fuzz_jobs(count: int, formats=fuzz.FORMATS):
     for name in formats:
-        began, found = time.monotonic(), fuzz.fuzz(name, count)
-        outcome = (
-            f"{found['read']:,} read, {found['refused']:,} refused, at most {found['peak_mb']} MB"
-        )
-        yield row(f"mutated: {name}", count, outcome, began, found["failures"])
+
+        def work(place, name=name):
+            found = no_failures(fuzz.fuzz(name, count))
+            return f"{found['read']:,} read, {found['refused']:,} refused, at most {found['peak_mb']} MB"
+
+        yield Job(f"mutated: {name}", count, 1 + count * fuzz.COST.get(name, 0.004), work)
 
 
-def command_rows(every: int = 1, apart: int = 10):
-    with tempfile.TemporaryDirectory() as place:
-        began = time.monotonic()
-        found = invocations.check(invocations.make_place(Path(place) / "data"), every, apart)
-        good = f"{found['tried'] - len(found['failures'])} with status 2 and one line"
-        yield row("wrong command lines", found["tried"], good, began, found["failures"])
+def command_jobs(every: int = 1, apart: int = 10):
+    def work(place):
+        place = invocations.make_place(place / "data")
+        found = no_failures(invocations.check(place, every, apart))
+        return found["tried"], "status 2, one line"
+
+    yield Job("wrong command lines", len(invocations.WRONG.split("\n")), 50, work)
 
 
 METHODS = (
@@ -226,64 +352,184 @@ METHODS = (
 )
 
 
-def determinism_rows(methods=METHODS, workers=(0, 2)):
+def determinism_jobs(methods=METHODS, workers=(0, 2)):
     """The same seed twice, with other numbers of workers: the same bits on a CPU, whatever the method."""
     for method in methods:
-        with tempfile.TemporaryDirectory() as place:
+
+        def work(place, method=method):
             paired = method in ("clip", "siglip", "llip")
-            flags = kills.make_data(Path(place) / "data")["llip" if paired else "alignclip"]
+            flags = kills.make_data(place / "data")["llip" if paired else "alignclip"]
             flags = [method if x in ("llip", "alignclip") else x for x in flags]
             flags += ["--prompt-depth", "1"] if method == "maple" else []
+            for w in workers:
+                kills.reference([*flags, "--workers", str(w)], place / f"w{w}")
+            for w in workers[1:]:
+                kills.check_equal(place / f"w{workers[0]}", place / f"w{w}")
+            return "equal to the bit"
 
-            def work(flags=flags, place=Path(place)):
-                for w in workers:
-                    kills.reference([*flags, "--workers", str(w)], place / f"w{w}")
-                for w in workers[1:]:
-                    kills.check_equal(place / f"w{workers[0]}", place / f"w{w}")
-                return "equal to the bit"
-
-            names = " and ".join(map(str, workers))
-            yield attempt(f"same seed, {names} workers: {method}", len(workers), work)
+        names = " and ".join(map(str, workers))
+        yield Job(f"same seed, {names} workers: {method}", len(workers), 8, work)
 
 
-def long_rows(only, quick: bool):
-    parts = {
-        "kills": lambda: kill_rows(3 if quick else 50),
-        "ranks": lambda: rank_rows((1,) if quick else (0, 1)),
-        "disk": disk_rows,
-        "fuzz": lambda: fuzz_rows(100 if quick else 2000),
-        "commands": command_rows,
-        "determinism": lambda: determinism_rows(("llip", "alignclip") if quick else METHODS),
-    }
-    for name in only:
-        yield from parts[name]()
+QUICK_RANKS = [(0, "between the two renames of a save", "llip"), (1, "at a step", "llip")]
+PARTS = {  # name: jobs of (quick)
+    "kills": lambda quick: kill_jobs(3 if quick else 50),
+    "ranks": lambda quick: rank_jobs(QUICK_RANKS if quick else None),
+    "disk": lambda quick: disk_jobs(),
+    "stops": lambda quick: stop_jobs(),
+    "files": lambda quick: file_jobs(),
+    "fuzz": lambda quick: fuzz_jobs(100 if quick else 2000),
+    "commands": lambda quick: command_jobs(),
+    "determinism": lambda quick: determinism_jobs(("llip", "alignclip") if quick else METHODS),
+}
+
+
+# Side by side --------------------------------------------------------------------------------------------
+
+
+def in_a_process(job: Job, answer) -> None:
+    """A job in a process group of its own: Ctrl-C on the terminal is the first process' affair."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        found = attempt(job)
+    except Exception as error:  # a fault of this harness: one row, not the end of all others
+        failure = f"{type(error).__name__}: {error}"
+        found = {
+            "what": job.what,
+            "tried": 0,
+            "outcome": "FAILED",
+            "seconds": 0,
+            "failures": [failure],
+        }
+    answer.send(found)
+
+
+def side_by_side(jobs: list[Job], count: int, tell: Callable) -> list[dict]:
+    """Rows of all jobs, in their order; the longest begin first. tell(rows so far, running, waiting)."""
+    context = multiprocessing.get_context("fork")
+    waiting = sorted(range(len(jobs)), key=lambda n: -jobs[n].seconds)
+    running, rows = {}, {}
+    while waiting or running:
+        while waiting and len(running) < count:
+            n = waiting.pop(0)
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=in_a_process, args=(jobs[n], theirs))
+            process.start()
+            theirs.close()
+            running[ours] = (n, process, time.monotonic())
+        ready = multiprocessing.connection.wait(list(running), 1)
+        for ours in ready:
+            n, process, began = running.pop(ours)
+            try:
+                rows[n] = ours.recv()
+            except EOFError:
+                spent, failure = time.monotonic() - began, "its process ended without an answer"
+                rows[n] = {"what": jobs[n].what, "tried": 0, "outcome": "FAILED", "seconds": spent,
+                           "failures": [failure]}  # fmt: skip
+            process.join()
+        tell(rows, {n: time.monotonic() - since for n, _, since in running.values()}, waiting)
+    return [rows[n] for n in range(len(jobs))]
+
+
+class Teller:
+    """A line for each row, and how long is still to go."""
+
+    def __init__(self, jobs: list[Job], count: int):
+        self.jobs, self.count, self.told, self.shown = jobs, count, set(), time.monotonic()
+        self.tty, self.began = sys.stderr.isatty(), time.monotonic()
+
+    def __call__(self, rows: dict, running: dict, waiting: list) -> None:
+        new = [n for n in rows if n not in self.told]
+        spent = time.monotonic() - self.began
+        done = sum(self.jobs[n].seconds for n in rows)
+        done += sum(min(s, 0.9 * self.jobs[n].seconds) for n, s in running.items())
+        left = sum(job.seconds for job in self.jobs) - done
+        # before much is done the guesses count, then what was measured
+        rate = (done + 60 * self.count) / (spent + 60)
+        eta = f"{len(rows)} of {len(self.jobs)}  ETA {duration(max(left, 0) / rate)}"
+        clear = "\r\x1b[K" if self.tty else ""
+        for n in new:
+            self.told.add(n)
+            bad = f"  {len(rows[n]['failures'])} FAILED" if rows[n]["failures"] else ""
+            text = f"{rows[n]['what']}: {rows[n]['outcome']} in {duration(rows[n]['seconds'])}{bad}"
+            print(f"{clear}{text}  ({eta})", file=sys.stderr, flush=True)
+            for failure in rows[n]["failures"][:20]:
+                print(f"    {failure}", file=sys.stderr, flush=True)
+        names = "; ".join(self.jobs[n].what for n in running)
+        if running and (self.tty or time.monotonic() - self.shown > 60):
+            self.shown = time.monotonic()
+            line = f"{eta}  now: {names}"
+            print(clear + (line[:150] if self.tty else line), end="" if self.tty else "\n",
+                  file=sys.stderr, flush=True)  # fmt: skip
+        elif self.tty and not running:
+            print(clear, end="", file=sys.stderr, flush=True)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__,
+        description=__doc__.replace("PARTS", " ".join(PARTS)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--quick", action="store_true", help="a few of each")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts")
-    parser.add_argument("--json", help="write the table here too")
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a few of each")
+    add("--only", nargs="+", choices=PARTS, default=list(PARTS), help="these parts")
+    add("--jobs", type=int, default=min(cores(), 8), metavar="N", help="at a time [a core each]")
+    add("--list", action="store_true", help="say what there is, and try nothing")
+    add("--json", metavar="FILE", help="write the table here too, row by row")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    began, rows = time.monotonic(), []
-    for found in long_rows(args.only, args.quick):
-        rows.append(found)
-        bad = f"  {len(found['failures'])} FAILED" if found["failures"] else ""
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: must be at least 1")
+    jobs = [job for name in args.only for job in PARTS[name](args.quick)]
+    if args.list:
+        print(format_table([{"what": j.what, "minutes": j.seconds / 60} for j in jobs], digits=1))
         print(
-            f"{found['what']}: {found['outcome']} in {found['time']}{bad}",
-            file=sys.stderr,
-            flush=True,
+            f"{len(jobs)} jobs, {duration(sum(j.seconds for j in jobs) / args.jobs)} on {args.jobs} cores"
         )
-        for failure in found["failures"][:10]:
-            print(f"    {failure}", file=sys.stderr)
-        if args.json:
-            write_json(args.json, rows)
-    shown = [{k: v for k, v in r.items() if k != "failures"} for r in rows]
+        return 0
+    return run_all(jobs, args.jobs, args.json)
+
+
+def run_all(jobs: list[Job], count: int, path: str | None) -> int:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    kills.adopt()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    began, teller = time.monotonic(), Teller(jobs, count)
+
+    def tell(rows, running, waiting):
+        fresh = len(rows) != len(teller.told)
+        teller(rows, running, waiting)
+        if path and fresh:
+            write_json(path, [rows[n] for n in sorted(rows)])
+
+    # a short name: sockets are made below it, and theirs may have 107 characters
+    with tempfile.TemporaryDirectory(prefix="rel-", ignore_cleanup_errors=True) as place:
+        tempfile.tempdir = place  # all that is written, gone whatever happens
+        try:
+            rows = side_by_side(jobs, count, tell)
+        except KeyboardInterrupt:
+            print("\nstopped: ending what was started", file=sys.stderr)
+            return 130
+        except OSError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        finally:
+            tempfile.tempdir = None
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave processes
+            kills.end_all(os.getpid())
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    shown = [
+        {k: v for k, v in r.items() if k not in ("failures", "seconds")}
+        | {"time": duration(r["seconds"])}
+        for r in rows
+    ]
     print(format_table(shown))
     failed = sum(bool(r["failures"]) for r in rows)
     print(f"{len(rows) - failed} of {len(rows)} held, in {duration(time.monotonic() - began)}")
