@@ -536,15 +536,15 @@ def draw(claim: Claim, table: dict, extras: list, path: Path) -> Path | None:
     if callable(claim.picture):
         claim.picture(path, table, extras)
         return path
-    shown = {part.figure for part in claim.parts if isinstance(part, claims.More | claims.Same)}
-    shown = shown or {part.figure for part in claim.parts}
+    shown = {part.figure for part in claim.parts if not isinstance(part, claims.Equal)}
     if claim.picture == "lines":
         panels = {}
         for name in sorted(shown):
             rows = [(float(row), table[row][name]) for row in table if name in table[row]]
             mean = [(x, statistics.fmean(v)) for x, v in rows]
             panels[name] = {"mean": mean} | {
-                f"seed {n + 1}": [(x, v[n]) for x, v in rows] for n in range(len(rows[0][1]))
+                f"{'round' if claim.alone else 'seed'} {n + 1}": [(x, v[n]) for x, v in rows]
+                for n in range(len(rows[0][1]))
             }
         plots.lines(path, panels, xlabel=claim.name)
         return path
@@ -553,7 +553,7 @@ def draw(claim: Claim, table: dict, extras: list, path: Path) -> Path | None:
         spread = {row: mean_error(v[figure]) for row, v in table.items() if figure in v}
         low = min(mean for mean, _ in spread.values())
         bars[figure] = {
-            f"{row} ({mean - low:+.3g})" if len(shown) == 1 else row: (mean, error or 0.0)
+            f"{row} ({round(mean - low, 9):+.3g})" if len(shown) == 1 else row: (mean, error or 0.0)
             for row, (mean, error) in spread.items()
         }
     plots.bars(
@@ -566,9 +566,8 @@ def command(lab: Lab, claim: str) -> str:
     parts = ["python reproduce.py", f"--claim {claim}"]
     r = lab.request
     parts += ["--quick"] * r.quick + ["--validation"] * r.validation
-    parts += [f"--seeds {r.seeds}"] * (r.seeds != 3) + [f"--data {Path(r.data).name}"] * bool(
-        r.data
-    )
+    parts += [f"--seeds {r.seeds}"] * (r.seeds != 3)
+    parts += [f"--data {Path(r.data).name}"] * bool(r.data)
     parts += [f"--steps {r.steps}"] * bool(r.steps) + [f"--target {r.target}"] * bool(r.target)
     parts += [f"--batch-size {r.batch_size}"] * bool(r.batch_size)
     parts += ["--init CLIP"] * bool(r.init) + ["--zeroshot FOLDER"] * bool(r.zeroshot)
