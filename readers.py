@@ -311,10 +311,12 @@ def read_coop(path: Path, content: dict) -> Listing:
         for number, entry in enumerate(content.get(split, [])):
             where = f"{path}, {split} {number}"
             if not isinstance(entry, list) or len(entry) != 3:
-                raise ValueError(f"{where}: {str(entry)[:60]}, expected [file, number, name]")
+                raise ValueError(f"{where}: {str(entry)[:60]!r}, expected [file, number, name]")
             file, label, name = entry
             if names.setdefault(label, name) != name:
-                raise ValueError(f"{where}: class {label} is {name!r} and was {names[label]!r}")
+                raise ValueError(
+                    f"{where}: class {label} is {name!r:.60} and was {names[label]!r:.60}"
+                )
             rows.append(make_row(where, file, [], split, label))
     return Listing("CoOp split", rows, {k: names[k].replace("_", " ") for k in sorted(names)})
 
@@ -334,7 +336,7 @@ def read_json(path: Path, **keys) -> Listing:
         return read_coop(path, content)
     raise ValueError(
         f"{path}: unknown JSON; expected Karpathy's, COCO's (images), CoOp's (train, val, test) or"
-        f" a list of records; found: {', '.join(found[:8])}"
+        f" a list of records; found: {printable(', '.join(found[:8])[:200])}"
     )
 
 
@@ -351,7 +353,9 @@ def read_list(path: Path, keys: dict) -> Listing:
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: an entry is not as this format has it ({error!r})") from None
+        raise ValueError(
+            f"{path}: an entry is not as this format has it ({error!r:.200})"
+        ) from None
     raise ValueError(
         f"{path}: unknown format {suffix!r}; known: .csv .tsv .txt .jsonl, .json (Karpathy, COCO,"
         " CoOp), .tar, folders of classes"
@@ -417,7 +421,7 @@ def choose_split(rows: list, split: str | None, default: str | None, where) -> l
     if split is None:
         return rows
     if split not in names:
-        there = f"there are: {', '.join(names)}" if names else "it has no splits"
+        there = printable(f"there are: {', '.join(names)[:300]}") if names else "it has no splits"
         raise ValueError(f"{where}: no split {split!r}; {there}")
     return [r for r in rows if r.split == split]
 

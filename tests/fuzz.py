@@ -6,6 +6,7 @@ bits, cuts, repeats, swaps, or puts a token or an extreme number somewhere; of n
 their own, whose memory the kernel limits, with an alarm that ends a reader which takes too long.
 """
 
+import copy
 import io
 import json
 import os
@@ -40,7 +41,6 @@ from model import CLIP, Config  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 SECONDS, MEMORY = 60, 1 << 30  # for one input; bytes more than the process has at its start
-COST = {"tar shard": 0.03}  # seconds of an input, where it is not some milliseconds
 EXTREME = [0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 2**63 - 1, 2**64 - 1]
 NASTY = [
     b"\0", b"\n", b"\r\n", b'"', b",", b"\t", b"{", b"}", b"[", b"]", b"\\u0000", b"\\ud800", b"\xff\xfe",
@@ -118,12 +118,86 @@ def mutate_zip(good: bytes, rng: random.Random, tokens) -> bytes:
     return file.getvalue()
 
 
+# TRAP: most changed bytes die in the parser; these mutants are well-formed, and wrong in what they say
+
+
+def mutate_png(good: bytes, rng: random.Random, tokens) -> bytes:
+    """Other numbers in the header, or other scan lines, compressed as they should be."""
+    data = bytearray(good)
+    if rng.random() < 0.5:
+        at = 16 + rng.randrange(13)  # width, height, depth, kind, compression, filter, interlace
+        data[at] = rng.choice([0, 1, 2, 3, 4, 6, 8, 16, 255])
+        return repair_png(bytes(data))
+    at = good.index(b"IDAT")
+    size = int.from_bytes(good[at - 4 : at], "big")
+    lines = zlib.compress(mutate(zlib.decompress(good[at + 4 : at + 4 + size]), rng))
+    data[at - 4 : at + 4 + size] = len(lines).to_bytes(4, "big") + b"IDAT" + lines
+    return repair_png(bytes(data))
+
+
+VALUES = [None, True, -1, 0, 2**63, 10**400, 1e308, float("nan"), "", " ", "..", "/etc/passwd", "a.png",
+          "\0", "\ud800", "a\nb", "x" * 5000, [], {}, [[]], [None], {"": None}, ["a.png"] * 3]  # fmt: skip
+
+
+def mutate_json(good: bytes, rng: random.Random, tokens) -> bytes:
+    """Another value, one less, or one twice, somewhere in it; JSON lines one by one."""
+    try:
+        tree = {"": json.loads(good)}
+    except ValueError:
+        lines = good.strip().split(b"\n")
+        return b"\n".join(mutate_json(line, rng, tokens) for line in lines)
+    for _ in range(rng.choice([1, 1, 2, 4])):
+        places, todo = [], [tree]
+        for node in todo:
+            keys = list(node) if isinstance(node, dict) else range(len(node))
+            places += [(node, key) for key in keys]
+            todo += [node[key] for key in keys if isinstance(node[key], dict | list)]
+        node, key = rng.choice(places)
+        kind = rng.randrange(4)
+        if kind == 0 and node is not tree:
+            del node[key]
+        elif kind == 1 and isinstance(node, list):
+            node.insert(key, node[key])
+        else:
+            node[key] = copy.deepcopy(rng.choice([*VALUES, rng.choice(places)[1]]))
+        if not tree:
+            break
+    return json.dumps(tree.get("")).encode()
+
+
+def mutate_lines(good: bytes, rng: random.Random, tokens) -> bytes:
+    """Lines swapped, left out, repeated, or with a word of another."""
+    lines = good.split(b"\n")
+    for _ in range(rng.choice([1, 1, 2, 4])):
+        a, b = rng.randrange(len(lines)), rng.randrange(len(lines))
+        kind = rng.randrange(4)
+        if kind == 0:
+            lines[a], lines[b] = lines[b], lines[a]
+        elif kind == 1:
+            lines[a] = lines[b]
+        elif kind == 2:
+            lines[a] = b" ".join([*lines[a].split(b" ")[:1], *lines[b].split(b" ")[:1]])
+        else:
+            del lines[a : a + rng.choice([1, 1, 5])]
+            lines = lines or [b""]
+    return b"\n".join(lines)
+
+
+DEEPER = {  # format: what to do with this share of its inputs
+    "checkpoint (zip)": (mutate_zip, 0.8), "PNG": (mutate_png, 0.5), "JSONL": (mutate_json, 0.5),
+    "JSON": (mutate_json, 0.5), "split file": (mutate_json, 0.5), "metadata": (mutate_json, 0.5),
+    "vocabulary": (mutate_lines, 0.5), "CSV": (mutate_lines, 0.2), "TSV": (mutate_lines, 0.2),
+    "captions": (mutate_lines, 0.2),
+}  # fmt: skip
+
+
 def mutant(name: str, number: int) -> bytes:
     """Input `number` of a format."""
     rng = random.Random(f"{name} {number}")
     good, tokens = rng.choice(FORMATS[name][1]), FORMATS[name][4]
-    if name == "checkpoint (zip)" and rng.random() < 0.8:
-        return mutate_zip(good, rng, tokens)
+    deeper, share = DEEPER.get(name, (None, 0))
+    if rng.random() < share:
+        return deeper(good, rng, tokens)
     data = mutate(good, rng, tokens)
     repair = {"PNG": repair_png, "tar shard": repair_tar}.get(name)
     return repair(data) if repair and rng.random() < 0.8 else data

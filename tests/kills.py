@@ -291,7 +291,7 @@ def kill_and_resume(flags, folder: Path, kills: int, seed: int, world=1, tell=No
 
     Returns: {"kills", "runs", "by": {how: times}}.   Raises: AssertionError where a run differs or fails.
     """
-    rng, whole = random.Random(seed), folder / "whole"
+    rng, whole = random.Random(f"{seed} {flags[:2]} {flags[-1]} {world}"), folder / "whole"
     warm = server().Process(target=int)
     with no_main():
         warm.start()

@@ -83,11 +83,11 @@ def kill_jobs(count: int, methods=("llip", "alignclip"), workers=(0, 2), worlds=
             flags = [*kills.make_data(place / "data")[method], "--workers", str(w)]
             found = kills.kill_and_resume(flags, place, count, seed, world)
             ways = ", ".join(f"{n} by {how}" for how, n in found["by"].items() if n)
-            return found["kills"], f"{found['runs']} runs equal to the bit ({ways})"
+            return found["kills"], f"runs equal to the bit: {found['runs']} ({ways})"
 
         ranks = "one process" if world == 1 else f"{world} ranks"
         what = f"SIGKILL, then --resume auto: {method}, {ranks}, {w} workers"
-        yield Job(what, count, count * (1.6 + 1.2 * (world - 1)) * (1 + w / 4), work)
+        yield Job(what, count, count * (0.9 + 1.6 * (world - 1)) * (1 + w / 4), work)
 
 
 # Ranks ---------------------------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ def fuzz_jobs(count: int, formats=fuzz.FORMATS):
             found = no_failures(fuzz.fuzz(name, count))
             return f"{found['read']:,} read, {found['refused']:,} refused, at most {found['peak_mb']} MB"
 
-        yield Job(f"mutated: {name}", count, 1 + count * fuzz.COST.get(name, 0.004), work)
+        yield Job(f"mutated: {name}", count, 1 + count * 0.003, work)
 
 
 def command_jobs(every: int = 1, apart: int = 10):

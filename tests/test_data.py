@@ -310,6 +310,21 @@ def test_messages_show_no_control_characters(tmp_path, name):
         assert str(error.value).isprintable()
 
 
+@pytest.mark.parametrize("nasty", ["\x1b[2J", "a\nb", "\ud800", "x" * 5000])
+def test_messages_about_json_are_one_short_plain_line(tmp_path, nasty):
+    contents = [
+        {"train": [nasty, 0]}, {nasty: 1}, {"images": [{nasty: 1}]}, [{nasty: 1}],
+        {"train": [["a.png", 0, nasty], ["a.png", 0, "cat"]]},
+        {"images": [{"filename": "a.png", "split": nasty, "sentences": []}]},
+    ]  # fmt: skip
+    write_images(tmp_path, ["a.png"])
+    for content in contents:
+        (tmp_path / "x.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError) as error:
+            data.open_dataset(tmp_path / "x.json", split="test")
+        assert str(error.value).isprintable() and len(str(error.value)) < 600, str(error.value)
+
+
 def test_outside_can_be_allowed(tmp_path):
     write_images(tmp_path, ["a.png", "d/b.png"])
     (tmp_path / "d" / "t.csv").write_text("image,title\nb.png,t\n../a.png,u\n")
