@@ -228,9 +228,15 @@ class StopSignal:
 
     def __init__(self):
         self.asked = self.now = False
+        self.before = {}
         for number in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(ValueError):  # not in the main thread: leave the signals alone
-                signal.signal(number, self.handle)
+                self.before[number] = signal.signal(number, self.handle)
+
+    def close(self):
+        """TRAP: what comes after, another run perhaps, would otherwise swallow a Ctrl-C in silence."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def handle(self, number, frame):
         signal.signal(number, signal.SIG_DFL)

@@ -326,6 +326,7 @@ def train(c: TrainConfig) -> dict:
                 flush=True,
             )
     finish(run, task, c, results, time.time() - began, say)
+    stop.close()
     return results
 
 

@@ -99,6 +99,7 @@ def apart(words: list[str], before=lambda: None) -> tuple[object, str, str]:
     if (pid := os.fork()) == 0:
         try:
             os.close(ends)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever ran here before
             before()
             found = invocations.run_here(words)
             with open(lines, "w") as out:

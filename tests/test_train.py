@@ -418,6 +418,18 @@ def test_a_signal_is_seen_at_a_step_that_saves_anyway(tmp_path, monkeypatch):
     assert checkpoint(tmp_path / "run")["step"] == 2
 
 
+def test_ctrl_c_after_a_run_is_not_swallowed(tmp_path):
+    """openworld.py trains many runs in one process; between two of them Ctrl-C must end it too."""
+    before = [signal.signal(n, signal.default_int_handler) for n in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        assert run(tmp_path / "run", "--steps", 2) == 0
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+            signal.signal(number, handler)
+
+
 def test_a_gradient_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
     step, count = pairs.training_step, [0]
 
