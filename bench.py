@@ -54,7 +54,7 @@ from alignclip import AlignCLIP
 from clipood import FineTune
 from gradcache import training_step
 from model import CONFIGS
-from report import format_table, write_json
+from report import format_table, output_folder, write_json
 from tokenizer import Tokenizer
 
 
@@ -874,10 +874,10 @@ def main(argv: list[str] | None = None) -> int:
         c = BenchConfig(**args)
         if c.precision not in ("fp32", "bf16") or c.repeats < 2:
             raise ValueError("--precision is fp32 or bf16, --repeats at least 2")
-        b = Bench(c)
-        print(
-            f"{device_name(b.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        )
+        if c.out:
+            output_folder(c.out)
+        b, version = Bench(c), torch.__version__
+        print(f"{device_name(b.device)}, {torch.get_num_threads()} threads, torch {version}")
         for name in chosen:
             b.section = name
             print(f"\n{name}: {SECTIONS[name].__doc__.splitlines()[0]}")

@@ -58,7 +58,7 @@ import plots
 import pretrained
 from claims import ARMS, BY_NAME, CLAIMS, SETTINGS, Claim
 from model import CONFIGS
-from report import duration, format_table, write_json, write_text
+from report import duration, format_table, output_folder, write_json, write_text
 from rundir import git_commit
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decidable here"
@@ -792,6 +792,7 @@ def main(argv: list[str] | None = None) -> int:
         chosen = chosen_by(request)
         for claim in chosen:
             asked(claim, lab)
+        output_folder(lab.out)
         began = time.time()
         run(lab, chosen)
         for claim in chosen:

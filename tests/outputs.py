@@ -38,6 +38,7 @@ data.py DATA/pairs.csv --size 16 --out OUT/x.png
 scenes.py --count 2 --out OUT/x.png
 surgery.py DATA/bed/art/cat/0.png cat --model START --out OUT/x.png
 reproduce.py --claim l1 --quick --seeds 1 --out OUT
+bench.py wire --quick --out OUT
 """
 PLACES = ("locked", "locked/new", "file", "file/new")
 # a folder lies where this file should: command, file, and what must be there all the same

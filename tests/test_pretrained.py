@@ -98,7 +98,7 @@ def epsilon(model):
 
 def looks_ahead(model):
     forward = model.transformer.forward
-    model.transformer.forward = lambda x, mask=None: forward(x)
+    model.transformer.forward = lambda x, mask=None, pick=None: forward(x, None, pick)
 
 
 def last_token(model):
