@@ -137,15 +137,18 @@ class FLYP(nn.Module):
     REF: two images of one class in a batch are negatives of each other there, hence here: the loss of
     a batch with repeated classes cannot reach 0.
     Args: class_tokens (C, L): the tokenized prompt of each class.
-    Cost: forward, T FLOPs of the text tower a prompt, U classes in the batch: B I + U T + 2 B G E. Ranks
-          exchange 4 bytes of gradient a weight of both towers, and 4 E a text, as CLIP
+    Cost: forward, T FLOPs of the text tower a prompt, cut to the longest class', U classes in the batch:
+          B I + U T + 2 B G E. Ranks exchange 4 bytes of gradient a weight of both towers, and 4 E a text
     """
 
     def __init__(self, clip: CLIP, class_tokens: Tensor):
         super().__init__()
         require_clip(clip)
         self.clip = clip.requires_grad_(True)
-        self.register_buffer("class_tokens", class_tokens, persistent=False)  # (C, L)
+        # SPEED: nothing looks ahead of the end token: columns that no class uses are cut off, 77 become some
+        # 10. Once for all classes and not for each batch: under --compile shapes must not change
+        used = int(class_tokens.argmax(-1).max()) + 1
+        self.register_buffer("class_tokens", class_tokens[:, :used], persistent=False)  # (C, L')
         self.register_buffer("text", None, persistent=False)  # (C, E), see class_features
         self.register_buffer("text_weights", None, persistent=False)  # what text was computed from
 
