@@ -31,7 +31,9 @@ class Run:
         )
         self.checkpoint, self.writes = self.path / "checkpoint.pt", distributed.rank() == 0
         self.previous = self.path / "checkpoint.previous.pt"
+        self.made = []  # folders that were not there before, the innermost first
         if self.writes:
+            self.made = [p for p in (self.path, *self.path.parents) if not p.exists()]
             output_folder(self.path)
             self.lock = lock(self.path / "lock")
             for left in self.path.glob("*.part"):  # by a run that was killed while it wrote
@@ -53,6 +55,20 @@ class Run:
         names = [Path("runs") / (c.method + (f"-{n}" if n > 1 else "")) for n in range(1, 10000)]
         free = next(n for n, path in enumerate(names) if not holds_checkpoint(path))
         return names[max(free - 1, 0) if c.resume else free]
+
+    def withdraw(self) -> None:
+        """Takes back a new folder in which there is neither a figure nor a checkpoint: the run was refused.
+
+        TRAP: what was there before the run, and what someone else put in since, stays.
+        """
+        if not self.made or holds_checkpoint(self.path) or self.metrics():
+            return
+        self.lock.close()
+        with contextlib.suppress(OSError):
+            for name in ("lock", "config.json", "tokenizer.json", "metrics.jsonl"):
+                (self.path / name).unlink(missing_ok=True)
+            for folder in self.made:
+                folder.rmdir()  # which fails if anything is in it
 
     def save(self, state: dict) -> None:
         """TRAP: written to another name, synced, then renamed: a kill leaves the old checkpoint whole."""

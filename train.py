@@ -208,14 +208,23 @@ def train(c: TrainConfig) -> dict:
     torch.manual_seed(c.seed)  # the same weights on every rank
     if c.threads:
         torch.set_num_threads(c.threads)
-    main = distributed.rank() == 0
-    say = print if main else (lambda *a, **k: None)
     world = distributed.world_size()
     if c.batch_size % (world * c.accumulate):
         raise ValueError(
             f"batch {c.batch_size} is not divisible by {world} ranks x {c.accumulate} chunks"
         )
     run = Run(c)
+    try:
+        return loop(c, run, device)
+    except BaseException:
+        run.withdraw()
+        raise
+
+
+def loop(c: TrainConfig, run: Run, device: torch.device) -> dict:
+    """The run itself, in a directory that is this process' alone; returns what train returns."""
+    main, world = distributed.rank() == 0, distributed.world_size()
+    say = print if main else (lambda *a, **k: None)
     task = TASKS[c.method](c)
     if c.epochs:
         c = replace(c, steps=max(1, round(c.epochs * (len(task.train) // c.batch_size))))

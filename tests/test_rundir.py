@@ -206,6 +206,26 @@ def test_whatever_stops_between_two_operations_the_run_goes_on(tmp_path, failing
     assert code in ends and ends <= {code, 0, 1}, ends
 
 
+def test_withdrawing_takes_back_what_is_new_and_empty(tmp_path):
+    run = open_run(tmp_path / "runs" / "new")
+    assert (tmp_path / "runs" / "new" / "lock").exists()
+    run.withdraw()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "old").mkdir()
+    open_run(tmp_path / "old").withdraw()
+    assert (tmp_path / "old").exists()
+    for name, act in {
+        "logged": lambda run: run.log(step=1),
+        "saved": lambda run: run.save(state(1)),
+        "note": lambda run: (run.path / "note").touch(),
+    }.items():
+        run = open_run(tmp_path / name)
+        act(run)
+        run.withdraw()
+        kept = {p.name for p in (tmp_path / name).iterdir()} - {"lock"}
+        assert kept == {{"logged": "metrics.jsonl", "saved": "checkpoint.pt"}.get(name, name)}
+
+
 def test_a_line_that_a_full_disk_cut_is_left_out(tmp_path):
     run = open_run(tmp_path)
     run.log(step=1)

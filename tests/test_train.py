@@ -276,6 +276,14 @@ def test_mistakes_get_one_line(tmp_path, capsys, flags, message):
     assert run(tmp_path / "run", *flags) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not list(tmp_path.iterdir())  # a folder with nothing but a lock would look like a run
+
+
+def test_a_refused_run_deletes_nothing(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("mine")
+    assert run(tmp_path / "run", "--train-data", "nowhere.csv") == 2
+    assert (tmp_path / "run" / "config.json").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
