@@ -151,6 +151,14 @@ class Run:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]  # a full disk cuts lines
 
+    def results(self) -> dict | None:
+        """results.json of a run that has come to its end, on every rank; None: missing or broken."""
+        found = None
+        if self.writes:
+            with contextlib.suppress(OSError, ValueError):
+                found = json.loads((self.path / "results.json").read_text())
+        return distributed.broadcast(found)
+
     def rewind(self, step: int) -> None:
         """Drops what was logged after the checkpoint of this step."""
         if self.writes:

@@ -235,15 +235,28 @@ def loop(c: TrainConfig, run: Run, device: torch.device) -> dict:
     task.begin(c)
     optimizer = build_optimizer(c, parameter_groups(raw, c.weight_decay), device)
     start, window = 0, [0.0, 0]
+    chance = task.chance()  # of the start: afterwards bias and scale are learned ones
     saved = run.load() if c.resume else None
     if saved:
         check_same_run(saved["config"], asdict(c))
         task.load(saved)
         optimizer.load_state_dict(saved["optimizer"])
         start, window = saved["step"], list(saved["window"])
-        say(f"resuming {run.path} at step {start}")
+        done = start == c.steps
+        say(
+            f"{run.path}: all {start} steps done"
+            if done
+            else f"resuming {run.path} at step {start}"
+        )
     if distributed.mean({"start": start})["start"] != start:
         raise ValueError(f"{run.path}: not every rank sees the checkpoint; use a shared folder")
+    if saved and start == c.steps and (results := run.results()) is not None:
+        if results:
+            say(f"\n{evaluate.results_table(results)}")
+        if main and not (run.path / "curves.png").exists():  # ended between the two
+            pictures(run, results)
+        say(f"as in {run.path / 'results.json'}: finished before, nothing was computed now")
+        return results
     run.rewind(start)
     model = torch.compile(raw) if c.compile else raw
     if world > 1:
@@ -267,7 +280,7 @@ def loop(c: TrainConfig, run: Run, device: torch.device) -> dict:
         f"{c.steps:,} steps of {c.batch_size} {task.unit} over {world} x {device.type}, {precision}"
     )
     say(f"-> {run.path}")
-    say(f"chance loss: {task.chance()}")
+    say(f"chance loss: {chance}")
 
     def state(step: int) -> dict:
         return {
@@ -334,7 +347,7 @@ def loop(c: TrainConfig, run: Run, device: torch.device) -> dict:
                 f"ETA {report.duration(left)}",
                 flush=True,
             )
-    finish(run, task, c, results, time.time() - began, say)
+    finish(run, task, c, results, time.time() - began if start < c.steps else 0.0, say)
     stop.close()
     return results
 
@@ -367,7 +380,7 @@ def check_finite(window: list, step: int, c: TrainConfig, task, ids, run: Run, w
 
 
 def finish(run: Run, task, c: TrainConfig, results: dict, seconds: float, say) -> None:
-    """Results table, results.json and curves.png."""
+    """Results table, results.json, curves.png and results.png; seconds of training, 0 if there was none."""
     if not run.writes:
         return
     if c.overfit:
@@ -384,7 +397,8 @@ def finish(run: Run, task, c: TrainConfig, results: dict, seconds: float, say) -
     with run.writing():
         report.write_json(run.path / "results.json", results)
         pictures(run, results)
-    say(f"trained in {report.duration(seconds)}; model, metrics and picture in {run.path}")
+    trained = f"trained in {report.duration(seconds)}; " if seconds else ""
+    say(f"{trained}model, metrics and picture in {run.path}")
 
 
 def pictures(run: Run, results: dict) -> None:

@@ -458,6 +458,34 @@ def test_resume_of_nothing_is_an_error(tmp_path, capsys):
     assert "no checkpoint to go on from" in capsys.readouterr().err
 
 
+def test_a_finished_run_says_so_and_keeps_its_results(tmp_path, monkeypatch, capsys):
+    asked, found = [], {"zeroshot": {"top1": 0.5, "chance": {"top1": 0.25}}}
+    monkeypatch.setattr(pairs.PairTask, "evaluate", lambda self, model: asked.append(1) or found)
+    flags = ["--steps", 3, "--warmup", 0, "--lr", 0.1]
+    assert run(tmp_path / "run", *flags) == 0 and len(asked) == 1
+    first = capsys.readouterr().out
+    assert "trained in" in first
+    results = tmp_path / "run" / "results.json"
+    before, times = results.read_text(), results.stat().st_mtime_ns
+    assert run(tmp_path / "run", *flags, "--resume", "auto") == 0
+    said = capsys.readouterr().out
+    assert "all 3 steps done" in said and "| zeroshot | top1   | 50.00 |" in said
+    assert "resuming" not in said and "trained in" not in said and "evaluated in" not in said
+    assert len(asked) == 1 and results.stat().st_mtime_ns == times
+    for broken in (results.unlink, lambda: results.write_text("half")):
+        broken()
+        assert run(tmp_path / "run", *flags, "--resume", str(tmp_path / "run")) == 0
+        said = capsys.readouterr().out
+        assert "all 3 steps done" in said and "trained in" not in said
+        assert results.read_text() == before
+        # the scale moved by 0.1 a step; what chance is has not
+        lines = [[x for x in text.splitlines() if "chance loss" in x] for text in (first, said)]
+        assert lines[0] == lines[1] != []
+    assert len(asked) == 3
+    assert run(tmp_path / "run", "--steps", 4, *flags[2:], "--resume", "auto") == 2
+    assert "steps 3 -> 4" in capsys.readouterr().err
+
+
 def test_a_fresh_run_does_not_inherit_metrics(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 77, "loss": 1.0}\n')
