@@ -388,9 +388,24 @@ class LabelTask:
         if self.c.method == "flyp":
             n = self.c.batch_size
             return f"ln {n} = {math.log(n):.2f}; images of one class in a batch keep it above 0"
-        C = len(self.train.classes)
-        blind = f"ln {C} = {math.log(C):.2f} for a blind answer"
-        return blind + "; training starts at zero-shot CLIP" * (self.c.method not in BESIDE)
+        C, more = len(self.train.classes), []
+        if self.c.method not in BESIDE:
+            more.append("training starts at zero-shot CLIP")
+        if terms := self.terms():
+            more.append(f"the loss is {terms}")
+        return "; ".join([f"ln {C} = {math.log(C):.2f} for a blind answer", *more])
+
+    def terms(self) -> str:
+        """What the logged loss adds up beside one cross-entropy, for which chance is told; "" if nothing."""
+        c = self.c
+        if c.method == "tes":
+            return f"the classifier's + {c.tes_weight:g} x the projection's cross-entropy"
+        on = ["attention"] * c.align_attention + ["similarity"] * (c.similarity != "none")
+        if c.method != "alignclip" or not on:
+            return ""
+        each = " + ".join(on)
+        each = f"({each})" if len(on) > 1 else each
+        return f"classification + {c.align_weight:g} x {each}, all in metrics.jsonl, chance is of the first"
 
     def evaluate(self, model: nn.Module) -> dict[str, dict]:
         """Where it started, where it is, and the average, which is then the model to report."""

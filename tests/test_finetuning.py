@@ -90,6 +90,19 @@ def task_of(clip, method, **more):
     return task
 
 
+def test_chance_names_what_the_logged_loss_adds_up(clip, tmp_path, capsys):
+    """AlignCLIP's loss is far above ln C; the named terms are those of metrics.jsonl and give the loss."""
+    assert run(tmp_path / "run", clip, "alignclip", "--steps", 1, "--align-weight", 3) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("chance loss"))
+    assert line.startswith("chance loss: ln 16 = 2.77 for a blind answer; ")
+    assert "the loss is classification + 3 x (attention + similarity), all in metrics.jsonl" in line
+    m = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert m["loss"] == pytest.approx(m["classification"] + 3 * (m["attention"] + m["similarity"]))
+    assert "x attention, all" in task_of(clip, "alignclip", similarity="none").chance()
+    assert "the loss is" not in task_of(clip, "clipood").chance()
+    assert "+ 0.4 x the projection" in task_of(clip, "tes").chance()
+
+
 # What a run is -------------------------------------------------------------------------------------------
 
 
