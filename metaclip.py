@@ -258,6 +258,8 @@ class Balancer:
 class Corpus:
     """Captions of a file, streamed: .tsv and .csv with a header, .jsonl, else one a line; also .gz.
 
+    A JSON line may hold several, "captions": [...]: it is kept or dropped whole, by the entries of all.
+
     Unreadable lines are counted, the first twenty named in `skipped`, and past 1 % of all an error.
     A CSV quote may span lines; in TSV a quote is a character like any other.
     """
@@ -317,8 +319,7 @@ class Corpus:
             if not raw.strip():
                 return ""  # a blank line is a caption without a word, in every format
             if self.kind == ".jsonl":
-                record = json.loads(cells[0])
-                cells = [record.get(self.column) if isinstance(record, dict) else None]
+                cells = [self._texts(json.loads(cells[0]))]
             if not cells or self.place >= len(cells) or not isinstance(cells[self.place], str):
                 raise ValueError(f"no text under {self.column!r}")
             cells[self.place].encode()  # "\\ud800" is valid JSON and not text
@@ -329,6 +330,18 @@ class Corpus:
                 self.skipped.append(f"line {self.lines - count + 1}: {error}")
             self._check_unreadable(max(self.lines, 10_000))
             return None
+
+    def _texts(self, record) -> str | None:
+        """The caption of a JSON record; of several, "captions": [...], all: the record is one pair.
+
+        A separator that no entry holds stands between them, so that nothing matches across two.
+        """
+        if not isinstance(record, dict):
+            return None
+        found = record.get(self.column, record.get(f"{self.column}s"))
+        if isinstance(found, list) and found and all(isinstance(text, str) for text in found):
+            return " \x1e ".join(found)
+        return found
 
     def _check_unreadable(self, lines: int) -> None:
         if self.unreadable > 0.01 * lines:
@@ -551,7 +564,9 @@ def main(argv: list[str] | None = None) -> int:
     level.add_argument("--t", type=float, help="an entry with up to t captions is tail")
     share = "or: the tail's share of all matches, from which t follows (default 0.06)"
     level.add_argument("--tail-share", type=float, default=0.06, help=share)
-    add("--column", default="caption", help="column or JSON key that holds the caption")
+    add(
+        "--column", default="caption", help="column or JSON key of the caption (or key + s: a list)"
+    )
     add("--seed", type=int, default=0, help="of the draws; equal seeds keep equal captions")
     args = parser.parse_args(argv)
     try:

@@ -285,6 +285,29 @@ def test_all_formats_give_the_same_captions(tmp_path):
             assert whole == data.removeprefix(b"\xef\xbb\xbf")
 
 
+def test_json_lines_of_several_captions_are_one_pair_each(tmp_path):
+    """As data.py reads and writes them; every text counts, and no entry matches across two."""
+    path = tmp_path / "c.jsonl"
+    records = [
+        {"image": "0.png", "captions": ["a red dog", "house at night", "a dog"]},
+        {"image": "1.png", "caption": "one cat"},
+        {"image": "2.png", "captions": ["grass"]},
+    ]
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    matcher = Matcher(["dog", "house", "dog house", "cat", "grass", "night a"])
+    texts = [text for _, _, text in Corpus(path).scan()]
+    assert [matcher.match(text) for text in texts] == [[0, 1], [3], [4]]
+    assert all(word.isalnum() or " " in word for word in build_entries(texts, 1, 0.0))
+    summary = curate(Corpus(path), ["dog", "cat"], tmp_path / "kept.jsonl", t=5)
+    assert summary["pairs"] == 3 and summary["unreadable_lines"] == 0
+    kept = (tmp_path / "kept.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in kept] == records[:2]
+    for wrong in ([], [3], {"a": 1}):
+        path.write_text(json.dumps({"captions": wrong}) + "\n")
+        with pytest.raises(ValueError, match="no text under 'caption'"):
+            list(Corpus(path).scan())
+
+
 @pytest.mark.parametrize("kind", ["txt", "tsv", "csv", "jsonl"])
 def test_a_blank_line_is_an_empty_caption(tmp_path, kind):
     path = tmp_path / f"c.{kind}"
