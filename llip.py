@@ -295,4 +295,7 @@ if __name__ == "__main__":  # what a caption changes: the weights of four tokens
     model = Llip(Config(8, 16, 8, 32, 1, 2, 64, 8, 50, 16, 1, 2, 32), 4, 2, temperature=1.0)
     keys, values = model.encode_image(torch.randn(1, 3, 16, 16))
     queries, _ = model.encode_text(torch.tensor([[48, 5, 49, 0], [48, 6, 49, 0]]))
-    print(model.mixing_weights(keys, queries)[0, :, 0])  # two captions, two different rows
+    print(
+        "weights of four mixture tokens under one image, first head; a row for each of two captions:"
+    )
+    print(model.mixing_weights(keys, queries)[0, :, 0].detach())  # two different rows
