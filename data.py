@@ -429,7 +429,7 @@ def contact_sheet(dataset, size: int, count: int = 50, columns: int = 10) -> Ima
         pairs = hasattr(dataset, "captions")
         text = dataset.captions[i][0] if pairs else dataset.classes[dataset.labels[i]]
         text = text.encode("latin-1", "replace").decode("latin-1")  # all that Pillow's font has
-        lines = textwrap.wrap(text[:200], max(size // 6, 1))[:3]
+        lines = textwrap.wrap(text, max(size // 6, 4), max_lines=3, placeholder=" ...")
         draw.multiline_text((left + 1, top + size), "\n".join(lines), "black", font, spacing=1)
     return sheet
 

@@ -543,7 +543,8 @@ def contact_sheet(dataset, written: list[int], scores: dict, count: int = 12) ->
             answer = int(scores[kind][i].argmax())
             colour = "#009E73" if answer == dataset.labels[i] else "#D55E00"
             name = dataset.classes[answer].encode("latin-1", "replace").decode("latin-1")
-            draw.text((x, y + side + 2), name[:18], colour, font)
+            name = name if len(name) <= 18 else f"{name[:16]}..."
+            draw.text((x, y + side + 2), name, colour, font)
     return sheet
 
 

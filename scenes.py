@@ -799,7 +799,7 @@ def contact_sheet(data: Drawn, count: int, zoom: int, columns: int = 8) -> Image
         sheet.paste(mask.resize((size, size), Image.Resampling.NEAREST), (x, y + size + 2))
         text = data.domain_names[data.domains[i]] + ": "
         text += data.captions[i][0] if isinstance(data, Scenes) else data.classes[data.labels[i]]
-        lines = textwrap.wrap(text, max(8, size // 6))[:3]
+        lines = textwrap.wrap(text, max(8, size // 6), max_lines=3, placeholder=" ...")
         pen.text((x + 2, y + 2 * size + 3), "\n".join(lines), fill="black", spacing=1)
     return sheet
 

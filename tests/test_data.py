@@ -11,7 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import data
 import images
@@ -886,6 +886,24 @@ def test_show_fails_in_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: ")
     with pytest.raises(SystemExit):
         data.main(["--colour"])
+
+
+def test_a_caption_cut_on_the_sheet_ends_in_three_dots(monkeypatch):
+    class Two:
+        captions = [["a red dog"], ["a red dog and so on " * 99]]
+        image = staticmethod(lambda i: Image.new("RGB", (40, 40)))
+        name = staticmethod(str)
+
+        def __len__(self):
+            return 2
+
+    drawn = []
+    write = lambda pen, where, text, *more, **_: drawn.append(text)  # noqa: E731
+    monkeypatch.setattr(ImageDraw.ImageDraw, "multiline_text", write)
+    for size in (8, 64, 2048):
+        data.contact_sheet(Two(), size)
+        assert drawn[-1].count("\n") == 2 and drawn[-1].endswith("...")
+    assert drawn[-2] == "a red dog"
 
 
 def test_floating_point_pixels_are_refused(tmp_path):

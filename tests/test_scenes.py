@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import ImageDraw
 
 import scenes
 from scenes import COLOURS, DOMAINS, GROUPS, KINDS, PATTERNS, PLACES, Objects, Scenes, draw
@@ -348,6 +349,17 @@ def test_indices_out_of_range_fail():
     for read in (data.image, data.mask, data.name):
         with pytest.raises(IndexError):
             read(4)
+
+
+def test_a_caption_cut_on_the_sheet_ends_in_three_dots(monkeypatch):
+    drawn, pictures = [], Scenes(size=2)
+    pictures.captions = [["a red dog"], ["a red dog and so on " * 9]]
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda pen, where, text, **_: drawn.append(text)
+    )
+    scenes.contact_sheet(pictures, 2, 4)
+    assert drawn[0].replace("\n", " ").endswith(": a red dog")
+    assert drawn[1].count("\n") == 2 and drawn[1].endswith(" ...")
 
 
 def test_command_line(tmp_path, capsys):
