@@ -18,6 +18,7 @@ import llip
 import tiles
 from model import CONFIGS, Config, tower_flops
 from pairs import build_model
+from plots import number
 from report import format_table
 
 GPU_BYTES = 0.9 * 80e9  # what a usual large GPU leaves to tensors
@@ -169,14 +170,14 @@ def describe(c) -> str:
         }
         wire = wire_bytes(c, config, counts["all"], world)
         row = {"ranks": world, "pairs/rank": local}
-        row |= {f"{k} GiB": v / 2**30 for k, v in memory.items()}
-        row["in all GiB"] = sum(memory.values()) / 2**30
+        row |= {f"{k} GB": number(v / 1e9) for k, v in memory.items()}
+        row["in all GB"] = number(sum(memory.values()) / 1e9)
         fixed = memory["weights, gradients, Adam"] + memory["pairs"]
         row["chunks for 80 GB"] = chunks_that_fit(each, fixed, local)
-        rows.append(row | {f"{k} MB/step": v / 1e6 for k, v in wire.items()})
+        rows.append(row | {f"{k} GB/step": number(v / 1e9) for k, v in wire.items()})
     lines += [
         "",
-        "per rank (memory is an estimate; bytes are received per step):",
+        "per rank (1 GB is 1e9 bytes; memory is an estimate; GB/step are received):",
         format_table(rows),
     ]
     return "\n".join(lines)

@@ -343,6 +343,7 @@ COUNTS = {
 def test_dry_run_prints_the_papers_parameter_counts(preset, capsys):
     assert main(["--preset", preset, "--dry-run"]) == 0
     out = capsys.readouterr().out
+    assert "GiB" not in out and "MB" not in out  # one unit in all of the report
     assert f"all {COUNTS[preset]}" in out and "390,625 steps of 32,768 pairs" in out
 
 
