@@ -499,6 +499,7 @@ def zeroshot_command(args, device: torch.device) -> None:
         plots.matrix(
             picture, confusion.numpy(), rows, shown, "images of a class (row) by answer (column)"
         )
+        print(f"drawn in {picture}")
 
 
 def retrieval_command(args, device: torch.device) -> None:

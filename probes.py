@@ -421,6 +421,7 @@ def spectrum_command(args, device: torch.device) -> None:
         }
         picture = Path(args.out) / "spectrum.png"
         plots.lines(picture, {"ln of the covariance's singular values": lines}, xlabel="rank")
+        print(f"drawn in {picture}")
 
 
 # Typographic attack --------------------------------------------------------------------------------------
@@ -592,6 +593,7 @@ def typographic_command(args, device: torch.device) -> None:
     write_results(args, {"models": models, "seed": args.seed, "chance": 1 / C, "results": results})
     for path, picture in pictures.items():
         write_image(path, picture)
+        print(f"drawn in {path}")
 
 
 # What the three commands share ---------------------------------------------------------------------------

@@ -549,6 +549,7 @@ def test_command_line_on_scenes(run, tmp_path, capsys):
     assert result["classes"] == 16 and result["images"] == 64 and result["chance"]["top1"] == 1 / 16
     assert sum(row["right"] for row in result["per_class"]) == round(result["top1"] * 64)
     assert Image.open(tmp_path / "out" / "confusion.png").width > 300
+    assert f"drawn in {tmp_path / 'out' / 'confusion.png'}" in shown.out
 
     assert evaluate.main(["retrieval", *common, "--limit", "20", "--batch-size", "8"]) == 0
     result = json.loads((tmp_path / "out" / "results.json").read_text())

@@ -433,6 +433,7 @@ def test_spectrum_command(runs, tmp_path, capsys):
     assert result["models"] == [str(p) for p in (runs["clip"], *others)]
     assert all(len(v) == 16 for v in result["log_singular_values"].values())
     assert Image.open(tmp_path / "out" / "spectrum.png").width > 300
+    assert f"drawn in {tmp_path / 'out' / 'spectrum.png'}" in capsys.readouterr().out
     assert command("spectrum", runs["clip"], *flags, "--limit", 9) == 2
     assert "9 images of 1 tokens span less than the width 16" in capsys.readouterr().err
 
@@ -453,7 +454,8 @@ def test_typographic_command(runs, tmp_path, capsys):
         )  # fmt: skip
         assert figures["clean"]["top1"] == pytest.approx(plain["top1"])
     assert len(list((tmp_path / "out").glob("typographic*.png"))) == 4
-    assert "blank note" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "blank note" in said and said.count("drawn in") == 4 and "typographic4.png" in said
 
 
 @pytest.mark.parametrize(
