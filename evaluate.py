@@ -657,10 +657,13 @@ def speed_command(args, device: torch.device) -> None:
     model, _ = open_model(args, device)
     dataset = open_data(args, model, "image")
     found = speed(model, dataset, args.batch_size, args.precision, args.workers)
-    print(format_table([{"what": k, "a second": v} for k, v in found.items()], digits=1))
+    print(format_table([{"what": k, "per second": plots.number(v)} for k, v in found.items()]))
+    batch, threads = min(args.batch_size, len(dataset)), torch.get_num_threads()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} threads"
+    print(f"{device} ({name}), batches of {batch}, {args.precision}")
+    about = {"task": args.task, "model": args.model, "batch_size": batch, "threads": threads}
+    about |= {"precision": args.precision, "device": str(device)}
     if args.out:
-        about = {"task": args.task, "model": args.model, "batch_size": args.batch_size}
-        about |= {"precision": args.precision, "device": str(device)}
         write_json(Path(args.out) / "results.json", about | {"per_second": found})
         print(f"written to {Path(args.out) / 'results.json'}")
 

@@ -561,6 +561,27 @@ def test_command_line_on_scenes(run, tmp_path, capsys):
     )
 
 
+def test_speed_says_of_what_it_is(run, tmp_path, monkeypatch, capsys):
+    found = {"images": 12.345, "pairs": 158201107.5}
+    monkeypatch.setattr(evaluate, "speed", lambda *args: found)
+    flags = [
+        "--device",
+        "cpu",
+        "--limit",
+        "9",
+        "--batch-size",
+        "64",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert evaluate.main(["speed", "--model", str(run), "--data", "scenes", *flags]) == 0
+    said = capsys.readouterr().out
+    assert "per second" in said and " 12.3 |" in said and "| 158,201,10" in said
+    assert f"cpu ({torch.get_num_threads()} threads), batches of 9, fp32" in said
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert result["per_second"] == found and result["batch_size"] == 9
+
+
 def test_command_line_on_a_folder_of_classes(run, tmp_path, capsys):
     for n, name in enumerate(("n01", "n02")):
         (tmp_path / "set" / name).mkdir(parents=True)
