@@ -209,27 +209,32 @@ def search(score, count: int = 97) -> int:
 SOLVERS = {"l-bfgs": (fit_lbfgs, 1e-6, 1e6, False), "adamw": (fit_adamw, 1e-6, 1e2, True)}
 
 
-def probe(solver: str, parts: dict, classes: int, **more) -> dict:
+def probe(solver: str, parts: dict, classes: int, progress: str = "", **more) -> dict:
     """Chooses the regularisation on validation, fits train and validation together, and asks the test.
 
-    Args:    parts: {"train" | "val" | "test": (x (N, D), y (N,))};  more: arguments of fit
+    Args:    parts: {"train" | "val" | "test": (x (N, D), y (N,))};  progress a label to show it under, empty
+             for none;  more: arguments of fit
     Returns: "top1" and "val" in [0, 1], "strength"
     """
     fit, low, high, unit = SOLVERS[solver]
     if unit:
         parts = {name: (F.normalize(x, dim=-1), y) for name, (x, y) in parts.items()}
     asked = {}
+    shown = Progress(progress, 16, "fits at most")  # the search's 7 + 4 x 2, and the last one
 
     def strength(k: int) -> float:
         return low * (high / low) ** (k / 96)
 
     def score(k: int) -> float:
         asked[k] = top1(*parts["val"], *fit(*parts["train"], classes, strength(k), **more))
+        shown.add(1)
         return asked[k]
 
     best = search(score)
+    shown.total, shown.unit = shown.done + 1, "fits"
     x, y = (torch.cat(pair) for pair in zip(parts["train"], parts["val"]))
     fitted = fit(x, y, classes, strength(best), **more)
+    shown.add(1)
     return {"top1": top1(*parts["test"], *fitted), "val": asked[best], "strength": strength(best)}
 
 
@@ -320,7 +325,10 @@ def linear_probe_command(args, device: torch.device) -> None:
                 f"{len(few)} classes have fewer than {least} images, the first is {few[0]!r}: they are"
                 " trained on and not asked"
             )
-    tokens = {n: features(args.model, model, d, args.cache, **options) for n, d in sets.items()}
+    tokens = {}
+    for name, dataset in sets.items():
+        told = options | {"progress": f"{args.task} {name}"}
+        tokens[name] = features(args.model, model, dataset, args.cache, **told)
     rows, records = [], []
     for kind in reduced(next(iter(tokens.values()))):
         parts = {name: (reduced(x)[kind], labels[name]) for name, x in tokens.items()}
@@ -330,7 +338,8 @@ def linear_probe_command(args, device: torch.device) -> None:
                 if seed and solver == "l-bfgs" and "val" in parts:
                     break  # convex, and nothing is drawn: every seed is the first
                 more = {} if solver == "l-bfgs" else {"seed": seed, "epochs": args.epochs}
-                runs.append(probe(solver, split_for(parts, seed), len(classes), **more))
+                label = f"{args.task} {kind}, {solver}, seed {seed}"
+                runs.append(probe(solver, split_for(parts, seed), len(classes), label, **more))
                 records.append({"feature": kind, "solver": solver, "seed": seed, **runs[-1]})
             figures = [100 * run["top1"] for run in runs]
             row = {"feature": kind, "width": parts[next(iter(parts))][0].shape[1], "solver": solver}
@@ -404,7 +413,8 @@ def spectrum_command(args, device: torch.device) -> None:
         args.model = source
         model, _ = evaluate.open_model(args, device)
         dataset = evaluate.open_data(args, model, "image")
-        tokens = features(source, model, dataset, args.cache, **evaluate.options_of(args))
+        options = evaluate.options_of(args) | {"progress": f"{args.task} {source}"}
+        tokens = features(source, model, dataset, args.cache, **options)
         if len(tokens) * tokens.shape[1] <= tokens.shape[2]:
             raise ValueError(
                 f"{source}: {len(tokens)} images of {tokens.shape[1]} tokens span less than the width "
@@ -521,7 +531,11 @@ def typographic(
     }
     with evaluate.evaluating(model):
         side = evaluate.encode_classes(model, tokenizer, dataset.classes, templates, **size)
-        scores = {kind: cosines(model, d, side, **options) for kind, d in kinds.items()}
+        scores = {}
+        for kind, noted in kinds.items():
+            label = options.get("progress", "")
+            told = options | {"progress": f"{label}, {kind}" if label else ""}
+            scores[kind] = cosines(model, noted, side, **told)
     labels, target = torch.tensor(dataset.labels), torch.tensor(written)
     return note_figures(scores, labels, target), written, scores
 
@@ -568,7 +582,7 @@ def typographic_command(args, device: torch.device) -> None:
         templates = openworld.templates(args.data)
         if args.templates:
             templates = evaluate.read_templates(args.templates)
-        options = evaluate.options_of(args)
+        options = evaluate.options_of(args) | {"progress": f"{args.task} {source}"}
         found, written, scores = typographic(
             model, dataset, tokenizer, templates, args.seed, **options
         )

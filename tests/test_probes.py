@@ -15,6 +15,7 @@ import data
 import evaluate
 import pretrained
 import probes
+import report
 import scenes
 from llip import Llip, PooledTokens
 from model import CLIP, Config
@@ -119,6 +120,24 @@ def test_separable_features_are_learned_whole(solver):
         (y + 1) % 3,
     )  # the test only asks: wrong labels there change nothing but its figure
     assert probes.probe(solver, parts, 3) == found | {"top1": 0.0}
+
+
+def test_a_probe_tells_how_many_fits_are_left(monkeypatch, capsys):
+    """One line for each strength on a slow machine, at most 16; no line without a label."""
+    monkeypatch.setattr(report.time, "monotonic", iter(range(0, 10**6, 11)).__next__)
+    monkeypatch.setitem(probes.SOLVERS, "fake", (lambda x, y, C, s: (s, 0), 1e-6, 1e6, False))
+    parts = dict.fromkeys(("train", "val", "test"), (torch.eye(3), torch.arange(3)))
+    for best, fits in ((40, 16), (96, 12)):  # at an end, half of the neighbours do not exist
+        place = 1e-6 * 10 ** (best / 8)
+        near = lambda x, y, s, _, place=place: -abs(math.log(s / place))  # noqa: E731
+        monkeypatch.setattr(probes, "top1", near)
+        quiet = probes.probe("fake", parts, 3)
+        assert capsys.readouterr().err == ""
+        assert probes.probe("fake", parts, 3, "linear-probe mean, fake") == quiet
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == fits
+        assert lines[0].startswith("linear-probe mean, fake  1 of 16 fits at most  ")
+        assert "ETA" in lines[0] and f"{fits} of {fits} fits" in lines[-1] and "done" in lines[-1]
 
 
 def test_validation_chooses_and_then_trains_too(monkeypatch):
@@ -379,7 +398,11 @@ def test_linear_probe_command(runs, tmp_path, capsys, monkeypatch, name):
     flags = ["--data", "scenes", "--limit", 32, "--cache", tmp_path / "cache", "--seeds", 2]
     flags += ["--epochs", 1, "--out", tmp_path / "out"]
     assert command("linear-probe", runs[name], *flags) == 0
-    printed = capsys.readouterr().out
+    printed, progress = capsys.readouterr()
+    assert (
+        "linear-probe val  32 of 32 images" in progress
+        and "l-bfgs, seed 0  3 of 3 fits" in progress
+    )
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     kinds = ["class token"] if name == "clip" else ["mean", "concatenation"]
     assert [r["feature"] for r in result["rows"]] == [k for k in kinds for _ in range(2)]
@@ -430,10 +453,12 @@ def test_spectrum_command(runs, tmp_path, capsys):
     assert command("spectrum", runs["clip"], "--more", *others, *flags) == 0
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [row["vectors"] for row in result["rows"]] == [20, 20, 60, 60]
+    said = capsys.readouterr()
+    assert all(f"spectrum {p}  20 of 20 images" in said.err for p in (runs["clip"], *others))
     assert result["models"] == [str(p) for p in (runs["clip"], *others)]
     assert all(len(v) == 16 for v in result["log_singular_values"].values())
     assert Image.open(tmp_path / "out" / "spectrum.png").width > 300
-    assert f"drawn in {tmp_path / 'out' / 'spectrum.png'}" in capsys.readouterr().out
+    assert f"drawn in {tmp_path / 'out' / 'spectrum.png'}" in said.out
     assert command("spectrum", runs["clip"], *flags, "--limit", 9) == 2
     assert "9 images of 1 tokens span less than the width 16" in capsys.readouterr().err
 
@@ -454,8 +479,11 @@ def test_typographic_command(runs, tmp_path, capsys):
         )  # fmt: skip
         assert figures["clean"]["top1"] == pytest.approx(plain["top1"])
     assert len(list((tmp_path / "out").glob("typographic*.png"))) == 4
-    said = capsys.readouterr().out
-    assert "blank note" in said and said.count("drawn in") == 4 and "typographic4.png" in said
+    said = capsys.readouterr()
+    assert "blank note" in said.out and said.out.count("drawn in") == 4
+    assert "typographic4.png" in said.out
+    for kind in ("clean", "blank", "word"):
+        assert f"typographic {runs['llip']}, {kind}  20 of 20 images" in said.err
 
 
 @pytest.mark.parametrize(
