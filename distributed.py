@@ -139,10 +139,7 @@ class _Transpose(torch.autograd.Function):
 
 
 def _exchange(x: Tensor) -> Tensor:
-    rows = len(x)
-    blocks = (
-        x.unflatten(1, (-1, rows)).permute(1, 2, 0).contiguous()
-    )  # (W, B, B) block r transposed
+    blocks = x.unflatten(1, (-1, len(x))).permute(1, 2, 0).contiguous()  # (W, B, B) each transposed
     received = torch.empty_like(blocks)
     dist.all_to_all_single(received, blocks)
     return received.transpose(0, 1).flatten(1)  # (B, W B)

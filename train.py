@@ -242,12 +242,8 @@ def loop(c: TrainConfig, run: Run, device: torch.device) -> dict:
         task.load(saved)
         optimizer.load_state_dict(saved["optimizer"])
         start, window = saved["step"], list(saved["window"])
-        done = start == c.steps
-        say(
-            f"{run.path}: all {start} steps done"
-            if done
-            else f"resuming {run.path} at step {start}"
-        )
+        done = f"{run.path}: all {start} steps done"
+        say(done if start == c.steps else f"resuming {run.path} at step {start}")
     if distributed.mean({"start": start})["start"] != start:
         raise ValueError(f"{run.path}: not every rank sees the checkpoint; use a shared folder")
     if saved and start == c.steps and (results := run.results()) is not None:
