@@ -249,8 +249,9 @@ def loop(c: TrainConfig, run: Run, device: torch.device) -> dict:
     if saved and start == c.steps and (results := run.results()) is not None:
         if results:
             say(f"\n{evaluate.results_table(results)}")
-        if main and not (run.path / "curves.png").exists():  # ended between the two
-            pictures(run, results)
+        if main:  # the run may have ended before its pictures were whole
+            with run.writing():
+                pictures(run, results)
         say(f"as in {run.path / 'results.json'}: finished before, nothing was computed now")
         return results
     run.rewind(start)

@@ -167,7 +167,7 @@ def no_room(place: Path, names=tuple(FULL), method="llip") -> str:
     flags = kills.make_data(place / "data")[method]
     kills.reference(flags, place / "whole")
     for name in names:
-        out = place / name.split(".")[0]
+        out = place / name.replace(".", "-")
         end = {"operation": FULL[name], "name": name, "full": True}
         codes = kills.ended(kills.start(flags, out, 1, **end))
         said = Path(f"{out}.log").read_text()
