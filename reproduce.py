@@ -511,7 +511,8 @@ def conclude(lab: Lab, claim: Claim) -> dict:
     seeds = ROUNDS if claim.alone else 1 if claim.exact else len(lab.seeds)
     folder = lab.out / "claims"
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{claim.id}-{lab.scale}" + ("-validation" if lab.request.validation else "")
+    data = f"-{Path(lab.request.data).stem}" if lab.request.data else ""  # a file for each of them
+    name = f"{claim.id}-{lab.scale}{data}" + ("-validation" if lab.request.validation else "")
     picture = draw(claim, table, extras, folder / f"{name}.png")
     arms = set(claim.arms.values())
     arms |= {lab.starts_from(arm) for arm in arms} - {""} if not lab.request.init else set()

@@ -297,7 +297,7 @@ def test_a_claim_on_pairs_of_ones_own_resumes_reports_and_draws(tmp_path, small,
     assert main(argv) == 0
     first = capsys.readouterr().out
     assert "9 of 9" in first and "L16 small-data" in first and "text to image R@1" in first
-    found = json.loads((out / "claims" / "l16-data.json").read_text())
+    found = json.loads((out / "claims" / "l16-data-captions.json").read_text())
     assert set(found["table"]) == {"clip", "siglip", "llip"} and found["repetitions"] == 3
     values = found["table"]["llip"]["image to text R@10"]
     assert len(values) == 3 and all(0 <= v <= 100 for v in values)
@@ -337,7 +337,7 @@ def test_a_claim_on_domains_of_ones_own(domains, small, monkeypatch, capsys):
     assert main(argv) == 0
     out = capsys.readouterr().out
     assert "4 of 4" in out and "not decidable here (0 of 1 parts hold)" in out  # one seed
-    found = json.loads((domains / "out" / "claims" / "a4-data.json").read_text())
+    found = json.loads((domains / "out" / "claims" / "a4-data-bed.json").read_text())
     assert set(found["table"]) == {"neither", "attention alignment", "both", "smoothing"}
     assert "--target sketch" in found["command"] and str(domains) not in json.dumps(found)
     lab = Lab(Request(data=str(domains / "bed"), init=str(domains / "clip"), target="sketch"))
