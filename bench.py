@@ -802,8 +802,9 @@ def wire(b: Bench) -> None:
             name = "log10 bytes of texts and logits by ranks"
             b.point(name, kind, world, float(np.log10(counted["others' rows"])))
     print(format_table(rows))
-    b.note(f"{RANKED_PAIRS} pairs, tiny; the formula is exact: "
-           f"{all(r['texts and logits'] == r['by formula'] for r in rows)}")  # fmt: skip
+    exact = all(r["texts and logits"] == r["by formula"] for r in rows)
+    exact = exact and all(r["gradients"] == r["by formula "] for r in rows)
+    b.note(f"{RANKED_PAIRS} pairs, tiny; the formula is exact: {exact}")
 
 
 def ranks(b: Bench) -> None:

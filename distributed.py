@@ -78,7 +78,10 @@ def meeting_place() -> dict:
 
 
 class _Start(torch.autograd.Function):
-    """Forward: asks for the rows of every rank, in rank order.   Backward: the gradient has arrived."""
+    """(B, ...) -> (W B, ...), still empty: asks for every rank's rows, in rank order.
+
+    Backward: (W B, ...), not looked at -> (B, ...), the gradient that has arrived meanwhile.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, underway: "Gathering") -> Tensor:
@@ -96,7 +99,10 @@ class _Start(torch.autograd.Function):
 
 
 class _Finish(torch.autograd.Function):
-    """Forward: the rows have arrived.   Backward: asks for every rank's gradient for this rank's rows."""
+    """(W B, ...) -> (W B, ...): the rows have arrived.
+
+    Backward: asks every rank for its gradient for this rank's rows.
+    """
 
     @staticmethod
     def forward(ctx, out: Tensor, underway: "Gathering") -> Tensor:
@@ -117,13 +123,17 @@ class Gathering:
     """A gather that has begun; what stands between start_gather and gather runs while rows travel.
 
     So does, in the backward pass, all that was computed between them: autograd walks back in that order.
+    x (B, ...), this rank's rows; finish() -> (W B, ...), every rank's.
     """
 
     def __init__(self, x: Tensor):
         self.rows = _Start.apply(x, self)
 
     def finish(self) -> Tensor:
-        return _Finish.apply(self.rows, self)
+        # TRAP: kept here, the rows would keep their graph, and that keeps this: every step's texts would lie
+        # on the GPU until Python looks for cycles
+        rows, self.rows = self.rows, None
+        return _Finish.apply(rows, self)
 
 
 class _Transpose(torch.autograd.Function):

@@ -64,6 +64,7 @@ from rundir import git_commit
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decidable here"
 REPORTED, VALIDATION = 3000, 100  # first seed
 MIN_SEEDS, ROUNDS = 3, 5  # seeds below which nothing is decided; rounds of a timing
+MEASURING, TIMING = 20.0, 60.0  # seconds of one core, roughly: for the ETA
 ROOT = Path(__file__).parent
 # files that cannot change a number: what is said, shown and asked for
 SHOWING = {"report", "plots", "options", "rundir", "dryrun", "download"}
@@ -365,7 +366,9 @@ def cost_of(lab: Lab, claim: Claim) -> float:
     """Seconds of one core of a claim alone, for one seed."""
     arms = set(claim.arms.values())
     arms |= {lab.starts_from(arm) for arm in arms} - {""}
-    return sum(cost(lab, arm) for arm in arms) + (60 if claim.alone else 10 if claim.measure else 0)
+    return sum(cost(lab, arm) for arm in arms) + (
+        TIMING if claim.alone else MEASURING if claim.measure else 0.0
+    )
 
 
 # Doing it --------------------------------------------------------------------------------------------------
@@ -467,7 +470,7 @@ def run(lab: Lab, chosen: list[Claim], say=print) -> None:
         for s in (lab.seeds[:1] if c.exact else lab.seeds)
         if not lab.measured(c, s).exists()
     ]
-    in_turn(lab, tasks, [1.0] * len(tasks), say)
+    in_turn(lab, tasks, [MEASURING] * len(tasks), say)
     limit_threads()
     for claim in (c for c in chosen if c.alone):
         for repetition in range(ROUNDS):
@@ -801,8 +804,8 @@ def main(argv: list[str] | None = None) -> int:
         for claim in chosen:
             print(f"\n{section(conclude(lab, claim))}")
         path = write_report(lab)
-        claims_ = "1 claim" if len(chosen) == 1 else f"{len(chosen)} claims"
-        print(f"\n{claims_} in {duration(time.time() - began)}; report in {path}")
+        count = "1 claim" if len(chosen) == 1 else f"{len(chosen)} claims"
+        print(f"\n{count} in {duration(time.time() - began)}; report in {path}")
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130

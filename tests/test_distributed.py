@@ -4,12 +4,14 @@ Loss curves cannot show a gather without gradient: the loss is the same number. 
 that the comparison is about the algorithm and not about the order of a sum.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
 import time
 import traceback
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -99,6 +101,27 @@ def order_of_a_step(images, tokens):
     return said
 
 
+def left_of_steps(images, tokens):
+    """Gathers made, and still held after a step of one chunk and one of two, without a search for cycles."""
+    made, real = [], distributed.Gathering
+
+    class Counted(real):
+        def __init__(self, x):
+            super().__init__(x)
+            made.append(weakref.ref(self))
+
+    model = DistributedDataParallel(build("llip siglip"))
+    gc.disable()
+    try:
+        distributed.Gathering = Counted
+        for chunks in (1, 2):
+            training_step(model, images, tokens, "siglip", chunks)
+        return len(made), sum(gather() is not None for gather in made)
+    finally:
+        distributed.Gathering = real
+        gc.enable()
+
+
 def worker(rank, world, folder):
     """Every model at 1 chunk and at one pair a chunk, with DDP; leaves losses and gradients in a file."""
     try:
@@ -119,6 +142,7 @@ def worker(rank, world, folder):
                 results[f"{name} {chunks}"] = float(loss), gradients(model.module)
             results[f"bytes {name}"] = bytes_of(name, images, tokens)
         results["order"] = order_of_a_step(images, tokens)
+        results["left"] = left_of_steps(images, tokens)
         results["mean"] = distributed.mean({"rank": rank, "one": 1.0})
         results["broadcast"] = distributed.broadcast(f"from {rank}")
         results["rows"] = distributed.gather_rows(torch.full((rank + 1, 2), float(rank)))
@@ -237,6 +261,12 @@ def test_texts_travel_while_images_are_encoded(ranks):
     for r in ranks[2]:
         there = ["texts begin", "images", "texts awaited"]
         assert r["order"] == [*there, "back begin", "images' gradients", "back awaited"]
+
+
+def test_a_step_leaves_no_gather_behind(ranks):
+    """A cycle would hold the texts of every rank, step after step, until the garbage collector runs."""
+    for world in (2, 4):
+        assert [r["left"] for r in ranks[world]] == [(4, 0)] * world
 
 
 def test_reductions(ranks):
