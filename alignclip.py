@@ -156,9 +156,7 @@ class AlignCLIP(FineTune):
         similarity: str = "label",
         detach: bool = False,
     ):
-        super().__init__(
-            clip, text, smoothing=smoothing, epsilon=epsilon, scale=scale, margin=margin
-        )
+        super().__init__(clip, text, smoothing=smoothing, epsilon=epsilon, scale=scale, margin=margin)
         depth = len(clip.visual.transformer.resblocks)
         dual_from = depth - min(6, depth - depth // 3) if dual_from is None else dual_from
         layers = max(1, min(5, dual_from)) if layers is None else layers
@@ -167,9 +165,7 @@ class AlignCLIP(FineTune):
         if similarity not in ("label", "all", "none"):
             raise ValueError(f"similarity {similarity!r}: expected label, all or none")
         if not 0 <= dual_from < depth or not 1 <= layers <= depth:
-            raise ValueError(
-                f"dual_from {dual_from}, layers {layers}: the image tower has {depth} blocks"
-            )
+            raise ValueError(f"dual_from {dual_from}, layers {layers}: the image tower has {depth} blocks")
         self.branch, self.dual_from, self.layers, self.weight = branch, dual_from, layers, weight
         self.attention, self.similarity, self.detach = attention, similarity, detach
         self.guidance_temperature = guidance_temperature

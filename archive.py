@@ -32,14 +32,21 @@ import torch
 from torch import Tensor
 
 OPERATIONS = 2_000_000  # of one pickle; Llip's G/14 with its optimizer has some 50,000
-DIRECTORY_BYTES = (
-    16 << 20
-)  # of a zip's directory or a safetensors header; a real one has under 1 MB
+DIRECTORY_BYTES = 16 << 20  # of a zip's directory or a safetensors header; a real one has under 1 MB
 ENTRIES, DEPTH = 100_000, 32  # tensors in a file, dots in a name
 BROKEN = (  # what reading raises for a file that no program writes
-    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError,
-    EOFError, OSError, struct.error, zipfile.BadZipFile,
-)  # fmt: skip
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+    EOFError,
+    OSError,
+    struct.error,
+    zipfile.BadZipFile,
+)
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before 1.6
 
 STORAGES = {
@@ -55,10 +62,17 @@ STORAGES = {
     "torch BoolStorage": torch.bool,
 }
 SAFETENSORS = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class Name(str):
@@ -142,9 +156,7 @@ class Checkpoint:
         data = bytearray(length)
         file.seek(start)
         if file.readinto(data) != length or crc not in (None, zlib.crc32(data)):
-            raise ValueError(
-                f"{self.path}: damaged (storage {storage.key!a:.40}): download it again"
-            )
+            raise ValueError(f"{self.path}: damaged (storage {storage.key!a:.40}): download it again")
         return torch.frombuffer(data, dtype=storage.dtype, count=storage.numel)
 
 
@@ -204,9 +216,7 @@ def read_zip(path: Path, file, size: int) -> Checkpoint:
     if tail[56:60] == b"PK\x06\x07":
         directory = struct.unpack("<Q", tail[40:48])[0]
     if directory > DIRECTORY_BYTES:
-        raise ValueError(
-            f"a zip directory of {directory} bytes, at most {DIRECTORY_BYTES} are read"
-        )
+        raise ValueError(f"a zip directory of {directory} bytes, at most {DIRECTORY_BYTES} are read")
     members = {}
     for info in zipfile.ZipFile(file).infolist():
         if info.filename in members:
@@ -221,10 +231,7 @@ def read_zip(path: Path, file, size: int) -> Checkpoint:
         folder, _, key = name.rpartition("/")
         if name in (root + "data.pkl", root + "byteorder") or folder == root + "data":
             spans[name] = member_span(file, info)
-    if (
-        root + "byteorder" in spans
-        and span_bytes(file, *spans.pop(root + "byteorder")) != b"little"
-    ):
+    if root + "byteorder" in spans and span_bytes(file, *spans.pop(root + "byteorder")) != b"little":
         raise ValueError("written on a big-endian machine: not supported")
     program = span_bytes(file, *spans[root + "data.pkl"])
     content = read_pickle(BytesIO(program), lambda key: root + "data/" + key)
@@ -234,9 +241,7 @@ def read_zip(path: Path, file, size: int) -> Checkpoint:
 def member_span(file, info: zipfile.ZipInfo) -> tuple[int, int, int]:
     """Where the bytes of an uncompressed member lie: behind its own header, whose length varies."""
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-        raise ValueError(
-            f"member {info.filename!a:.60} is compressed or encrypted; torch never does"
-        )
+        raise ValueError(f"member {info.filename!a:.60} is compressed or encrypted; torch never does")
     if info.file_size != info.compress_size:
         raise ValueError(f"member {info.filename!a:.60} declares {info.file_size} and other bytes")
     file.seek(info.header_offset)
@@ -260,9 +265,7 @@ def read_legacy(path: Path, file) -> Checkpoint:
     """torch.save before 1.6: magic number, version, machine, object, storage keys; then the storages."""
     storages: dict[str, Storage] = {}
     spans = {}
-    with mmap.mmap(
-        file.fileno(), 0, access=mmap.ACCESS_READ
-    ) as data:  # its read() never over-allocates
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:  # its read() never over-allocates
         for _ in range(2):
             read_pickle(data)
         if not read_pickle(data).get("little_endian"):
@@ -318,8 +321,19 @@ VALUES = set(
 )
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": lambda: Stub("set")}
-FIXED = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "REDUCE": 2, "NEWOBJ": 2, "NEWOBJ_EX": 3,
-         "SETITEM": 2, "APPEND": 1, "BUILD": 1, "STACK_GLOBAL": 2, "BINPERSID": 1}  # fmt: skip
+FIXED = {
+    "TUPLE1": 1,
+    "TUPLE2": 2,
+    "TUPLE3": 3,
+    "REDUCE": 2,
+    "NEWOBJ": 2,
+    "NEWOBJ_EX": 3,
+    "SETITEM": 2,
+    "APPEND": 1,
+    "BUILD": 1,
+    "STACK_GLOBAL": 2,
+    "BINPERSID": 1,
+}
 MARKED = {"TUPLE", "LIST", "DICT", "FROZENSET", "SETITEMS", "APPENDS", "ADDITEMS", "OBJ", "INST"}
 
 

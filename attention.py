@@ -120,11 +120,7 @@ class MultiheadAttention(nn.Module):
         return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, L, D)
 
     def forward(
-        self,
-        x: Tensor,
-        kind: str = "qkv",
-        mask: Tensor | str | None = None,
-        need_weights: bool = False,
+        self, x: Tensor, kind: str = "qkv", mask: Tensor | str | None = None, need_weights: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Self-attention over x (B, L, D): returns (B, L, D), and weights (B, H, L, L) if asked for.
 

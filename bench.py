@@ -122,9 +122,7 @@ def resident(field: str) -> int:
 def _peak_of_child(case: Callable, threads: int, queue) -> None:
     torch.set_num_threads(threads)
     run = case(torch.device("cpu"))
-    objective_case(
-        "published", 4, 4, 4, torch.device("cpu")
-    )()  # libraries take their own buffers now
+    objective_case("published", 4, 4, 4, torch.device("cpu"))()  # libraries take their own buffers now
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts anew
     before = resident("VmRSS")
@@ -355,13 +353,7 @@ def build(kind: str, config: models.Config, device, tokens: int = 32) -> nn.Modu
 
 
 def step_case(
-    kind: str,
-    name: str,
-    batch: int,
-    precision: str,
-    device,
-    checkpointing: bool = False,
-    update: bool = True,
+    kind: str, name: str, batch: int, precision: str, device, checkpointing: bool = False, update: bool = True
 ) -> Callable:
     """A training step of clip, siglip or llip, as train.py does it."""
     model = build(kind, CONFIGS[name], device)
@@ -405,14 +397,9 @@ def forward_case(name: str, batch: int, precision: str, device, peer: str = "") 
     return run
 
 
-def prompts_case(
-    kind: str, name: str, batch: int, prompts: int, precision: str, device
-) -> Callable:
+def prompts_case(kind: str, name: str, batch: int, prompts: int, precision: str, device) -> Callable:
     """Images against the text side of so many prompts, which has been computed before."""
-    model, (batches, _) = (
-        build(kind, CONFIGS[name], device),
-        random_batch(CONFIGS[name], batch, device),
-    )
+    model, (batches, _) = (build(kind, CONFIGS[name], device), random_batch(CONFIGS[name], batch, device))
     E, cast = CONFIGS[name].embed_dim, autocast(precision, device)
     text = torch.randn(prompts, E).to(device)
     side = (torch.randn(prompts, 8, E // 8).to(device), text) if kind == "llip" else text
@@ -435,9 +422,7 @@ def finetune_case(
     if branch == "published":
         clip.encode_image, branch = partial(peers.published_tower, clip.visual), ""
     g = torch.Generator().manual_seed(0)
-    text = nn.functional.normalize(
-        torch.randn(classes, CONFIGS[name].embed_dim, generator=g), dim=-1
-    )
+    text = nn.functional.normalize(torch.randn(classes, CONFIGS[name].embed_dim, generator=g), dim=-1)
     text = text.to(device)
     method = AlignCLIP(clip, text, branch=branch) if branch else FineTune(clip, text, margin=0.3)
     batches = random_batch(CONFIGS[name], batch, device)[0]
@@ -540,9 +525,7 @@ def alignclip(b: Bench) -> None:
     pictures = random_batch(CONFIGS[name], b.batch, b.device)[0]
     text = nn.functional.normalize(torch.randn(10, CONFIGS[name].embed_dim), dim=-1).to(b.device)
     with torch.no_grad():
-        same = torch.equal(
-            FineTune(clip, text).predict(pictures), AlignCLIP(clip, text).predict(pictures)
-        )
+        same = torch.equal(FineTune(clip, text).predict(pictures), AlignCLIP(clip, text).predict(pictures))
     b.note(f"predictions of both methods over the same weights are equal to the bit: {same}")
 
 
@@ -633,9 +616,7 @@ def data_section(b: Bench) -> None:
         if peers.torchvision_crop():
             names.insert(0, "torchvision")
         else:
-            b.note(
-                "torchvision is not measured: not installed; decoded whole restates its pipeline"
-            )
+            b.note("torchvision is not measured: not installed; decoded whole restates its pipeline")
         cases = {n: partial(crop_case, n, files) for n in names}
         found = b.compare(f"decode and crop {width} x {height} to 224", cases)
         b.point("images a second and core, by width", "here", width, count / found["here"])
@@ -651,9 +632,10 @@ def data_section(b: Bench) -> None:
                     archive.addfile(member, io.BytesIO(part))
         b.compare("read 200 images", {k: partial(read_case, k, folder) for k in ("files", "tar")})
     texts = [f"a photo of a {k} and a {k % 7} beside it" for k in range(2000)]
-    b.compare("tokenise 2,000 captions", {
-        "first time": partial(tokens_case, False, texts), "again": partial(tokens_case, True, texts)
-    })  # fmt: skip
+    b.compare(
+        "tokenise 2,000 captions",
+        {"first time": partial(tokens_case, False, texts), "again": partial(tokens_case, True, texts)},
+    )
     b.device = cpu
 
 
@@ -682,9 +664,7 @@ def memory(b: Bench) -> None:
             f"{(measured + inputs) / 2**20:,.0f} MiB, by --dry-run's formula {model / 2**20:,.0f} MiB"
         )
     whole = dryrun.pair_bytes(c, CONFIGS[name], 4096, 32768) / 2**30
-    b.note(
-        f"so a rank of 8 with 4,096 of 32,768 pairs takes {whole:.1f} GiB for its pairs on a GPU"
-    )
+    b.note(f"so a rank of 8 with 4,096 of 32,768 pairs takes {whole:.1f} GiB for its pairs on a GPU")
 
 
 def evaluation(b: Bench) -> None:
@@ -694,20 +674,15 @@ def evaluation(b: Bench) -> None:
     cases["tiles"] = partial(score_case, "tiles", 16, 512)
     b.compare("scores of 16 x 512 pairs, 64 tokens", cases, memory=True)
     found = b.compare(
-        f"scores of {rows} x {columns} pairs",
-        {"tiles": partial(score_case, "tiles", rows, columns)},
+        f"scores of {rows} x {columns} pairs", {"tiles": partial(score_case, "tiles", rows, columns)}
     )
     each = found["tiles"] / rows / columns
     b.note(
         f"{1 / each:,.0f} pairs/s: 5,000 x 25,000 pairs take {125e6 * each / 60:.1f} minutes here"
         " (extrapolated)"
     )
-    peaks = [
-        peak_bytes(partial(score_case, "tiles", rows, n), b.device) for n in (columns // 2, columns)
-    ]
-    b.note(
-        f"peak {peaks[0] / 2**20:.0f} MiB with half of the captions, {peaks[1] / 2**20:.0f} with all"
-    )
+    peaks = [peak_bytes(partial(score_case, "tiles", rows, n), b.device) for n in (columns // 2, columns)]
+    b.note(f"peak {peaks[0] / 2**20:.0f} MiB with half of the captions, {peaks[1] / 2**20:.0f} with all")
 
 
 def score_case(form: str, rows: int, columns: int, device) -> Callable:
@@ -777,9 +752,7 @@ def wire(b: Bench) -> None:
     rows, context = [], multiprocessing.get_context("spawn")
     for world in (2,) if b.c.quick else (2, 4):
         with tempfile.TemporaryDirectory() as folder:
-            jobs = [
-                context.Process(target=rank_of_bytes, args=(r, world, folder)) for r in range(world)
-            ]
+            jobs = [context.Process(target=rank_of_bytes, args=(r, world, folder)) for r in range(world)]
             for job in jobs:
                 job.start()
             for job in jobs:
@@ -789,16 +762,19 @@ def wire(b: Bench) -> None:
             found = json.loads(Path(folder, f"{world}.json").read_text())
         for kind, objective in RANKED.items():
             c = train.TrainConfig(method=kind, objective=objective, batch_size=RANKED_PAIRS)
-            total = sum(
-                p.numel() for p in build(kind, CONFIGS["tiny"], "meta", tokens=8).parameters()
-            )
+            total = sum(p.numel() for p in build(kind, CONFIGS["tiny"], "meta", tokens=8).parameters())
             formula = dryrun.wire_bytes(c, CONFIGS["tiny"], total, world)
             text = sum(formula.get(k, 0) for k in ("texts", "logits"))
             counted = found[kind]
-            rows.append({"method": kind, "ranks": world} | {
-                "texts and logits": counted["others' rows"], "by formula": int(text),
-                "gradients": counted["gradients"], "by formula ": int(formula["gradients"]),
-            })  # fmt: skip
+            rows.append(
+                {"method": kind, "ranks": world}
+                | {
+                    "texts and logits": counted["others' rows"],
+                    "by formula": int(text),
+                    "gradients": counted["gradients"],
+                    "by formula ": int(formula["gradients"]),
+                }
+            )
             name = "log10 bytes of texts and logits by ranks"
             b.point(name, kind, world, float(np.log10(counted["others' rows"])))
     print(format_table(rows))
@@ -813,9 +789,7 @@ def ranks(b: Bench) -> None:
     config, batch = CONFIGS[name], b.batch
     tower = partial(step_case, "siglip", name, batch, b.c.precision)
     pair = partial(objective_case, "tiles", 32, 256 if b.c.quick else 1024, tokens)
-    found = b.compare(
-        "pieces: towers of a batch, and pairs", {"towers": tower, "pairs": pair}, repeats=2
-    )
+    found = b.compare("pieces: towers of a batch, and pairs", {"towers": tower, "pairs": pair}, repeats=2)
     # Llip's image tower has 64 tokens more than CLIP's: its share by FLOPs
     own, plain = llip.flops(config, tokens), models.tower_flops(config)
     grown = (own["image"] + own["text"]) / (plain["image"] + plain["text"])

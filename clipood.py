@@ -86,9 +86,7 @@ class FineTune(nn.Module):
         length = text.norm(dim=-1)
         if not torch.allclose(length, torch.ones_like(length), atol=1e-3):
             worst = length[(length - 1).abs().argmax()]
-            raise ValueError(
-                f"text features must have length 1, one has {worst:.4g}: normalise them"
-            )
+            raise ValueError(f"text features must have length 1, one has {worst:.4g}: normalise them")
         if pooling not in ("cls", "average"):
             raise ValueError(f"pooling {pooling!r}: expected cls or average")
         self.clip = clip.requires_grad_(False)
@@ -202,9 +200,7 @@ class BetaMovingAverage:
 
     def __init__(self, module: nn.Module, total_steps: int, beta: float = 0.5):
         if beta <= 0 or total_steps < 1:
-            raise ValueError(
-                f"beta {beta} must be positive and total_steps {total_steps} at least 1"
-            )
+            raise ValueError(f"beta {beta} must be positive and total_steps {total_steps} at least 1")
         self.average = copy.deepcopy(module).requires_grad_(False)
         self.total_steps, self.beta, self.step = total_steps, beta, 0
         self.weight_sum = self.weight(0)

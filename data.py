@@ -25,16 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 # ruff: noqa: F401  (data.preprocess, data.Pairs ... are the names that others use)
-from images import (
-    IMAGE_ERRORS,
-    MEAN,
-    STD,
-    Preprocess,
-    RandomCrop,
-    normalise,
-    preprocess,
-    random_crop,
-)
+from images import IMAGE_ERRORS, MEAN, STD, Preprocess, RandomCrop, normalise, preprocess, random_crop
 from readers import Labelled, Pairs, Subset, base_new_classes, domainbed_split, open_dataset
 from report import write_image
 from shards import Shards, warn
@@ -182,9 +173,7 @@ class DomainSource(Source):
         super().__init__(dataset, transform, seed)
         rows = len(pools) * batch_size
         if rows % world:
-            raise ValueError(
-                f"{len(pools)} domains x {batch_size} images are not divisible by {world} ranks"
-            )
+            raise ValueError(f"{len(pools)} domains x {batch_size} images are not divisible by {world} ranks")
         self.pools, self.batch_size = pools, batch_size
         self.share = range(rank * rows // world, (rank + 1) * rows // world)
 
@@ -446,9 +435,7 @@ def main(argv: list | None = None) -> int:
     parser.add_argument("--image-root", help="folder that names in a list are relative to")
     for key in ("image", "caption", "label"):
         parser.add_argument(f"--{key}-key", help=f"column of a list that has the {key}")
-    parser.add_argument(
-        "--allow-outside", action="store_true", help="read names that leave the image root"
-    )
+    parser.add_argument("--allow-outside", action="store_true", help="read names that leave the image root")
     options = vars(parser.parse_args(argv))
     path, out, size, _ = (options.pop(k) for k in ("path", "out", "size", "show"))
     try:

@@ -27,10 +27,7 @@ NAMES = {
     "ViT-B-32": ("40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af", "ViT-B-32.pt"),
     "ViT-B-16": ("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f", "ViT-B-16.pt"),
     "ViT-L-14": ("b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836", "ViT-L-14.pt"),
-    "ViT-L-14-336": (
-        "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
-        "ViT-L-14-336px.pt",
-    ),
+    "ViT-L-14-336": ("3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02", "ViT-L-14-336px.pt"),
     "llip-B-16": (None, "llip_b16_k32.pt"),
     "llip-G-14": (None, "llip_G14_k64.pt"),
 }
@@ -117,9 +114,7 @@ def download(url: str, path: Path, sha256: str | None = None, schemes=("https",)
         found = hash_of(file) if sha256 else None
         if found != sha256 or total >= 0 and size > total:
             part.unlink()
-            raise ValueError(
-                f"{url}: {size:,} bytes with sha256 {found}, expected {sha256}: run again"
-            )
+            raise ValueError(f"{url}: {size:,} bytes with sha256 {found}, expected {sha256}: run again")
         os.replace(part, path)
 
 

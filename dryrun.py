@@ -112,11 +112,7 @@ def step_flops(c, config: Config) -> dict[str, float]:
     else:
         one = tower_flops(config, c.mixture_tokens if c.method == "llip" else 1)
         pairs = 3 * N * 2 * N * config.embed_dim
-    return {
-        "image tower": passes * N * one["image"],
-        "text tower": passes * N * one["text"],
-        "pairs": pairs,
-    }
+    return {"image tower": passes * N * one["image"], "text tower": passes * N * one["text"], "pairs": pairs}
 
 
 def wire_bytes(c, config: Config, total: int, world: int) -> dict[str, float]:
@@ -136,9 +132,7 @@ def wire_bytes(c, config: Config, total: int, world: int) -> dict[str, float]:
 def describe(c) -> str:
     """The whole report as text; c is a resolved TrainConfig."""
     if c.init or c.epochs:
-        raise ValueError(
-            "--dry-run counts a model of --model over --steps: leave out --init and --epochs"
-        )
+        raise ValueError("--dry-run counts a model of --model over --steps: leave out --init and --epochs")
     config = CONFIGS[c.model]
     if c.image_size:
         config = replace(config, image_size=c.image_size)
@@ -150,9 +144,7 @@ def describe(c) -> str:
     lines.append(f"samples     {c.steps * c.batch_size:,}")
     lines.append("parameters  " + ", ".join(f"{k} {v:,}" for k, v in counts.items()))
     share = {k: f"{v:.3g} ({v / sum(flops.values()):.0%})" for k, v in flops.items()}
-    lines.append(
-        f"FLOPs/step  {sum(flops.values()):.4g}: " + ", ".join(f"{k} {v}" for k, v in share.items())
-    )
+    lines.append(f"FLOPs/step  {sum(flops.values()):.4g}: " + ", ".join(f"{k} {v}" for k, v in share.items()))
     lines.append(f"FLOPs in all {sum(flops.values()) * c.steps:.3g}")
     half = c.precision != "fp32"
     tokens = c.mixture_tokens if c.method == "llip" else 1

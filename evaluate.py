@@ -37,24 +37,10 @@ import pretrained
 import prompts
 import scenes
 from distributed import gather_rows
-from metrics import (  # noqa: F401  (evaluate.recall_at_k and evaluate.classification_metrics are public)
-    KS,
-    Recall,
-    Relevance,
-    accuracy,
-    classification_metrics,
-    no_nan,
-    places,
-    recall_at_k,
-)
-from report import (  # noqa: F401  (train.py and reproduce.py write and print through evaluate)
-    Progress,
-    duration,
-    format_table,
-    output_folder,
-    write_json,
-    write_text,
-)
+
+# ruff: noqa: F401  (evaluate.recall_at_k, evaluate.format_table ... are the names that others use)
+from metrics import KS, Recall, Relevance, accuracy, classification_metrics, no_nan, places, recall_at_k
+from report import Progress, duration, format_table, output_folder, write_json, write_text
 
 # Sides: what encoders return, a tensor (CLIP) or a tuple of tensors (Llip) --------------------------------
 
@@ -302,9 +288,7 @@ def retrieval(
                 0, column, numbers, "amin", include_self=False
             )  # (T,) the first of equal texts
             figures.append(Relevance(relevant[:, first], device))
-        side = shared_out(
-            len(tokens), lambda a, b: encode_text(model, tokens[a:b], batch_size, precision)
-        )
+        side = shared_out(len(tokens), lambda a, b: encode_text(model, tokens[a:b], batch_size, precision))
         for first, scores in score_rows(
             model, dataset, side, batch_size=batch_size, precision=precision, **options
         ):
@@ -336,9 +320,7 @@ def open_world(
     parts = {} if val is None or not len(val) else {"val": (val, val.classes)}
     result, chance = {}, {}
     for name, (dataset, classes) in (parts | protocol.tests).items():
-        place, _ = classify(
-            model, dataset, tokenizer, templates, classes, transform=transform, **options
-        )
+        place, _ = classify(model, dataset, tokenizer, templates, classes, transform=transform, **options)
         result[name], chance[name] = (place < 1).double().mean().item(), 1 / len(classes)
     if "new" in result:
         for figures in (result, chance):
@@ -356,12 +338,7 @@ def results_table(results: dict[str, dict]) -> str:
     for task, result in results.items():
         chance, ceiling = result["chance"], result.get("ceiling", {})
         for name in chance:
-            row = {
-                "task": task,
-                "figure": name,
-                "%": 100 * result[name],
-                "chance": 100 * chance[name],
-            }
+            row = {"task": task, "figure": name, "%": 100 * result[name], "chance": 100 * chance[name]}
             rows.append(row | ({"at most": 100 * ceiling[name]} if name in ceiling else {}))
         for name, value in result.get("domains", {}).items():
             row = {"task": task, "figure": f"top1 {name}", "%": 100 * value}
@@ -404,9 +381,7 @@ def read_classes(path: str, folders: list[str]) -> list:
     if isinstance(names, dict):
         missing = [folder for folder in folders if folder not in names]
         if missing:
-            raise ValueError(
-                f"{path}: no name for {len(missing)} classes, the first is {missing[0]!r}"
-            )
+            raise ValueError(f"{path}: no name for {len(missing)} classes, the first is {missing[0]!r}")
         return [names[folder] for folder in folders]
     if len(names) != len(folders):
         raise ValueError(f"{path}: {len(names)} names, but the data have {len(folders)} classes")
@@ -426,19 +401,12 @@ def open_data(args, model: nn.Module, kind: str):
         drawn = scenes.Objects if kind == "labels" else scenes.Scenes
         size = model.config.image_size
         return drawn(args.split or "test", args.limit or 1024, image_size=size)
-    dataset = data.open_dataset(
-        args.data,
-        args.split,
-        default_split="test",
-        **where_of(args),
-    )
+    dataset = data.open_dataset(args.data, args.split, default_split="test", **where_of(args))
     if not hasattr(dataset, kind):
         raise ValueError(f"{args.data} has no {kind}, which {args.task} needs")
     if args.limit:
         N, n = len(dataset), min(args.limit, len(dataset))
-        dataset = data.Subset(
-            dataset, [k * N // n for k in range(n)]
-        )  # folders are sorted by class
+        dataset = data.Subset(dataset, [k * N // n for k in range(n)])  # folders are sorted by class
     return dataset
 
 
@@ -451,9 +419,7 @@ def finish(args, result: dict, **more) -> None:
     """Prints the table; writes results.json. Only rank 0 calls it."""
     about = {"task": args.task, "model": args.model, "data": args.data, "split": args.split}
     print(results_table({args.task: result}))
-    print(
-        "  ".join(f"{k.replace('_', ' ')} {v:,}" for k, v in result.items() if isinstance(v, int))
-    )
+    print("  ".join(f"{k.replace('_', ' ')} {v:,}" for k, v in result.items() if isinstance(v, int)))
     if args.out:
         write_json(Path(args.out) / "results.json", about | result | more)
         print(f"written to {Path(args.out) / 'results.json'}")
@@ -489,16 +455,12 @@ def zeroshot_command(args, device: torch.device) -> None:
     confusion = torch.bincount(target * C + answer, minlength=C * C).view(C, C)  # true, answered
     counts = confusion.sum(1).tolist()
     right = torch.bincount(target[place == 0], minlength=C).tolist()
-    per_class = [
-        {"class": name, "images": n, "right": k} for name, n, k in zip(shown, counts, right)
-    ]
+    per_class = [{"class": name, "images": n, "right": k} for name, n, k in zip(shown, counts, right)]
     finish(args, summary(place, dataset), templates=list(templates), per_class=per_class)
     if args.out and C <= 100:
         rows = [f"{name} ({n})" for name, n in zip(shown, counts)]
         picture = Path(args.out) / "confusion.png"
-        plots.matrix(
-            picture, confusion.numpy(), rows, shown, "images of a class (row) by answer (column)"
-        )
+        plots.matrix(picture, confusion.numpy(), rows, shown, "images of a class (row) by answer (column)")
         print(f"drawn in {picture}")
 
 
@@ -515,12 +477,8 @@ def open_world_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--more", nargs="+", default=[], metavar="RUN", help="further models: other seeds, domains")
     add("--task", dest="open_task", choices=openworld.TASKS, help="default: a run's own")
-    add(
-        "--target-domain", nargs="+", metavar="NAME", help="default: a run's own, else each in turn"
-    )
-    add(
-        "--whole-target", action="store_true", help="domain-shift: not only DomainBed's 20 %% of it"
-    )
+    add("--target-domain", nargs="+", metavar="NAME", help="default: a run's own, else each in turn")
+    add("--whole-target", action="store_true", help="domain-shift: not only DomainBed's 20 %% of it")
     add("--templates", nargs="+", metavar="TEXT", help="as for zeroshot (default: the data's own)")
 
 
@@ -574,9 +532,8 @@ def open_world_command(args, device: torch.device) -> None:
         whole = args.whole_target or config.get("whole_target", False)
         for target in targets:
             protocol = openworld.protocol(
-                args.data, task, target, whole=whole, **where_of(args),
-                image_size=model.config.image_size,
-            )  # fmt: skip
+                args.data, task, target, whole=whole, **where_of(args), image_size=model.config.image_size
+            )
             found = open_world(model, protocol, tokenizer, templates, **options_of(args))
             records.append(about | {"domain": target} | found)
             chance = about | {"method": "chance", "domain": target} | found["chance"]
@@ -668,20 +625,9 @@ def speed_command(args, device: torch.device) -> None:
         print(f"written to {Path(args.out) / 'results.json'}")
 
 
-LOAD_OPTIONS = (
-    "quick_gelu",
-    "vision_heads",
-    "text_heads",
-    "mixture_heads",
-    "temperature",
-    "pooling",
-)
+LOAD_OPTIONS = ("quick_gelu", "vision_heads", "text_heads", "mixture_heads", "temperature", "pooling")
 COMMANDS = {  # name: (what it does, its own arguments or None, function of (args, device))
-    "zeroshot": (
-        "classify images by the names of the classes",
-        zeroshot_arguments,
-        zeroshot_command,
-    ),
+    "zeroshot": ("classify images by the names of the classes", zeroshot_arguments, zeroshot_command),
     "retrieval": ("find captions by image and images by caption", None, retrieval_command),
     "open-world": (
         "classify images of domains and classes that fine-tuning has not seen",
@@ -702,20 +648,12 @@ def common_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN_OR_CHECKPOINT",
         help="a run directory of train.py, a checkpoint, or a name",
     )
-    add(
-        "--data",
-        required=True,
-        metavar="PATH",
-        help="scenes (embedded), a folder, a list, or tar shards",
-    )
+    add("--data", required=True, metavar="PATH", help="scenes (embedded), a folder, a list, or tar shards")
     add("--split", help="of data that have splits (default: test)")
     add("--image-root", metavar="DIR", help="where the images of a list are (default: beside it)")
     add("--allow-outside", action="store_true", help="read what a list names outside of there")
     add(
-        "--limit",
-        type=int,
-        metavar="N",
-        help="only N images, evenly spaced (scenes: how many to draw, 1024)",
+        "--limit", type=int, metavar="N", help="only N images, evenly spaced (scenes: how many to draw, 1024)"
     )
     add("--vocab", metavar="PATH", help="vocabulary (default: the run's own, else OpenAI's)")
     add("--batch-size", type=int, default=256, help="images, or texts, at a time on each rank")
@@ -728,9 +666,7 @@ def common_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the towers; pairs are scored in fp32",
     )
     add("--out", metavar="DIR", help="write results.json and pictures here")
-    told = parser.add_argument_group(
-        "what a checkpoint of someone else may not tell (pretrained.py)"
-    )
+    told = parser.add_argument_group("what a checkpoint of someone else may not tell (pretrained.py)")
     told.add_argument("--quick-gelu", action=argparse.BooleanOptionalAction, help="the activation")
     for name in LOAD_OPTIONS[1:4]:
         told.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N")
@@ -740,9 +676,7 @@ def common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     import probes  # here and not above: it builds on this file
 
@@ -770,8 +704,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except torch.cuda.OutOfMemoryError:
         print(
-            f"error: out of GPU memory at --batch-size {args.batch_size}: try a smaller one",
-            file=sys.stderr,
+            f"error: out of GPU memory at --batch-size {args.batch_size}: try a smaller one", file=sys.stderr
         )
         return 2
     return 0

@@ -61,9 +61,16 @@ from prompt_learning import CoCoOp, CoOp, MaPLe
 from tes import TeS
 
 PUBLISHED = dict(
-    lr=5e-6, steps=5000, batch_size=36, warmup=0, weight_decay=0.1, beta2=0.999, eps=1e-8,
-    crop_scale=0.7, train_size=2048,
-)  # fmt: skip
+    lr=5e-6,
+    steps=5000,
+    batch_size=36,
+    warmup=0,
+    weight_decay=0.1,
+    beta2=0.999,
+    eps=1e-8,
+    crop_scale=0.7,
+    train_size=2048,
+)
 SMALL = dict(lr=5e-4, steps=300)
 PROMPTS = dict(optimizer="sgd", weight_decay=5e-4, shots=16, crop_scale=0.08, bma_beta=0.0)
 WORDS = "a photo of a"
@@ -129,9 +136,7 @@ def defaults(c, given: set[str]):
     if c.method == "tes" and c.accumulate > 1:
         raise ValueError("--accumulate: TeS has a BatchNorm, which must see the whole batch")
     if c.method in BESIDE and c.bma_beta:
-        raise ValueError(
-            f"--bma-beta averages CLIP's weights, which is not what {c.method} reports"
-        )
+        raise ValueError(f"--bma-beta averages CLIP's weights, which is not what {c.method} reports")
     if c.class_context and (c.method != "coop" or c.open_task != "domain-shift"):
         raise ValueError(
             "--class-context is CoOp's, and no other classes can be asked: --open-task domain-shift"
@@ -181,9 +186,7 @@ def build_method(
     if c.method == "tes":
         shares = dict(lambda_v=c.tes_share, lambda_t=c.tes_weight)
         return TeS(clip, text, tau=c.tes_temperature, **shares)
-    head = dict(
-        smoothing=c.smoothing, epsilon=c.epsilon, scale=c.smoothing_scale, margin=c.margin
-    )  # fmt: skip
+    head = dict(smoothing=c.smoothing, epsilon=c.epsilon, scale=c.smoothing_scale, margin=c.margin)
     if c.method != "alignclip":
         return FineTune(clip, text, pooling=c.image_pooling, **head)
     return AlignCLIP(
@@ -282,11 +285,19 @@ class LabelTask:
         if c.image_size not in (0, self.config.image_size):
             raise ValueError(f"--image-size {c.image_size}: {c.init} has {self.config.image_size}")
         self.protocol = openworld.protocol(
-            c.train_data, c.open_task, c.target_domain, whole=c.whole_target, shots=c.shots,
-            seed=c.seed, image_root=c.image_root or None, allow_outside=c.allow_outside,
+            c.train_data,
+            c.open_task,
+            c.target_domain,
+            whole=c.whole_target,
+            shots=c.shots,
+            seed=c.seed,
+            image_root=c.image_root or None,
+            allow_outside=c.allow_outside,
             image_size=self.config.image_size,
-            size=c.train_size, bias=c.bias, test_seed=c.test_seed,
-        )  # fmt: skip
+            size=c.train_size,
+            bias=c.bias,
+            test_seed=c.test_seed,
+        )
         self.train = self.protocol.train
         if c.overfit or c.method in BESIDE:
             self.train = first_images(self.train, c.overfit or len(self.train))
@@ -412,10 +423,7 @@ class LabelTask:
         if self.zero_shot is None:
             device = next(model.parameters()).device
             self.zero_shot = self.score(self.pooled(pretrained.load(self.c.init).to(device)))
-        rows = {
-            "zero-shot": self.zero_shot,
-            "fine-tuned": self.score(self.asked(), self.asked_with),
-        }
+        rows = {"zero-shot": self.zero_shot, "fine-tuned": self.score(self.asked(), self.asked_with)}
         if self.average is not None:
             rows["averaged"] = self.score(self.pooled(self.average.average))
         return rows

@@ -23,9 +23,16 @@ FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BIL
 MAX_IMAGE_BYTES = 64 << 20  # a larger file is not the picture it says it is
 # what Pillow raises on files that are not, or not wholly, images
 IMAGE_ERRORS = (
-    OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError, MemoryError,
-    struct.error, zlib.error,
-)  # fmt: skip
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
 
 
 def open_image(source: str | bytes) -> Image.Image:
@@ -140,12 +147,7 @@ def random_crop(
         width, height = image.size
         image.draft("RGB", (math.ceil(width * size / w), math.ceil(height * size / h)))
         x, y = image.width / width, image.height / height
-        box = (
-            left * x,
-            top * y,
-            min(image.width, (left + w) * x),
-            min(image.height, (top + h) * y),
-        )
+        box = (left * x, top * y, min(image.width, (left + w) * x), min(image.height, (top + h) * y))
         image = image.convert("RGB").resize((size, size), FILTERS[interpolation], box)
     else:
         # RGB first: a palette cannot be resized smoothly. For RGB files the order makes no difference

@@ -166,17 +166,13 @@ def from_huggingface_config(settings: dict) -> dict:
     found, activations = {}, set()
     for tower, heads in (("vision", 12), ("text", 8)):
         # older files repeat the sizes in *_config_dict, which counts
-        both = (settings.get(f"{tower}_config") or {}) | (
-            settings.get(f"{tower}_config_dict") or {}
-        )
+        both = (settings.get(f"{tower}_config") or {}) | (settings.get(f"{tower}_config_dict") or {})
         found[f"{tower}_heads"] = both.get("num_attention_heads", heads)
         activations.add(both.get("hidden_act", "quick_gelu"))
         if both.get("layer_norm_eps", 1e-5) != 1e-5:
             raise ValueError(f"layer_norm_eps {both['layer_norm_eps']} is not supported, only 1e-5")
     if len(activations) != 1 or activations - {"quick_gelu", "gelu"}:
-        raise ValueError(
-            f"hidden_act {sorted(activations)}: one of quick_gelu and gelu is supported"
-        )
+        raise ValueError(f"hidden_act {sorted(activations)}: one of quick_gelu and gelu is supported")
     return found | {"activation": activations.pop()}
 
 

@@ -85,9 +85,7 @@ class Llip(DualEncoder):
     ):
         if config.embed_dim % heads:
             raise ValueError(f"embedding {config.embed_dim} is not divisible by {heads} heads")
-        super().__init__(
-            config, VisionTransformer(config, mixture_tokens, project=False), scale, bias
-        )
+        super().__init__(config, VisionTransformer(config, mixture_tokens, project=False), scale, bias)
         D, E = config.vision_width, config.embed_dim
         self.heads, self.temperature, self.all_tokens = heads, float(temperature), all_tokens
         tokens = mixture_tokens + config.patches * all_tokens
@@ -96,9 +94,7 @@ class Llip(DualEncoder):
         self.v_proj = nn.Parameter(torch.randn(shape) * D**-0.5)
         self.q_proj = nn.Parameter(torch.randn(config.text_width, E) * config.text_width**-0.5)
         self.pred = Mixer(E)
-        self.K_norm, self.V_norm, self.Q_norm = (
-            nn.LayerNorm(E) if norm else nn.Identity() for _ in range(3)
-        )
+        self.K_norm, self.V_norm, self.Q_norm = (nn.LayerNorm(E) if norm else nn.Identity() for _ in range(3))
         initialize(self)
 
     def split(self, x: Tensor) -> Tensor:
@@ -271,9 +267,7 @@ class LatentTextLlip(Llip):
         return logits.unflatten(1, (-1, len(self.text_tokens))).mean(-1)  # (B_img, B_txt)
 
 
-def flops(
-    config: Config, tokens: int, prompts: int = 0, all_tokens: bool = False
-) -> dict[str, int]:
+def flops(config: Config, tokens: int, prompts: int = 0, all_tokens: bool = False) -> dict[str, int]:
     """FLOPs of Llip for one image, one text, and one image against the given number of prompts.
 
     Two per multiply-add, as model.tower_flops. "pairs" is 4 M E + 2 E^2 per prompt: scores, mix and W_O, the
@@ -295,7 +289,5 @@ if __name__ == "__main__":  # what a caption changes: the weights of four tokens
     model = Llip(Config(8, 16, 8, 32, 1, 2, 64, 8, 50, 16, 1, 2, 32), 4, 2, temperature=1.0)
     keys, values = model.encode_image(torch.randn(1, 3, 16, 16))
     queries, _ = model.encode_text(torch.tensor([[48, 5, 49, 0], [48, 6, 49, 0]]))
-    print(
-        "weights of four mixture tokens under one image, first head; a row for each of two captions:"
-    )
+    print("weights of four mixture tokens under one image, first head; a row for each of two captions:")
     print(model.mixing_weights(keys, queries)[0, :, 0].detach())  # two different rows

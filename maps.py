@@ -46,9 +46,19 @@ MAX_ROWS = 24  # pictures on one sheet
 FIGURES = ("lift", "pointing", "area", "iou", "best_iou", "best_threshold")
 # fields of a run's configuration that do not make it another kind of model
 RUNNING = (
-    "seed", "out", "init", "resume", "device", "threads", "workers", "compile", "grad_checkpointing",
-    "log_every", "eval_every", "save_every",
-)  # fmt: skip
+    "seed",
+    "out",
+    "init",
+    "resume",
+    "device",
+    "threads",
+    "workers",
+    "compile",
+    "grad_checkpointing",
+    "log_every",
+    "eval_every",
+    "save_every",
+)
 
 
 def map_names(structures: list[str], methods: list[str]) -> list[str]:
@@ -263,28 +273,10 @@ def table(rows: list[dict]) -> str:
 
 def arguments(parser) -> None:
     add = parser.add_argument
-    add(
-        "--more",
-        nargs="+",
-        default=[],
-        metavar="RUN",
-        help="further models: fine-tuned, other seeds",
-    )
-    add(
-        "--structures", nargs="*", choices=KINDS, metavar="KIND", help=f"default: {' '.join(KINDS)}"
-    )
-    add(
-        "--methods",
-        nargs="*",
-        choices=METHODS,
-        metavar="NAME",
-        help=f"default: {' '.join(METHODS)}",
-    )
-    add(
-        "--several",
-        action="store_true",
-        help="one to four things in a picture, each sought by name",
-    )
+    add("--more", nargs="+", default=[], metavar="RUN", help="further models: fine-tuned, other seeds")
+    add("--structures", nargs="*", choices=KINDS, metavar="KIND", help=f"default: {' '.join(KINDS)}")
+    add("--methods", nargs="*", choices=METHODS, metavar="NAME", help=f"default: {' '.join(METHODS)}")
+    add("--several", action="store_true", help="one to four things in a picture, each sought by name")
     add("--show", type=int, default=8, metavar="N", help="pictures on the sheet in --out (8)")
 
 
@@ -303,9 +295,7 @@ def names_for(args, source: str, model: nn.Module) -> list[str]:
     if visual.tokens > 1:
         raise ValueError(f"{source}: pools {visual.tokens} tokens without a text: no map per text")
     asked = args.structures is not None or args.methods is not None
-    return map_names(
-        (args.structures or []) if asked else KINDS, (args.methods or []) if asked else METHODS
-    )
+    return map_names((args.structures or []) if asked else KINDS, (args.methods or []) if asked else METHODS)
 
 
 def draw_sheet(path: Path, dataset, kept: dict[int, Tensor], names: list[str], about: str) -> None:
@@ -331,16 +321,21 @@ def command(args, open_model: Callable) -> None:
     for number, source in enumerate([args.model, *args.more]):
         model, tokenizer = open_model(source)
         names = names_for(args, source, model)
-        dataset = drawn(
-            args.split or "test", args.limit or 1024, image_size=model.config.image_size
-        )
+        dataset = drawn(args.split or "test", args.limit or 1024, image_size=model.config.image_size)
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
         shown = tuple(sorted(order[: args.show].tolist())) if args.out else ()
         extra = () if number else BASELINES
         scores, kept = measure(
-            model, tokenizer, dataset, [*names, *extra], batch_size=args.batch_size,
-            precision=args.precision, workers=args.workers, show=shown, progress=source,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            dataset,
+            [*names, *extra],
+            batch_size=args.batch_size,
+            precision=args.precision,
+            workers=args.workers,
+            show=shown,
+            progress=source,
+        )
         label, kind = kind_of(source)
         for name, figures in scores.items():
             about = {"source": source, "label": label, "kind": kind}
@@ -355,12 +350,7 @@ def command(args, open_model: Callable) -> None:
     print(table(rows))
     print("chance: lift 1, pointing the area; the foreground of attention is all things together")
     if args.out:
-        content = {
-            "task": args.task,
-            "data": args.data,
-            "split": args.split,
-            "several": args.several,
-        }
+        content = {"task": args.task, "data": args.data, "split": args.split, "several": args.several}
         told = [{key: r[key] for key in r if key != "kind"} for r in records]
         path = Path(args.out) / "results.json"
         shown = [picture.name for picture in pictures]

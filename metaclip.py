@@ -369,10 +369,7 @@ def _rows(stream, kind: str) -> Iterator[tuple[bytes, list[str] | None]]:
             taken.append(line)
             yield line.decode("utf-8", "surrogateescape")
 
-    split = {
-        ".csv": csv.reader,
-        ".tsv": lambda lines: (x.rstrip("\r\n").split("\t") for x in lines),
-    }
+    split = {".csv": csv.reader, ".tsv": lambda lines: (x.rstrip("\r\n").split("\t") for x in lines)}
     rows = split.get(kind, lambda lines: ([x.rstrip("\r\n")] for x in lines))(texts())
     while True:
         taken.clear()
@@ -554,9 +551,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("corpus", help=".tsv or .csv with header, .jsonl, else one caption a line; .gz too")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--entries", help="metadata: one entry a line, a JSON list, or OUT.counts.json"
-    )
+    source.add_argument("--entries", help="metadata: one entry a line, a JSON list, or OUT.counts.json")
     built = "build it from the corpus: words and pairs seen N times (the paper: 100, on Wikipedia)"
     source.add_argument("--build-entries", type=int, metavar="N", help=built)
     add("--out", required=True, help="kept records; beside it OUT.json, OUT.counts.json, OUT.png")
@@ -564,9 +559,7 @@ def main(argv: list[str] | None = None) -> int:
     level.add_argument("--t", type=float, help="an entry with up to t captions is tail")
     share = "or: the tail's share of all matches, from which t follows (default 0.06)"
     level.add_argument("--tail-share", type=float, default=0.06, help=share)
-    add(
-        "--column", default="caption", help="column or JSON key of the caption (or key + s: a list)"
-    )
+    add("--column", default="caption", help="column or JSON key of the caption (or key + s: a list)")
     add("--seed", type=int, default=0, help="of the draws; equal seeds keep equal captions")
     args = parser.parse_args(argv)
     try:
@@ -582,9 +575,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            f"interrupted: no {args.out}; a new run gives what this one would have", file=sys.stderr
-        )
+        print(f"interrupted: no {args.out}; a new run gives what this one would have", file=sys.stderr)
         return 130
     for line in corpus.skipped:
         print(f"skipped {line}", file=sys.stderr)

@@ -30,9 +30,7 @@ def hit_rates(place: Tensor, name: str, ks: tuple[int, ...]) -> dict[str, float]
     return {f"{name}@{k}": (place < k).double().mean().item() for k in ks}
 
 
-def recall_at_k(
-    scores: Tensor, image_of_text: Tensor, ks: tuple[int, ...] = KS
-) -> dict[str, float]:
+def recall_at_k(scores: Tensor, image_of_text: Tensor, ks: tuple[int, ...] = KS) -> dict[str, float]:
     """Recall of retrieval both ways, from the whole matrix: the plain twin of Recall.
 
     No equation; LAION-AI/CLIP_benchmark metrics/zeroshot_retrieval.py @48de38c, ties apart.
@@ -228,9 +226,7 @@ class Relevance:
         is_true = torch.arange(2 * self.k, device=self.device).expand_as(both) >= self.k
         top = ordered_hits(both, is_true)[:, : self.k]  # (T, k)
         i2t_map, i2t_p1 = rows.mean(0).tolist()
-        return {
-            "i2t_map": i2t_map, "i2t_p@1": i2t_p1, f"t2i_p@{self.k}": top.double().mean().item()
-        }  # fmt: skip
+        return {"i2t_map": i2t_map, "i2t_p@1": i2t_p1, f"t2i_p@{self.k}": top.double().mean().item()}
 
     def chance(self) -> dict[str, float]:
         rights = self.relevant.sum(1)

@@ -51,7 +51,7 @@ def _clip(embed, size, patch, vision, text, vision_mlp=None, activation="quick_g
     """Config from (width, layers, heads) of either tower; the MLP is 4 times as wide unless given."""
     return Config(
         embed, size, patch, *vision, vision_mlp or 4 * vision[0], 77, 49408, *text, 4 * text[0], activation
-    )  # fmt: skip
+    )
 
 
 # Heads: width // 64 in OpenAI's files, but 80 wide in ViT-H and 104 wide in bigG (open_clip model_configs).
@@ -86,11 +86,7 @@ class Block(nn.Module):
         self.attn = MultiheadAttention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
         gelu = {"quick_gelu": QuickGELU, "gelu": nn.GELU}[activation]()
-        layers = [
-            ("c_fc", nn.Linear(width, mlp)),
-            ("gelu", gelu),
-            ("c_proj", nn.Linear(mlp, width)),
-        ]
+        layers = [("c_fc", nn.Linear(width, mlp)), ("gelu", gelu), ("c_proj", nn.Linear(mlp, width))]
         self.mlp = nn.Sequential(OrderedDict(layers))
         self.ln_2 = nn.LayerNorm(width)
 
@@ -121,15 +117,10 @@ class Transformer(nn.Module):
     def __init__(self, width: int, layers: int, heads: int, mlp: int, activation: str):
         super().__init__()
         self.width, self.grad_checkpointing = width, False
-        self.resblocks = nn.ModuleList(
-            Block(width, heads, mlp, activation) for _ in range(layers)
-        )  # fmt: skip
+        self.resblocks = nn.ModuleList(Block(width, heads, mlp, activation) for _ in range(layers))
 
     def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | str | None = None,
-        pick: Callable[[Tensor], Tensor] | None = None,
+        self, x: Tensor, mask: Tensor | str | None = None, pick: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
         for block in self.resblocks:
             last = pick if block is self.resblocks[-1] else None
@@ -141,11 +132,7 @@ class Transformer(nn.Module):
 
 
 def resize_positions(
-    positions: Tensor,
-    extra: int,
-    size: tuple[int, int],
-    mode: str = "bicubic",
-    antialias: bool = True,
+    positions: Tensor, extra: int, size: tuple[int, int], mode: str = "bicubic", antialias: bool = True
 ) -> Tensor:
     """Interpolates the patch rows of a position embedding to another grid; the parameter is not touched.
 
@@ -180,9 +167,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(torch.empty(shape))
         self.positional_embedding = nn.Parameter(torch.empty(self.tokens + c.patches, D))
         self.ln_pre = nn.LayerNorm(D)
-        self.transformer = Transformer(
-            D, c.vision_layers, c.vision_heads, c.vision_mlp, c.activation
-        )  # fmt: skip
+        self.transformer = Transformer(D, c.vision_layers, c.vision_heads, c.vision_mlp, c.activation)
         self.ln_post = nn.LayerNorm(D)
         self.proj = nn.Parameter(torch.empty(D, c.embed_dim)) if project else None
 

@@ -261,11 +261,7 @@ def summarise(records: list[dict]) -> list[dict]:
         runs.setdefault((r["task"], r["method"], r["seed"]), []).append(r)
     for (task, method, _), some in runs.items():
         if len(asked[task]) > 1 and {r["domain"] for r in some} == asked[task]:
-            means = {
-                f: statistics.fmean(r[f] for r in some)
-                for f in FIGURES
-                if all(f in r for r in some)
-            }
+            means = {f: statistics.fmean(r[f] for r in some) for f in FIGURES if all(f in r for r in some)}
             if "H" in means:
                 means["H"] = harmonic(means["base"], means["new"])
             records = [*records, {"task": task, "method": method, "domain": "average", **means}]
@@ -428,9 +424,7 @@ def compare(c: Comparison, say=print) -> list[dict]:
             left = duration((time.time() - began) / n * (len(runs) - n))
             say(f"{n} of {len(runs)}  {Path(flags['out']).name}  ETA {left}", flush=True)
     rows = summarise(list(records.values()))
-    say(
-        f"\n{table(rows)}\n\nval: held out of the source domains. written to {out / 'results.json'}"
-    )
+    say(f"\n{table(rows)}\n\nval: held out of the source domains. written to {out / 'results.json'}")
     content = {"comparison": asdict(c), "rows": rows, "records": list(records.values())}
     write_json(out / "results.json", content)
     return rows

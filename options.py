@@ -13,9 +13,7 @@ def parser(cls: type, description: str = "") -> argparse.ArgumentParser:
     do abbreviations.
     """
     result = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     by_name, group = {f.name: f for f in fields(cls)}, result
     for line in inspect.getsource(cls).splitlines():

@@ -28,11 +28,7 @@ def build_model(c, config: Config) -> nn.Module:
     """The dual encoder of c.method over config, from scratch or from c.init."""
     scale = c.logit_scale or (10.0 if c.objective == "siglip" else 1 / 0.07)
     # PAPER: SigLIP starts at -10, the log-odds of one pair among 22,000; -ln(N - 1) is that for N pairs
-    bias = (
-        max(-10.0, -math.log(max(c.batch_size - 1, 1)))
-        if math.isnan(c.logit_bias)
-        else c.logit_bias
-    )
+    bias = max(-10.0, -math.log(max(c.batch_size - 1, 1))) if math.isnan(c.logit_bias) else c.logit_bias
     mixing = dict(temperature=c.temperature, norm=c.mixture_norm)
     sizes = (config, c.mixture_tokens, c.mixture_heads)
     if c.init and (c.pooling != "text" or c.all_tokens or c.text_tokens):
@@ -152,18 +148,14 @@ class PairTask:
             result = evaluate.retrieval(model, self.aspects, self.tokenizer)
             rows["aspects"] = figures(result, "_")
         if self.objects is not None:
-            rows["zeroshot"] = evaluate.zeroshot(
-                model, self.objects, self.tokenizer, self.templates
-            )
+            rows["zeroshot"] = evaluate.zeroshot(model, self.objects, self.tokenizer, self.templates)
         return rows
 
 
 def figures(result: dict, mark: str) -> dict:
     """A retrieval result with only the figures of a kind: "@" Recall@k, "_" those of relevance."""
     kept = {k for k in result["chance"] if ("_" if "_" in k else "@") == mark}
-    parts = {
-        k: {n: v for n, v in result.get(k, {}).items() if n in kept} for k in ("chance", "ceiling")
-    }
+    parts = {k: {n: v for n, v in result.get(k, {}).items() if n in kept} for k in ("chance", "ceiling")}
     others = {k: v for k, v in result.items() if k not in result["chance"] and k not in parts}
     return {k: result[k] for k in result["chance"] if k in kept} | parts | others
 
@@ -192,9 +184,7 @@ def pair_data(c):
         train = data.open_dataset(c.train_data, default_split="train", **keys)
         val = objects = None
         if not hasattr(train, "captions"):
-            raise ValueError(
-                f"{c.train_data}: no captions in it; --method {c.method} learns from pairs"
-            )
+            raise ValueError(f"{c.train_data}: no captions in it; --method {c.method} learns from pairs")
     if c.val_data:
         val = data.open_dataset(c.val_data, default_split="test", **keys)
     elif val is None and c.train_data != "broad" and ".tar" not in c.train_data:

@@ -98,16 +98,28 @@ def transformers_model(c: Config) -> nn.Module:
         CLIPConfig(
             projection_dim=c.embed_dim,
             vision_config=tower(
-                "vision", c.vision_width, c.vision_mlp, c.vision_layers, c.vision_heads,
-                image_size=c.image_size, patch_size=c.patch_size,
+                "vision",
+                c.vision_width,
+                c.vision_mlp,
+                c.vision_layers,
+                c.vision_heads,
+                image_size=c.image_size,
+                patch_size=c.patch_size,
             ),
             text_config=tower(
-                "text", c.text_width, c.text_mlp, c.text_layers, c.text_heads,
-                vocab_size=c.vocab_size, max_position_embeddings=c.context_length,
-                bos_token_id=c.vocab_size - 2, eos_token_id=c.vocab_size - 1, pad_token_id=0,
+                "text",
+                c.text_width,
+                c.text_mlp,
+                c.text_layers,
+                c.text_heads,
+                vocab_size=c.vocab_size,
+                max_position_embeddings=c.context_length,
+                bos_token_id=c.vocab_size - 2,
+                eos_token_id=c.vocab_size - 1,
+                pad_token_id=0,
             ),
         )
-    )  # fmt: skip
+    )
 
 
 def open_clip_logits(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
@@ -123,11 +135,7 @@ def clip_peers() -> tuple[dict[str, tuple[Callable, Callable]], list[str]]:
     """{name: (model of a Config, logits of (model, images, tokens))} of what is there, and what is not."""
     candidates = {
         "open_clip": (import_open_clip, open_clip_model, open_clip_logits),
-        "transformers": (
-            lambda: __import__("transformers"),
-            transformers_model,
-            transformers_logits,
-        ),
+        "transformers": (lambda: __import__("transformers"), transformers_model, transformers_logits),
     }
     found, missing = {}, []
     for name, (load, build, logits) in candidates.items():

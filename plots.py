@@ -124,22 +124,16 @@ def lines(path: str | Path, panels: dict[str, dict[str, list]], xlabel: str = "s
     write_image(path, image)
 
 
-def bars(
-    path: str | Path, groups: dict[str, dict[str, tuple[float, float]]], title: str = ""
-) -> None:
+def bars(path: str | Path, groups: dict[str, dict[str, tuple[float, float]]], title: str = "") -> None:
     """Grouped bars from zero: {group: {label: (mean, spread)}}; the whisker is the spread on either side."""
     labels = list(dict.fromkeys(label for group in groups.values() for label in group))
     each, gap, height = 34, 30, 260
     slots = [max(len(g) * each, 7 * len(name)) + gap for name, g in groups.items()]
     width = sum(slots) + gap
-    wide = max(
-        width, 8 * max(map(len, labels)) + 30, 8 * len(title)
-    )  # the texts around may be wider
+    wide = max(width, 8 * max(map(len, labels)) + 30, 8 * len(title))  # the texts around may be wider
     image = Image.new("RGB", (wide + 80, height + 90 + 18 * len(labels)), "white")
     draw = ImageDraw.Draw(image)
-    low, high = limits(
-        [v for g in groups.values() for m, s in g.values() for v in (m + s, m - s, 0)]
-    )
+    low, high = limits([v for g in groups.values() for m, s in g.values() for v in (m + s, m - s, 0)])
     high += 0.06 * (high - low)  # the number above the highest whisker
     ylim = (0 if low > -0.06 * high else low, high)  # no room below zero where nothing is
     panel = Canvas(draw, (60, 40, 60 + width, 40 + height), (0, 1), ylim, title, xticks=False)
@@ -164,9 +158,7 @@ def bars(
 
 def heat(values: np.ndarray) -> np.ndarray:
     """Numbers in [0, 1] (...) to colours (..., 3) uint8: dark blue, teal, yellow; monotone in lightness."""
-    stops = np.array(
-        [[13, 8, 60], [33, 82, 140], [32, 145, 140], [94, 201, 98], [253, 231, 37]], float
-    )
+    stops = np.array([[13, 8, 60], [33, 82, 140], [32, 145, 140], [94, 201, 98], [253, 231, 37]], float)
     x = np.clip(np.nan_to_num(values), 0, 1) * (len(stops) - 1)
     low = np.minimum(x.astype(int), len(stops) - 2)
     part = (x - low)[..., None]
@@ -190,15 +182,11 @@ def matrix(
         draw.text((left - 6, top + (i + 0.5) * cell), row, fill=INK, font=font(12), anchor="rm")
         for j in range(len(columns)):
             x, y = left + j * cell, top + i * cell
-            draw.rectangle(
-                [x, y, x + cell - 1, y + cell - 1], fill=tuple(int(v) for v in colours[i, j])
-            )
+            draw.rectangle([x, y, x + cell - 1, y + cell - 1], fill=tuple(int(v) for v in colours[i, j]))
             if cell >= 30:
                 ink = "black" if colours[i, j].mean() > 110 else "white"
                 where = (x + cell / 2, y + cell / 2)
-                draw.text(
-                    where, cell_text(float(values[i, j])), fill=ink, font=font(10), anchor="mm"
-                )
+                draw.text(where, cell_text(float(values[i, j])), fill=ink, font=font(10), anchor="mm")
     for j, column in enumerate(columns):  # vertical text: drawn on its own strip and turned
         strip = Image.new("RGB", (top - 34, 16), "white")
         ImageDraw.Draw(strip).text((0, 1), column, fill=INK, font=font(12))

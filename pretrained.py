@@ -157,9 +157,7 @@ def weights(checkpoint: archive.Checkpoint) -> tuple[dict[str, archive.Array], d
     arrays = {
         name: value
         for name, value in content.items()
-        if type(name) is str
-        and isinstance(value, archive.Array)
-        and name.split(".")[-1] not in NOT_WEIGHTS
+        if type(name) is str and isinstance(value, archive.Array) and name.split(".")[-1] not in NOT_WEIGHTS
     }
     if not arrays:
         held = checkpoint.content
@@ -201,9 +199,7 @@ def infer(state: dict[str, Tensor], told: dict, given: dict) -> dict:
     else:
         found["class"] = "CLIP"
     if foreign := [k for k in ("heads", "temperature", "pooling") if k in given and k not in found]:
-        raise ValueError(
-            f"{ARGUMENT.get(foreign[0], foreign[0])} has no use in this {found['class']}"
-        )
+        raise ValueError(f"{ARGUMENT.get(foreign[0], foreign[0])} has no use in this {found['class']}")
     if unknown := [ARGUMENT.get(k, k) for k in found if found[k] is None]:
         raise ValueError(
             f"{' and '.join(unknown)} of this {found['class']} cannot be read from the weights: "
@@ -229,9 +225,7 @@ def read_config(state: dict[str, Tensor], known: dict) -> Config:
     def heads(tower, width):
         head = HEAD_WIDTH.get(width, 64) if tower == "vision" else 64
         if f"{tower}_heads" not in known and width % head:
-            raise ValueError(
-                f"heads of the {tower} tower, width {width}, unknown: give {tower}_heads"
-            )
+            raise ValueError(f"heads of the {tower} tower, width {width}, unknown: give {tower}_heads")
         return known.get(f"{tower}_heads", width // head)
 
     conv1, positions = shape("visual.conv1.weight", 4), shape("visual.positional_embedding", 2)
@@ -241,9 +235,7 @@ def read_config(state: dict[str, Tensor], known: dict) -> Config:
     tokens = first[0] if len(first) == 2 else 1
     side = math.isqrt(max(positions[0] - tokens, 0))
     if side == 0 or side**2 != positions[0] - tokens:
-        raise ValueError(
-            f"{positions[0]} image positions: not {tokens} tokens and a square of patches"
-        )
+        raise ValueError(f"{positions[0]} image positions: not {tokens} tokens and a square of patches")
     if "activation" not in known:
         raise ValueError(
             "the activation is not in the weights, and no configuration beside them names it; the wrong "
@@ -277,9 +269,7 @@ def agree(description: dict, given: dict) -> dict:
     for key, value in given.items():
         if key not in stated or key != "temperature" and stated[key] != value:
             name = ARGUMENT.get(key, key)
-            raise ValueError(
-                f"{name}: the checkpoint says {short(stated.get(key))}, {value} was given"
-            )
+            raise ValueError(f"{name}: the checkpoint says {short(stated.get(key))}, {value} was given")
     temperature = {"temperature": given["temperature"]} if "temperature" in given else {}
     return description | temperature
 
@@ -324,9 +314,7 @@ def build(description: dict) -> DualEncoder:
     def number(value):
         return type(value) in (int, float) and math.isfinite(value)
 
-    sizes = {
-        f.name: size(512 if f.name.endswith(("layers", "heads")) else 2**20) for f in fields(Config)
-    }
+    sizes = {f.name: size(512 if f.name.endswith(("layers", "heads")) else 2**20) for f in fields(Config)}
     allowed = sizes | {"activation": lambda value: value in ("quick_gelu", "gelu")}
     check("config's ", config, allowed, allowed)
     pooled = {
@@ -352,9 +340,7 @@ def check(where: str, values: dict, allowed: dict, needed) -> None:
     """Every value known and accepted by its test, none missing."""
     for key, value in values.items():
         if key not in allowed or not allowed[key](value):
-            name = (
-                ascii(key)[1:-1] if type(key) is str else short(key)
-            )  # TRAP: a key may hold newlines
+            name = ascii(key)[1:-1] if type(key) is str else short(key)  # TRAP: a key may hold newlines
             raise ValueError(f"model description: {where}{name:.40} is {short(value)}")
     if missing := [key for key in needed if key not in values]:
         raise ValueError(f"model description: {where}{missing[0]} is missing")
@@ -392,9 +378,7 @@ def fill(model: nn.Module, state: dict[str, Tensor]) -> None:
             if found.get(name, shape) != shape
         ],
     }
-    said = [
-        f"{len(some)} {what} ({', '.join(some[:3])})" for what, some in problems.items() if some
-    ]
+    said = [f"{len(some)} {what} ({', '.join(some[:3])})" for what, some in problems.items() if some]
     if said:
         raise ValueError(f"not a {type(model).__name__} of this configuration: {'; '.join(said)}")
     model.load_state_dict(state, assign=True)
@@ -440,10 +424,7 @@ def warm_start_llip(
         state[name] = torch.randn(like.shape, generator=generator) * like.shape[-2] ** -0.5
     state["pred.out_proj"] = torch.eye(proj.shape[1])
     for name in ("K_norm", "V_norm", "Q_norm") if norm else ():
-        state |= {
-            f"{name}.weight": torch.ones(len(proj[0])),
-            f"{name}.bias": torch.zeros(len(proj[0])),
-        }
+        state |= {f"{name}.weight": torch.ones(len(proj[0])), f"{name}.bias": torch.zeros(len(proj[0]))}
     if scale is not None:
         state["logit_scale"] = torch.tensor(math.log(scale))
     state["logit_bias"] = torch.tensor(float(bias))
@@ -458,9 +439,7 @@ def save(model: DualEncoder, path: str | Path, layout: str = "openai") -> Path:
           open_clip reads too; "huggingface": a folder for transformers.CLIPModel.from_pretrained.
     """
     path, description = Path(path), describe(model)
-    state = {
-        k: v.detach().to("cpu", torch.float32).contiguous() for k, v in model.state_dict().items()
-    }
+    state = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in model.state_dict().items()}
     if layout == "openai":
         content = {"state_dict": state, "model": description}
         write(path, lambda file: torch.save(content, file))
@@ -501,9 +480,7 @@ def summary(source: str | Path, model: DualEncoder) -> dict:
     for name, parameter in model.named_parameters():
         if name.startswith("visual."):
             part = "image tower"
-        elif name.startswith(
-            ("transformer.", "token_", "positional_", "ln_final.", "text_projection")
-        ):
+        elif name.startswith(("transformer.", "token_", "positional_", "ln_final.", "text_projection")):
             part = "text tower"
         else:
             part = "scale, bias" if name.startswith("logit_") else "pooling"
@@ -523,9 +500,7 @@ def main(argv: list[str] | None = None) -> int:
         description="What is in a checkpoint, and its conversion.", allow_abbrev=False
     )
     parser.add_argument("checkpoint", help="file, folder, or one of " + ", ".join(NAMES))
-    parser.add_argument(
-        "--quick-gelu", action=argparse.BooleanOptionalAction, help="the activation"
-    )
+    parser.add_argument("--quick-gelu", action=argparse.BooleanOptionalAction, help="the activation")
     for name in ("vision-heads", "text-heads", "mixture-heads"):
         parser.add_argument(f"--{name}", type=int, metavar="N")
     parser.add_argument("--temperature", type=float, metavar="TAU", help="of Llip's pooling")

@@ -135,9 +135,13 @@ def fit_lbfgs(x: Tensor, y: Tensor, classes: int, strength: float) -> tuple[Tens
     weight = torch.zeros(z.shape[1], classes, dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
     solver = torch.optim.LBFGS(
-        [weight, bias], max_iter=1000, tolerance_grad=1e-5, tolerance_change=1e-12, history_size=20,
+        [weight, bias],
+        max_iter=1000,
+        tolerance_grad=1e-5,
+        tolerance_change=1e-12,
+        history_size=20,
         line_search_fn="strong_wolfe",
-    )  # fmt: skip
+    )
 
     def objective() -> Tensor:
         solver.zero_grad()
@@ -400,9 +404,7 @@ def more_models(parser: argparse.ArgumentParser) -> None:
 
 def spectrum_arguments(parser: argparse.ArgumentParser) -> None:
     more_models(parser)
-    parser.add_argument(
-        "--cache", metavar="DIR", default="runs/features", help="of features [runs/features]"
-    )
+    parser.add_argument("--cache", metavar="DIR", default="runs/features", help="of features [runs/features]")
 
 
 def spectrum_command(args, device: torch.device) -> None:
@@ -426,8 +428,7 @@ def spectrum_command(args, device: torch.device) -> None:
     write_results(args, {"models": models, "rows": rows, "log_singular_values": curves})
     if args.out:
         lines = {
-            source: [(k, v) for k, v in enumerate(logs) if v is not None]
-            for source, logs in curves.items()
+            source: [(k, v) for k, v in enumerate(logs) if v is not None] for source, logs in curves.items()
         }
         picture = Path(args.out) / "spectrum.png"
         plots.lines(picture, {"ln of the covariance's singular values": lines}, xlabel="rank")
@@ -525,10 +526,7 @@ def typographic(
     written = wrong_labels(dataset.labels, len(dataset.classes), seed)
     words = [dataset.classes[c] for c in written]
     kinds = {"clean": dataset, "blank": Noted(dataset, words, True), "word": Noted(dataset, words)}
-    size = {
-        "batch_size": options.get("batch_size", 256),
-        "precision": options.get("precision", "fp32"),
-    }
+    size = {"batch_size": options.get("batch_size", 256), "precision": options.get("precision", "fp32")}
     with evaluate.evaluating(model):
         side = evaluate.encode_classes(model, tokenizer, dataset.classes, templates, **size)
         scores = {}
@@ -552,8 +550,9 @@ def contact_sheet(dataset, written: list[int], scores: dict, count: int = 12) ->
         for row, (kind, shown) in enumerate(kinds.items()):
             x, y = 6 + column * (side + 6), 6 + row * (side + 22)
             image = shown.image(i).convert("RGB")
-            image = image.resize((side, side), Image.Resampling.NEAREST if min(image.size) < side
-                                 else Image.Resampling.BICUBIC)  # fmt: skip
+            image = image.resize(
+                (side, side), Image.Resampling.NEAREST if min(image.size) < side else Image.Resampling.BICUBIC
+            )
             sheet.paste(image, (x, y))
             answer = int(scores[kind][i].argmax())
             colour = "#009E73" if answer == dataset.labels[i] else "#D55E00"
@@ -583,17 +582,11 @@ def typographic_command(args, device: torch.device) -> None:
         if args.templates:
             templates = evaluate.read_templates(args.templates)
         options = evaluate.options_of(args) | {"progress": f"{args.task} {source}"}
-        found, written, scores = typographic(
-            model, dataset, tokenizer, templates, args.seed, **options
-        )
+        found, written, scores = typographic(model, dataset, tokenizer, templates, args.seed, **options)
         results[source] = found
         for kind, figures in found.items():
             row = {"model": source, "image": {"blank": "blank note"}.get(kind, kind)}
-            names = {
-                "top1": "top-1 %",
-                "word": "answers the word %",
-                "object_wins": "object wins %",
-            }
+            names = {"top1": "top-1 %", "word": "answers the word %", "object_wins": "object wins %"}
             row |= {name: 100 * figures[key] for key, name in names.items()}
             row["attack success %"] = 100 * figures["success"] if kind == "word" else ""
             more = {"cos object": figures["cos_object"], "cos word": figures["cos_word"]}
@@ -638,9 +631,5 @@ COMMANDS = {  # as evaluate.COMMANDS
         spectrum_arguments,
         spectrum_command,
     ),
-    "typographic": (
-        "write a wrong class name over every image",
-        typographic_arguments,
-        typographic_command,
-    ),
+    "typographic": ("write a wrong class name over every image", typographic_arguments, typographic_command),
 }

@@ -77,9 +77,7 @@ class PromptLearner(nn.Module):
     def fit(self, class_tokens: Tensor) -> Tensor:
         """Checks that the context has room, and cuts columns that no class uses: (C, L) -> (C, L')."""
         if class_tokens.dim() != 2:
-            raise ValueError(
-                f"class_tokens {tuple(class_tokens.shape)}: expected (classes, length)"
-            )
+            raise ValueError(f"class_tokens {tuple(class_tokens.shape)}: expected (classes, length)")
         limit = min(class_tokens.shape[1], self.clip.config.context_length)
         used = class_tokens.argmax(-1) + 1  # (C,) tokens up to the end token, the highest id
         if (used + self.context > limit).any():
@@ -158,9 +156,7 @@ class PromptLearner(nn.Module):
 
     def load_prompt_state(self, state: dict[str, Tensor]) -> None:
         """Takes up prompt_state().   Raises: ValueError if names or shapes are not those of this module."""
-        here, found = (
-            {k: tuple(v.shape) for k, v in s.items()} for s in (self.prompt_state(), state)
-        )
+        here, found = ({k: tuple(v.shape) for k, v in s.items()} for s in (self.prompt_state(), state))
         if here != found:
             name = min(k for k, _ in here.items() ^ found.items())
             raise ValueError(
@@ -213,9 +209,7 @@ class CoOp(PromptLearner):
     def predict(self, images: Tensor, class_tokens: Tensor | None = None) -> Tensor:
         """Cosines (B, C) to the classes trained on, or to any others' class_tokens (C, L)."""
         if class_tokens is not None and self.ctx.dim() == 3:
-            raise ValueError(
-                "class-specific contexts belong to the classes trained on, to no others"
-            )
+            raise ValueError("class-specific contexts belong to the classes trained on, to no others")
         return super().predict(images, class_tokens)
 
 
@@ -249,11 +243,7 @@ class CoCoOp(PromptLearner):
         self.chunk = chunk
         E, D = clip.config.embed_dim, clip.config.text_width
         hidden = max(E // 16, 1)
-        layers = [
-            ("linear1", nn.Linear(E, hidden)),
-            ("relu", nn.ReLU()),
-            ("linear2", nn.Linear(hidden, D)),
-        ]
+        layers = [("linear1", nn.Linear(E, hidden)), ("relu", nn.ReLU()), ("linear2", nn.Linear(hidden, D))]
         self.meta_net = nn.Sequential(OrderedDict(layers))
 
     def cosines(self, images: Tensor, tokens: Tensor) -> Tensor:
@@ -306,9 +296,7 @@ class MaPLe(PromptLearner):
         self.compound_prompts_text = nn.ParameterList(
             nn.Parameter(0.02 * torch.randn(context, D)) for _ in deeper
         )
-        self.compound_prompt_projections = nn.ModuleList(
-            nn.Linear(D, c.vision_width) for _ in deeper
-        )
+        self.compound_prompt_projections = nn.ModuleList(nn.Linear(D, c.vision_width) for _ in deeper)
 
     def encode_prompts(self, ctx: Tensor, tokens: Tensor) -> Tensor:
         """Context (C, n, D) and tokens (C, L) through the text tower: (C, E) unit norm."""

@@ -123,9 +123,7 @@ class Subset:
 # Splits that papers fix --------------------------------------------------------------------------
 
 
-def domainbed_split(
-    n: int, env: int, holdout: float = 0.2, trial: int = 0, part: str | None = None
-) -> tuple:
+def domainbed_split(n: int, env: int, holdout: float = 0.2, trial: int = 0, part: str | None = None) -> tuple:
     """DomainBed's random split of the n images of one domain, in its own order.
 
     No equation; DomainBed domainbed/lib/misc.py seed_hash, split_dataset @b93c22a.
@@ -314,9 +312,7 @@ def read_coop(path: Path, content: dict) -> Listing:
                 raise ValueError(f"{where}: {str(entry)[:60]!r}, expected [file, number, name]")
             file, label, name = entry
             if names.setdefault(label, name) != name:
-                raise ValueError(
-                    f"{where}: class {label} is {name!r:.60} and was {names[label]!r:.60}"
-                )
+                raise ValueError(f"{where}: class {label} is {name!r:.60} and was {names[label]!r:.60}")
             rows.append(make_row(where, file, [], split, label))
     return Listing("CoOp split", rows, {k: names[k].replace("_", " ") for k in sorted(names)})
 
@@ -353,9 +349,7 @@ def read_list(path: Path, keys: dict) -> Listing:
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: an entry is not as this format has it ({error!r:.200})"
-        ) from None
+        raise ValueError(f"{path}: an entry is not as this format has it ({error!r:.200})") from None
     raise ValueError(
         f"{path}: unknown format {suffix!r}; known: .csv .tsv .txt .jsonl, .json (Karpathy, COCO,"
         " CoOp), .tar, folders of classes"
@@ -536,9 +530,7 @@ def open_dataset(
         raise ValueError(f"only scenes take the options {', '.join(scene_options)}")
     if re.search(r"\.(tar|tgz)(\.\w+)?($|::)", str(path)):
         if split:
-            raise ValueError(
-                f"{path}: shards have no splits; leave out {split!r}, name other shards"
-            )
+            raise ValueError(f"{path}: shards have no splits; leave out {split!r}, name other shards")
         return Shards(str(path))
     path = Path(path)
     if not path.exists():

@@ -50,9 +50,7 @@ def format_table(rows: list[dict], digits: int = 3) -> str:
 
     table = [[cell(row.get(column, "")) for column in columns] for row in rows]
     widths = [max(3, *(len(line[n]) for line in [columns, *table])) for n in range(len(columns))]
-    right = [
-        rows != [] and all(NUMBER.fullmatch(line[n]) for line in table) for n in range(len(columns))
-    ]
+    right = [rows != [] and all(NUMBER.fullmatch(line[n]) for line in table) for n in range(len(columns))]
 
     def line(cells: list[str]) -> str:
         padded = [x.rjust(w) if r else x.ljust(w) for x, w, r in zip(cells, widths, right)]

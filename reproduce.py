@@ -333,9 +333,7 @@ class Lab:
         version = [code_version("probes"), code_version("maps"), measuring_version()]
         if claim.alone:  # a timing is of one machine
             version += [self.device.type, processor()]
-        return (
-            self.out / self.scale / "measured" / f"{claim.id}-{seed}-{digest(runs, *version)}.json"
-        )
+        return self.out / self.scale / "measured" / f"{claim.id}-{seed}-{digest(runs, *version)}.json"
 
     def measure(self, claim: Claim, seed: int) -> None:
         path = self.measured(claim, seed)
@@ -355,9 +353,7 @@ def cost(lab: Lab, arm: str) -> float:
     if lab.starts_from(arm):
         slow = {"cocoop": 4.0, "maple": 1.5, "coop": 1.5}.get(flags["method"], 1.0)
         return 3 + 0.03 * slow * steps
-    each = (
-        0.0009 if flags["method"] != "llip" else 0.0012 + 0.00004 * flags.get("mixture_tokens", 8)
-    )
+    each = 0.0009 if flags["method"] != "llip" else 0.0012 + 0.00004 * flags.get("mixture_tokens", 8)
     wide = 3.0 if flags.get("model", "tiny") != "tiny" else 1.0
     return 5 + each * wide * steps * batch
 
@@ -521,14 +517,27 @@ def conclude(lab: Lab, claim: Claim) -> dict:
     arms |= {lab.starts_from(arm) for arm in arms} - {""} if not lab.request.init else set()
     spent = [lab.path(a, s) / "cpu-seconds.json" for a in arms for s in lab.seeds]
     content = {
-        "claim": claim.id, "name": claim.name, "says": claim.says, "source": claim.source,
-        "paper": claim.paper, "notes": claim.notes, "ours": claim.ours,
-        "verdict": together([part["verdict"] for part in parts]), "parts": parts, "table": table,
-        "exact": claim.exact, "repetitions": seeds, "first seed": lab.seeds[0], "scale": lab.scale,
-        "unit": "rounds" if claim.alone else "seeds", "picture": picture and picture.name,
+        "claim": claim.id,
+        "name": claim.name,
+        "says": claim.says,
+        "source": claim.source,
+        "paper": claim.paper,
+        "notes": claim.notes,
+        "ours": claim.ours,
+        "verdict": together([part["verdict"] for part in parts]),
+        "parts": parts,
+        "table": table,
+        "exact": claim.exact,
+        "repetitions": seeds,
+        "first seed": lab.seeds[0],
+        "scale": lab.scale,
+        "unit": "rounds" if claim.alone else "seeds",
+        "picture": picture and picture.name,
         "minutes": sum(json.loads(p.read_text()) for p in spent if p.exists()) / 60,
-        "command": command(lab, claim.id), "commit": git_commit(), "data": Path(lab.request.data).name,
-    }  # fmt: skip
+        "command": command(lab, claim.id),
+        "commit": git_commit(),
+        "data": Path(lab.request.data).name,
+    }
     write_json(folder / f"{name}.json", content)
     return content
 
@@ -560,9 +569,7 @@ def draw(claim: Claim, table: dict, extras: list, path: Path) -> Path | None:
             f"{row} ({round(mean - low, 9):+.3g})" if len(shown) == 1 else row: (mean, error or 0.0)
             for row, (mean, error) in spread.items()
         }
-    plots.bars(
-        path, bars, "mean and standard error" + "; the gain over the smallest" * (len(shown) == 1)
-    )
+    plots.bars(path, bars, "mean and standard error" + "; the gain over the smallest" * (len(shown) == 1))
     return path
 
 
@@ -584,13 +591,7 @@ def command(lab: Lab, claim: str) -> str:
 def cell(value: float) -> str:
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
-    return (
-        f"{value:.5f}"
-        if abs(value) < 0.1
-        else f"{value:.3f}"
-        if abs(value) < 10
-        else f"{value:.1f}"
-    )
+    return f"{value:.5f}" if abs(value) < 0.1 else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
 def shown_table(found: dict) -> str:
@@ -773,8 +774,9 @@ def listing(lab: Lab) -> str:
     rows = []
     for claim in CLAIMS:
         seconds = cost_of(lab, claim) * (1 if claim.alone or claim.exact else len(lab.seeds))
-        rows.append({"id": claim.id, "name": claim.name, "minutes": f"{seconds / 60:.0f}"} | {
-            "claim": claim.says})  # fmt: skip
+        rows.append(
+            {"id": claim.id, "name": claim.name, "minutes": f"{seconds / 60:.0f}"} | {"claim": claim.says}
+        )
     arms = {arm for claim in CLAIMS for arm in claim.arms.values()} | {"start"}
     whole = sum(cost(lab, arm) for arm in arms) * len(lab.seeds) / 60 + 10
     return f"{format_table(rows)}\nminutes of one core, alone; all of them share runs: {whole:.0f}"

@@ -26,9 +26,7 @@ class Run:
     """A run's directory: lock, configuration, metrics, checkpoint. Only rank 0 writes."""
 
     def __init__(self, c):
-        self.path = Path(
-            distributed.broadcast(str(self.choose(c)) if distributed.rank() == 0 else "")
-        )
+        self.path = Path(distributed.broadcast(str(self.choose(c)) if distributed.rank() == 0 else ""))
         self.checkpoint, self.writes = self.path / "checkpoint.pt", distributed.rank() == 0
         self.previous = self.path / "checkpoint.previous.pt"
         self.made = []  # folders that were not there before, the innermost first
@@ -111,9 +109,7 @@ class Run:
     def kept(self) -> str:
         """What there is to go on from, for messages."""
         found = [p for p in (self.checkpoint, self.previous) if p.exists()]
-        return (
-            f"the last checkpoint is whole: {found[0]}" if found else "there is no checkpoint yet"
-        )
+        return f"the last checkpoint is whole: {found[0]}" if found else "there is no checkpoint yet"
 
     def load(self) -> dict | None:
         """The last checkpoint that is whole, or None. Nothing in it can run.
@@ -242,9 +238,7 @@ def check_same_run(old: dict, new: dict) -> None:
     changed = [k for k in new if k not in free and k in old and str(old[k]) != str(new[k])]
     if changed:
         what = ", ".join(f"{k} {old.get(k)!r} -> {new[k]!r}" for k in changed)
-        raise ValueError(
-            f"the checkpoint is of another run ({what}): give the same flags, or another --out"
-        )
+        raise ValueError(f"the checkpoint is of another run ({what}): give the same flags, or another --out")
 
 
 class StopSignal:

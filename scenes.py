@@ -33,17 +33,7 @@ COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
 SIZES = ("small", "large")
 PATTERNS = ("plain", "striped", "spotted")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
-ASPECTS = (
-    "object",
-    "things",
-    "place",
-    "background",
-    "count",
-    "size",
-    "pattern",
-    "relation",
-    "group",
-)
+ASPECTS = ("object", "things", "place", "background", "count", "size", "pattern", "relation", "group")
 GROUPS = {
     "land animal": ("dog", "wolf", "cat", "rabbit"),
     "sea animal": ("fish", "shark", "whale", "crab"),
@@ -198,31 +188,15 @@ def ink(side: int, image_size: int) -> np.ndarray:
     return np.stack([np.zeros_like(stripes), stripes, spots])
 
 
-RGB = np.array(
-    [[214, 40, 40], [245, 135, 20], [250, 215, 40], [40, 150, 60], [45, 90, 215], [145, 50, 175]]
-)
+RGB = np.array([[214, 40, 40], [245, 135, 20], [250, 215, 40], [40, 150, 60], [45, 90, 215], [145, 50, 175]])
 PAPER = np.array([246, 242, 230])
 # Ground and marks of each background. Paler than the things: a background that shouts is all that a
 # short training learns.
 GROUND = np.array(
-    [
-        [150, 190, 120],
-        [150, 200, 226],
-        [230, 214, 172],
-        [238, 243, 248],
-        [204, 156, 138],
-        [52, 56, 92],
-    ]
+    [[150, 190, 120], [150, 200, 226], [230, 214, 172], [238, 243, 248], [204, 156, 138], [52, 56, 92]]
 )
 MARKS = np.array(
-    [
-        [122, 166, 94],
-        [190, 222, 238],
-        [206, 184, 138],
-        [214, 224, 236],
-        [224, 206, 194],
-        [210, 206, 166],
-    ]
+    [[122, 166, 94], [190, 222, 238], [206, 184, 138], [214, 224, 236], [224, 206, 194], [210, 206, 166]]
 )
 
 
@@ -429,9 +403,7 @@ def phrase(claim: tuple, dice: list[int]) -> str:
     return (f"a scene {where}", ground, f"things {where}")[dice[0] % 3]
 
 
-def write(
-    aspect: str, nth: int, row: dict, order: list[int], dice: list[int], varied: bool
-) -> tuple:
+def write(aspect: str, nth: int, row: dict, order: list[int], dice: list[int], varied: bool) -> tuple:
     """The nth caption of a picture, about an aspect: (text, the claims it makes).
 
     Args: row: the facts of the picture;  order: its slots shuffled;  dice: 12 chance integers
@@ -590,9 +562,16 @@ class Objects(Drawn):
     """
 
     def __init__(
-        self, split="train", size=2048, seed=0, image_size=32, domains=DOMAINS, kinds=KINDS,
-        bias=0.0, varied=False,
-    ):  # fmt: skip
+        self,
+        split="train",
+        size=2048,
+        seed=0,
+        image_size=32,
+        domains=DOMAINS,
+        kinds=KINDS,
+        bias=0.0,
+        varied=False,
+    ):
         self.bias, self.varied = unbiased_test(bias, split), varied
         super().__init__(split, size, seed, image_size, domains, kinds)
         self.classes = list(kinds)
@@ -640,17 +619,23 @@ class Scenes(Drawn):
     """
 
     def __init__(
-        self, split="train", size=10000, seed=0, image_size=32, domains=DOMAINS, kinds=KINDS,
-        captions=None, varied=False, bias=0.0,
-    ):  # fmt: skip
+        self,
+        split="train",
+        size=10000,
+        seed=0,
+        image_size=32,
+        domains=DOMAINS,
+        kinds=KINDS,
+        captions=None,
+        varied=False,
+        bias=0.0,
+    ):
         self.bias, self.varied = unbiased_test(bias, split), varied
         self.form = captions or ("mixed" if split == "train" else "full")
         if self.form not in FORMS:
             raise ValueError(f"unknown captions {captions!r}: choose from {', '.join(FORMS)}")
         if len(kinds) < 4:
-            raise ValueError(
-                f"{len(kinds)} kinds are too few: a scene holds up to 4 different ones"
-            )
+            raise ValueError(f"{len(kinds)} kinds are too few: a scene holds up to 4 different ones")
         super().__init__(split, size, seed, image_size, domains, kinds)
 
     def _make(self, key, index):
@@ -689,9 +674,7 @@ class Scenes(Drawn):
     def _written(self):
         known = {*ASPECTS, "full"} - (set() if self.varied else {"size", "pattern"})
         aspects = [a for a in FORMS[self.form] if known.issuperset(a.split())]
-        chance = mix(
-            self.facts["key"][:, None, None], 30, np.arange(len(aspects))[:, None], np.arange(12)
-        )
+        chance = mix(self.facts["key"][:, None, None], 30, np.arange(len(aspects))[:, None], np.arange(12))
         chance = (chance >> np.uint64(33)).tolist()  # (N, captions, 12) of Python integers
         columns = {name: value.tolist() for name, value in self.facts.items()}
         rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
@@ -748,9 +731,7 @@ class Scenes(Drawn):
         elif aspect == "group":
             claims = [Thing(len(KINDS) + g) for g in range(len(GROUPS))]
         else:
-            claims = [
-                Fact(aspect, v) for v in (NUMBERS if aspect == "count" else range(len(BACKGROUNDS)))
-            ]
+            claims = [Fact(aspect, v) for v in (NUMBERS if aspect == "count" else range(len(BACKGROUNDS)))]
         texts = [phrase(claim, [0] * 12) for claim in claims]
         return texts, np.stack([self.holds(claim) for claim in claims], 1)
 
@@ -820,12 +801,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=40, help="pictures")
     parser.add_argument("--image-size", type=int, default=32, help="pixels")
     parser.add_argument("--zoom", type=int, default=4, help="pixels on the sheet for one drawn")
-    parser.add_argument(
-        "--domain", action="append", help=f"of {', '.join(DOMAINS)}; may be repeated"
-    )
-    parser.add_argument(
-        "--bias", type=float, default=0.0, help="of --objects: background and class"
-    )
+    parser.add_argument("--domain", action="append", help=f"of {', '.join(DOMAINS)}; may be repeated")
+    parser.add_argument("--bias", type=float, default=0.0, help="of --objects: background and class")
     parser.add_argument("--out", default="scenes.png")
     args = parser.parse_args(argv)
     common = (args.split, args.count, args.seed, args.image_size, args.domain or DOMAINS)

@@ -147,8 +147,7 @@ def dense_features(
         raise ValueError(f"method {method!r}: expected one of {', '.join(METHODS)}")
     if kind is not None and (method != "surgery" or kind not in KINDS):
         raise ValueError(
-            f"kind {kind!r} of method {method!r}: surgery takes one of {', '.join(KINDS)}, "
-            "the others none"
+            f"kind {kind!r} of method {method!r}: surgery takes one of {', '.join(KINDS)}, the others none"
         )
     if not 1 <= blocks <= depth:
         raise ValueError(f"{blocks} blocks with two paths: the tower has 1 to {depth}")
@@ -159,9 +158,7 @@ def dense_features(
         )
     if min(images.shape[-2:]) < visual.patch_size:
         height, width = images.shape[-2:]
-        raise ValueError(
-            f"images of {width}x{height} are smaller than a patch, {visual.patch_size}"
-        )
+        raise ValueError(f"images of {width}x{height} are smaller than a patch, {visual.patch_size}")
     x = embed(visual, images, method)
     if method in TWO_PATHS:
         kind = kind or {"surgery": "vvv", "alignclip": "dv", "gem": "gem"}[method]
@@ -460,26 +457,16 @@ def sheet(rows: list[tuple[str, Image.Image, Tensor]], texts: list[str], about: 
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
-        description="Where in the image is it? One heat map per text, beside the image.",
-        allow_abbrev=False,
+        description="Where in the image is it? One heat map per text, beside the image.", allow_abbrev=False
     )
     add = result.add_argument
     add("words", nargs="+", metavar="IMAGE_OR_TEXT", help="images or one folder, then texts")
     add("--model", required=True, metavar="PATH", help="checkpoint or run directory")
     add("--out", required=True, metavar="PNG", help="the picture to write")
     add("--method", choices=METHODS, default="surgery", help="for Llip there is one kind only")
-    add(
-        "--size",
-        type=int,
-        metavar="PIXELS",
-        help="images are resized to a square; default: model's",
-    )
+    add("--size", type=int, metavar="PIXELS", help="images are resized to a square; default: model's")
     add("--subtract-shared", action="store_true", help="feature surgery: less what all texts share")
-    add(
-        "--vocab",
-        metavar="PATH",
-        help="vocabulary; default: tokenizer.json beside the model, or OpenAI's",
-    )
+    add("--vocab", metavar="PATH", help="vocabulary; default: tokenizer.json beside the model, or OpenAI's")
     add("--quick-gelu", action=argparse.BooleanOptionalAction, help="if the checkpoint cannot tell")
     return result
 
@@ -493,9 +480,7 @@ def load_model(args: argparse.Namespace):
     if not (isinstance(visual, VisionTransformer) and hasattr(model, "encode_text")):
         raise ValueError(f"{args.model}: maps need a model of images and texts")
     if visual.tokens > 1 and not hasattr(model, "mixing_weights"):
-        raise ValueError(
-            f"{args.model}: pools {visual.tokens} tokens without a text: no map per text"
-        )
+        raise ValueError(f"{args.model}: pools {visual.tokens} tokens without a text: no map per text")
     tokenizer = pretrained.tokenizer_for(args.model, args.vocab)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(
@@ -511,9 +496,7 @@ def show(args: argparse.Namespace) -> str:
 
     names, texts = inputs(args.words, args.out)
     if not Path(args.out).parent.is_dir() or not args.out.lower().endswith(".png"):
-        raise ValueError(
-            f"--out {args.out}: wants a name that ends in .png, in a folder that exists"
-        )
+        raise ValueError(f"--out {args.out}: wants a name that ends in .png, in a folder that exists")
     model, tokenizer = load_model(args)
     patch, size = model.visual.patch_size, args.size or model.config.image_size
     if size < patch or size % patch:

@@ -88,10 +88,7 @@ class TeS(nn.Module):
         hidden = hidden or width
         self.classifier = nn.Linear(width, len(text))
         self.projection = nn.Sequential(
-            nn.Linear(width, hidden),
-            nn.BatchNorm1d(hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, text.shape[1]),
+            nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, text.shape[1])
         )
         self.register_buffer("text", unit(text.detach()), persistent=False)  # (C, E)
 

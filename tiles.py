@@ -43,9 +43,7 @@ def form(texts: int, tokens: int, heads: int, width: int) -> str:
     return "gram" if wide**2 + 1.5 * setup / max(1, texts) < width**2 else "value"
 
 
-def flops(
-    images: int, texts: int, tokens: int, heads: int, width: int, train: bool, which: str = ""
-) -> int:
+def flops(images: int, texts: int, tokens: int, heads: int, width: int, train: bool, which: str = "") -> int:
     """FLOPs of cosines (or with train of tiled_loss, both passes), two per multiply-add.
 
     As torch's FlopCounterMode counts them: matrix products only.  which: a form, else the one taken

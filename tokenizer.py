@@ -346,9 +346,7 @@ class Tokenizer:
         text = b"".join(self.pieces[i] for i in ids).decode("utf-8", errors="replace")
         return text.replace(WORD_END, " ")
 
-    def __call__(
-        self, texts: str | list[str], context_length: int = 77, strict: bool = False
-    ) -> Tensor:
+    def __call__(self, texts: str | list[str], context_length: int = 77, strict: bool = False) -> Tensor:
         """Rows of ids for the text tower: start, text, end, zeros.
 
         REF: OpenAI's raises when a text is too long; here that is strict=True, and the default is

@@ -38,9 +38,7 @@ from pairs import PairTask
 from rundir import Run, StopSignal, check_same_run, git_commit
 
 OBJECTIVES = {"clip": "infonce", "siglip": "siglip", "llip": "siglip"}
-TASKS = dict.fromkeys(OBJECTIVES, PairTask) | dict.fromkeys(
-    finetuning.METHODS, finetuning.LabelTask
-)
+TASKS = dict.fromkeys(OBJECTIVES, PairTask) | dict.fromkeys(finetuning.METHODS, finetuning.LabelTask)
 
 
 # what torch says when another rank, or a loader worker, was killed (out of memory, most often)
@@ -142,15 +140,9 @@ class TrainConfig:
 # fmt: on
 def _paper(model, tokens, heads, tau, lr, **more) -> dict:
     """Llip's recipe (facebookresearch/Llip@d5649c3): 12.8 billion samples, 2,000 steps of warm-up."""
-    run = dict(
-        method="llip", model=model, mixture_tokens=tokens, mixture_heads=heads, temperature=tau
-    )
-    run |= dict(
-        batch_size=32768, steps=390625, lr=lr, beta2=0.95, eps=1e-6, weight_decay=0.2, warmup=2000
-    )
-    return (
-        run | dict(precision="bf16", compile=True, workers=8, log_every=100, save_every=1000) | more
-    )
+    run = dict(method="llip", model=model, mixture_tokens=tokens, mixture_heads=heads, temperature=tau)
+    run |= dict(batch_size=32768, steps=390625, lr=lr, beta2=0.95, eps=1e-6, weight_decay=0.2, warmup=2000)
+    return run | dict(precision="bf16", compile=True, workers=8, log_every=100, save_every=1000) | more
 
 
 _BIG = dict(grad_checkpointing=True, compile=False)
@@ -210,9 +202,7 @@ def train(c: TrainConfig) -> dict:
         torch.set_num_threads(c.threads)
     world = distributed.world_size()
     if c.batch_size % (world * c.accumulate):
-        raise ValueError(
-            f"batch {c.batch_size} is not divisible by {world} ranks x {c.accumulate} chunks"
-        )
+        raise ValueError(f"batch {c.batch_size} is not divisible by {world} ranks x {c.accumulate} chunks")
     run = Run(c)
     try:
         return loop(c, run, device)
@@ -258,9 +248,7 @@ def loop(c: TrainConfig, run: Run, device: torch.device) -> dict:
     model = torch.compile(raw) if c.compile else raw
     if world > 1:
         model = DistributedDataParallel(
-            model,
-            device_ids=[device] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
+            model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
         )
     bf16 = c.precision == "bf16" or (c.precision == "auto" and device.type == "cuda")
     if bf16:
@@ -273,9 +261,7 @@ def loop(c: TrainConfig, run: Run, device: torch.device) -> dict:
     parameters = sum(p.numel() for p in raw.parameters())
     say(f"{c.method} {c.init or c.model}: {parameters:,} parameters, {len(task.train):,} images")
     precision = "bf16" if bf16 else "fp32"
-    say(
-        f"{c.steps:,} steps of {c.batch_size} {task.unit} over {world} x {device.type}, {precision}"
-    )
+    say(f"{c.steps:,} steps of {c.batch_size} {task.unit} over {world} x {device.type}, {precision}")
     say(f"-> {run.path}")
     say(f"chance loss: {chance}")
 
@@ -292,9 +278,7 @@ def loop(c: TrainConfig, run: Run, device: torch.device) -> dict:
 
     batches, stop, results = task.batches(start), StopSignal(), {}
     began, seen, waited, last_ids = time.time(), 0, 0.0, None
-    for step in range(
-        start, c.steps + 1
-    ):  # once more than steps: the last pass evaluates and saves
+    for step in range(start, c.steps + 1):  # once more than steps: the last pass evaluates and saves
         last = step == c.steps
         due = last or (c.eval_every and step > start and step % c.eval_every == 0)
         if due and not c.overfit:
@@ -306,9 +290,7 @@ def loop(c: TrainConfig, run: Run, device: torch.device) -> dict:
             check_finite(window, step, c, task, last_ids, run, raw.parameters())
             run.save(state(step))
         if stopping:
-            say(
-                f"stopped at step {step}; python train.py --resume {run.path} with the same flags goes on"
-            )
+            say(f"stopped at step {step}; python train.py --resume {run.path} with the same flags goes on")
             raise KeyboardInterrupt
         if last:
             break
@@ -328,9 +310,7 @@ def loop(c: TrainConfig, run: Run, device: torch.device) -> dict:
         seen += c.batch_size
 
         if (step + 1) % c.log_every == 0 or step + 1 == c.steps:
-            check_finite(
-                window, step + 1, c, task, last_ids, run
-            )  # the only place that waits for the GPU
+            check_finite(window, step + 1, c, task, last_ids, run)  # the only place that waits for the GPU
             mean = {"loss": float(window[0]) / window[1]} | task.logged(window[1])
             mean = distributed.mean(mean, device)
             window = [0.0, 0]
@@ -422,13 +402,9 @@ def pictures(run: Run, results: dict) -> None:
 
 def check_numbers(c: TrainConfig) -> None:
     """Raises: ValueError for a number that cannot be meant."""
-    positive = (
-        "batch_size steps accumulate log_every save_every mixture_tokens mixture_heads train_size"
-    )
+    positive = "batch_size steps accumulate log_every save_every mixture_tokens mixture_heads train_size"
     limits = {name: (1, math.inf, "must be at least 1") for name in positive.split()}
-    counts = (
-        "image_size workers threads eval_every warmup overfit epochs clip_norm weight_decay seed"
-    )
+    counts = "image_size workers threads eval_every warmup overfit epochs clip_norm weight_decay seed"
     counts += " logit_scale"
     limits |= {name: (0, math.inf, "must not be negative") for name in counts.split()}
     limits |= {name: (0, 0.999999, "must lie in [0, 1)") for name in ("beta1", "beta2")}

@@ -32,9 +32,7 @@ def load_golden(name):
     """An .npz as a dict of tensors; float16 is only a storage format, its values are used as float32."""
     arrays = np.load(golden_path(name))
     return {
-        key: torch.from_numpy(
-            np.array(value, dtype=np.float32 if value.dtype == np.float16 else value.dtype)
-        )
+        key: torch.from_numpy(np.array(value, dtype=np.float32 if value.dtype == np.float16 else value.dtype))
         for key, value in arrays.items()
         if value.dtype.kind in "fiub"
     }

@@ -43,10 +43,33 @@ from tokenizer import Tokenizer  # noqa: E402
 SECONDS, MEMORY = 60, 1 << 30  # for one input; bytes more than the process has at its start
 EXTREME = [0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 2**63 - 1, 2**64 - 1]
 NASTY = [
-    b"\0", b"\n", b"\r\n", b'"', b",", b"\t", b"{", b"}", b"[", b"]", b"\\u0000", b"\\ud800", b"\xff\xfe",
-    b"\xef\xbb\xbf", b"..", b"/", b"../../etc/passwd", b"-1", b"1e999", b"NaN", b"null", b"true", b"{}",
-    b"9" * 400, "😀\u202e\u2028".encode(), b"<|endoftext|>",
-]  # fmt: skip
+    b"\0",
+    b"\n",
+    b"\r\n",
+    b'"',
+    b",",
+    b"\t",
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b"\\u0000",
+    b"\\ud800",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b"..",
+    b"/",
+    b"../../etc/passwd",
+    b"-1",
+    b"1e999",
+    b"NaN",
+    b"null",
+    b"true",
+    b"{}",
+    b"9" * 400,
+    "😀\u202e\u2028".encode(),
+    b"<|endoftext|>",
+]
 
 
 def mutate(good: bytes, rng: random.Random, tokens=()) -> bytes:
@@ -135,8 +158,31 @@ def mutate_png(good: bytes, rng: random.Random, tokens) -> bytes:
     return repair_png(bytes(data))
 
 
-VALUES = [None, True, -1, 0, 2**63, 10**400, 1e308, float("nan"), "", " ", "..", "/etc/passwd", "a.png",
-          "\0", "\ud800", "a\nb", "x" * 5000, [], {}, [[]], [None], {"": None}, ["a.png"] * 3]  # fmt: skip
+VALUES = [
+    None,
+    True,
+    -1,
+    0,
+    2**63,
+    10**400,
+    1e308,
+    float("nan"),
+    "",
+    " ",
+    "..",
+    "/etc/passwd",
+    "a.png",
+    "\0",
+    "\ud800",
+    "a\nb",
+    "x" * 5000,
+    [],
+    {},
+    [[]],
+    [None],
+    {"": None},
+    ["a.png"] * 3,
+]
 
 
 def mutate_json(good: bytes, rng: random.Random, tokens) -> bytes:
@@ -184,11 +230,17 @@ def mutate_lines(good: bytes, rng: random.Random, tokens) -> bytes:
 
 
 DEEPER = {  # format: what to do with this share of its inputs
-    "checkpoint (zip)": (mutate_zip, 0.8), "PNG": (mutate_png, 0.5), "JSONL": (mutate_json, 0.5),
-    "JSON": (mutate_json, 0.5), "split file": (mutate_json, 0.5), "metadata": (mutate_json, 0.5),
-    "vocabulary": (mutate_lines, 0.5), "CSV": (mutate_lines, 0.2), "TSV": (mutate_lines, 0.2),
+    "checkpoint (zip)": (mutate_zip, 0.8),
+    "PNG": (mutate_png, 0.5),
+    "JSONL": (mutate_json, 0.5),
+    "JSON": (mutate_json, 0.5),
+    "split file": (mutate_json, 0.5),
+    "metadata": (mutate_json, 0.5),
+    "vocabulary": (mutate_lines, 0.5),
+    "CSV": (mutate_lines, 0.2),
+    "TSV": (mutate_lines, 0.2),
     "captions": (mutate_lines, 0.2),
-}  # fmt: skip
+}
 
 
 def mutant(name: str, number: int) -> bytes:
@@ -224,10 +276,13 @@ def tar_file() -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
         for name, content in (
-            ("a.jpg", picture("JPEG")), ("a.txt", b"a cat"), ("b.png", picture("PNG")),
-            ("b.json", b'{"captions": ["a dog", "an elk"]}'), ("c/d.webp", picture("WEBP")),
+            ("a.jpg", picture("JPEG")),
+            ("a.txt", b"a cat"),
+            ("b.png", picture("PNG")),
+            ("b.json", b'{"captions": ["a dog", "an elk"]}'),
+            ("c/d.webp", picture("WEBP")),
             ("c/d.txt", b"x"),
-        ):  # fmt: skip
+        ):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
@@ -264,18 +319,35 @@ TSV = b"image\tlabel\tdomain\na.png\tcat\tart\nb.png\tdog\tphoto\n"
 FLICKR = b"a.png,a cat\nb.png,a dog, and more\n"
 JSONL = b'{"image": "a.png", "captions": ["a cat", "one"]}\n{"image": "b.png", "captions": ["x"]}\n'
 KARPATHY = json.dumps(
-    {"images": [{"filename": n, "filepath": "", "split": "train", "sentences": [{"raw": "a cat"}]}
-                for n in ("a.png", "b.png")]}
-).encode()  # fmt: skip
+    {
+        "images": [
+            {"filename": n, "filepath": "", "split": "train", "sentences": [{"raw": "a cat"}]}
+            for n in ("a.png", "b.png")
+        ]
+    }
+).encode()
 COCO = json.dumps(
-    {"images": [{"id": 1, "file_name": "a.png"}],
-     "annotations": [{"image_id": 1, "caption": "a cat"}, {"image_id": 1, "caption": "a dog"}]}
-).encode()  # fmt: skip
+    {
+        "images": [{"id": 1, "file_name": "a.png"}],
+        "annotations": [{"image_id": 1, "caption": "a cat"}, {"image_id": 1, "caption": "a dog"}],
+    }
+).encode()
 ZHOU = json.dumps(
     {"train": [["a.png", 0, "cat"], ["b.png", 1, "dog"]], "val": [], "test": [["a.png", 0, "cat"]]}
 ).encode()
-KEYS = [b'"images"', b'"train"', b'"captions"', b'"filename"', b'"sentences"', b'"id"', b"a.png",
-        b"/etc/passwd", b"../a.png", b"link.png", b"folder/b.png"]  # fmt: skip
+KEYS = [
+    b'"images"',
+    b'"train"',
+    b'"captions"',
+    b'"filename"',
+    b'"sentences"',
+    b'"id"',
+    b"a.png",
+    b"/etc/passwd",
+    b"../a.png",
+    b"link.png",
+    b"folder/b.png",
+]
 
 
 def tokenizer_file() -> bytes:
@@ -308,46 +380,78 @@ def read_weights(path: Path):
     pretrained.load(path, **foreign)
 
 
-PICKLE = [
-    b"cos\nsystem\n",
-    b"R",
-    b"\x81",
-    b"b",
-    b"0",
-    b"h\x01",
-    b"(",
-    b"t",
-    b"}",
-    b"u",
-    b"Q",
-    b"\x93",
-]
+PICKLE = [b"cos\nsystem\n", b"R", b"\x81", b"b", b"0", b"h\x01", b"(", b"t", b"}", b"u", b"Q", b"\x93"]
 FORMATS = {  # name: (suffix, good files, reader, errors, tokens)
-    "JPEG": (".jpg", [picture("JPEG"), picture("JPEG", progressive=True), picture("JPEG", "L")],
-             read_picture, images.IMAGE_ERRORS, [b"\xff\xd8", b"\xff\xc2", b"\xff\xda", b"\xff\xd9"]),
-    "PNG": (".png", [picture("PNG"), picture("PNG", "RGBA"), picture("PNG", "L")], read_picture,
-            images.IMAGE_ERRORS, [b"IHDR", b"IDAT", b"PLTE", b"tRNS", b"zTXt", b"iCCP", b"acTL"]),
-    "WebP": (".webp", [picture("WEBP"), picture("WEBP", lossless=True)], read_picture,
-             images.IMAGE_ERRORS, [b"VP8 ", b"VP8L", b"VP8X", b"ANMF", b"ALPH"]),
-    "tar shard": (".tar", [tar_file()], read_tar, (ValueError, OSError),
-                  [b"ustar\x0000", b"0000777\0", b"77777777777\0", b"\x80" + b"\xff" * 11, b"L", b"x", b"2"]),
+    "JPEG": (
+        ".jpg",
+        [picture("JPEG"), picture("JPEG", progressive=True), picture("JPEG", "L")],
+        read_picture,
+        images.IMAGE_ERRORS,
+        [b"\xff\xd8", b"\xff\xc2", b"\xff\xda", b"\xff\xd9"],
+    ),
+    "PNG": (
+        ".png",
+        [picture("PNG"), picture("PNG", "RGBA"), picture("PNG", "L")],
+        read_picture,
+        images.IMAGE_ERRORS,
+        [b"IHDR", b"IDAT", b"PLTE", b"tRNS", b"zTXt", b"iCCP", b"acTL"],
+    ),
+    "WebP": (
+        ".webp",
+        [picture("WEBP"), picture("WEBP", lossless=True)],
+        read_picture,
+        images.IMAGE_ERRORS,
+        [b"VP8 ", b"VP8L", b"VP8X", b"ANMF", b"ALPH"],
+    ),
+    "tar shard": (
+        ".tar",
+        [tar_file()],
+        read_tar,
+        (ValueError, OSError),
+        [b"ustar\x0000", b"0000777\0", b"77777777777\0", b"\x80" + b"\xff" * 11, b"L", b"x", b"2"],
+    ),
     "CSV": (".csv", [CSV, FLICKR], read_listed, (ValueError, OSError), KEYS),
     "TSV": (".tsv", [TSV], read_listed, (ValueError, OSError), KEYS),
     "JSONL": (".jsonl", [JSONL], read_listed, (ValueError, OSError), KEYS),
-    "JSON": (".json", [KARPATHY, COCO, b"[" + JSONL.replace(b"\n", b",", 1) + b"]"], read_listed,
-             (ValueError, OSError), KEYS),
+    "JSON": (
+        ".json",
+        [KARPATHY, COCO, b"[" + JSONL.replace(b"\n", b",", 1) + b"]"],
+        read_listed,
+        (ValueError, OSError),
+        KEYS,
+    ),
     "split file": (".json", [ZHOU], read_listed, (ValueError, OSError), KEYS),
-    "vocabulary": (".txt", [tokenizer_file()], read_vocabulary, (ValueError, OSError),
-                   [b"</w>", b" ", b"\n"]),
-    "safetensors": (".st", [checkpoint_file("safetensors")], read_weights, (ValueError, OSError),
-                    [b'"F32"', b'"BF16"', b'"data_offsets"', b'"shape"', b"[0,0]"]),
+    "vocabulary": (
+        ".txt",
+        [tokenizer_file()],
+        read_vocabulary,
+        (ValueError, OSError),
+        [b"</w>", b" ", b"\n"],
+    ),
+    "safetensors": (
+        ".st",
+        [checkpoint_file("safetensors")],
+        read_weights,
+        (ValueError, OSError),
+        [b'"F32"', b'"BF16"', b'"data_offsets"', b'"shape"', b"[0,0]"],
+    ),
     "checkpoint (zip)": (".pt", [checkpoint_file("zip")], read_weights, (ValueError, OSError), PICKLE),
     "checkpoint (legacy)": (".bin", [checkpoint_file("legacy")], read_weights, (ValueError, OSError), PICKLE),
-    "metadata": (".json", [b'["a cat", "dog"]', b'{"a cat": 3, "dog": 1}'], read_entries,
-                 (ValueError, OSError), []),
-    "captions": (".tsv", [b"caption\turl\na cat\tx\n", b"caption\turl\na\tb\nc\td\n"],
-                 lambda path: list(Corpus(str(path), "caption").scan()), (ValueError, OSError), []),
-}  # fmt: skip
+    "metadata": (
+        ".json",
+        [b'["a cat", "dog"]', b'{"a cat": 3, "dog": 1}'],
+        read_entries,
+        (ValueError, OSError),
+        [],
+    ),
+    "captions": (
+        ".tsv",
+        [b"caption\turl\na cat\tx\n", b"caption\turl\na\tb\nc\td\n"],
+        lambda path: list(Corpus(str(path), "caption").scan()),
+        (ValueError, OSError),
+        [],
+    ),
+}
 
 
 class TooLong(BaseException):
@@ -393,9 +497,7 @@ def read_mutants(name: str, first: int, last: int, report) -> None:
                 refused += 1
                 text = str(error)
                 if not text.isprintable() or len(text) > 1500:
-                    report(
-                        {"input": i, "what": f"message of {len(text)} characters: {text[:200]!r}"}
-                    )
+                    report({"input": i, "what": f"message of {len(text)} characters: {text[:200]!r}"})
             except BaseException as error:
                 report({"input": i, "what": f"{type(error).__name__}: {str(error)[:200]}"})
             finally:
@@ -438,9 +540,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in sys.argv[2:] or FORMATS:
         found = fuzz(name, int(sys.argv[1]))
-        print(
-            name,
-            {k: v for k, v in found.items() if k != "failures"},
-            *found["failures"][:8],
-            sep="\n  ",
-        )
+        print(name, {k: v for k, v in found.items() if k != "failures"}, *found["failures"][:8], sep="\n  ")

@@ -326,9 +326,7 @@ def check(place: dict[str, str], every: int = 1, apart: int = 0) -> dict:
     if left := [p.name for p in empty.iterdir()]:
         failures.append(f"left behind: {left}")
     seconds = time.monotonic() - began
-    return {
-        "tried": len(todo) + len(chosen), "seconds": seconds, "slowest": slowest, "failures": failures,
-    }  # fmt: skip
+    return {"tried": len(todo) + len(chosen), "seconds": seconds, "slowest": slowest, "failures": failures}
 
 
 if __name__ == "__main__":

@@ -151,11 +151,7 @@ def build_in(out: str, operation=0, name="", size=0, batch=0, evaluation=0.0, fu
 
 def note_samples(seen) -> None:
     """Every batch that training takes leaves a line: rank and step, then its samples."""
-    make, following, rank = (
-        data.Batches.__init__,
-        data.Batches.__next__,
-        os.environ.get("RANK", "0"),
-    )
+    make, following, rank = (data.Batches.__init__, data.Batches.__next__, os.environ.get("RANK", "0"))
 
     def begin(self, source, steps, workers=0):
         make(self, source, steps, workers)

@@ -57,12 +57,7 @@ openworld.py {TUNED} --methods finetune --steps 1 --threads 1 --device cpu | res
 metaclip.py DATA/pairs.csv --build-entries 1 --column title | kept.json |
 metaclip.py DATA/pairs.csv --build-entries 1 --column title | kept.png | kept
 """
-LATE = (
-    "data.py",
-    "scenes.py",
-    "surgery.py",
-    "pretrained.py",
-)  # find out when they write, soon enough
+LATE = ("data.py", "scenes.py", "surgery.py", "pretrained.py")  # find out when they write, soon enough
 
 
 def obey_modes() -> None:

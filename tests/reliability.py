@@ -61,13 +61,7 @@ def attempt(job: Job) -> dict:
         except AssertionError as error:
             outcome, failures = "FAILED", str(error)[-3000:].splitlines()
     spent = time.monotonic() - began
-    return {
-        "what": job.what,
-        "tried": tried,
-        "outcome": outcome,
-        "seconds": spent,
-        "failures": failures,
-    }
+    return {"what": job.what, "tried": tried, "outcome": outcome, "seconds": spent, "failures": failures}
 
 
 def no_failures(found: dict) -> dict:
@@ -96,11 +90,7 @@ def kill_jobs(count: int, methods=("llip", "alignclip"), workers=(0, 2), worlds=
 LOST = {  # how rank r is lost: build_in's arguments; operations of the second save on checkpoint files
     "at a step": {"batch": 5},
     "before a save": {"operation": 4, "name": "checkpoint"},
-    "in the middle of writing a checkpoint": {
-        "operation": 4,
-        "name": "checkpoint",
-        "size": 100_000,
-    },
+    "in the middle of writing a checkpoint": {"operation": 4, "name": "checkpoint", "size": 100_000},
     "before the last checkpoint moves": {"operation": 5, "name": "checkpoint"},
     "between the two renames of a save": {"operation": 6, "name": "checkpoint"},
 }
@@ -157,9 +147,14 @@ def rank_jobs(cases=None, methods=("llip", "alignclip")):
 
 # a file of a run, and the time that something is done to it which fails
 FULL = {
-    "checkpoint.part": 2, "metrics.jsonl": 6, "config.json": 1, "tokenizer.json": 1,
-    "results.json": 1, "curves.png": 1, "results.png": 1,
-}  # fmt: skip
+    "checkpoint.part": 2,
+    "metrics.jsonl": 6,
+    "config.json": 1,
+    "tokenizer.json": 1,
+    "results.json": 1,
+    "curves.png": 1,
+    "results.png": 1,
+}
 
 
 def no_room(place: Path, names=tuple(FULL), method="llip") -> str:
@@ -174,9 +169,7 @@ def no_room(place: Path, names=tuple(FULL), method="llip") -> str:
         errors = [line for line in said.splitlines() if line.startswith("error")]
         assert codes == [2] and len(errors) == 1 and "Traceback" not in said, said[-1500:]
         file = "checkpoint.pt" if name == "checkpoint.part" else name
-        kept = (
-            "the last checkpoint is whole" if (out / "checkpoint.pt").exists() else "no checkpoint"
-        )
+        kept = "the last checkpoint is whole" if (out / "checkpoint.pt").exists() else "no checkpoint"
         for words in (str(out / file), "No space left", kept, "Make room, then --resume auto"):
             assert words in errors[0], f"{words!r} is not in {errors[0]!r}"
         assert kills.ended(kills.start(flags, out)) == [0], Path(f"{out}.log").read_text()[-1500:]
@@ -235,8 +228,10 @@ def full_disk(place: Path) -> str | tuple:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         one_error(
             subprocess.run(command, env=env, capture_output=True, text=True),
-            "No space left", "the last checkpoint is whole", "Make room",
-        )  # fmt: skip
+            "No space left",
+            "the last checkpoint is whole",
+            "Make room",
+        )
         assert not list((disk / "run").glob("*.part"))
         subprocess.run(["mount", "-o", "remount,size=40m", str(disk)], check=True)
         done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -263,44 +258,44 @@ def disk_jobs():
     names = ", ".join(name.removesuffix(".part") for name in FULL)
     yield Job(f"no room for {names}", len(FULL), 25, no_room)
     names = ("checkpoint.part", "results.json")
-    yield Job("no room for checkpoint, results.json: alignclip", 2, 12,
-              lambda p: no_room(p, names, "alignclip"))  # fmt: skip
+    yield Job(
+        "no room for checkpoint, results.json: alignclip", 2, 12, lambda p: no_room(p, names, "alignclip")
+    )
     yield Job("no file can grow beyond half a checkpoint", 2, 20, cut_write)
     yield Job("a full disk (tmpfs of 12 MB)", 1, 25, full_disk)
     yield output_job(
-        "read-only folders, folders below a file: every command that writes", 68, 15,
-        outputs.unwritable, "status 2, one line, before the work begins",
-    )  # fmt: skip
+        "read-only folders, folders below a file: every command that writes",
+        68,
+        15,
+        outputs.unwritable,
+        "status 2, one line, before the work begins",
+    )
     yield output_job(
-        "a table or a picture that cannot be written at the end", 13, 15, outputs.in_the_way,
+        "a table or a picture that cannot be written at the end",
+        13,
+        15,
+        outputs.in_the_way,
         "one line; figures printed, results kept; finished later",
-    )  # fmt: skip
+    )
 
 
 def stop_jobs():
     yield output_job(
-        "Ctrl-C in a command other than train.py",
-        14,
-        5,
-        outputs.interrupted,
-        "status 130, one line",
+        "Ctrl-C in a command other than train.py", 14, 5, outputs.interrupted, "status 130, one line"
     )
-    yield tested("SIGTERM and Ctrl-C while training: saves, says how to resume", 6,
-                 "test_train.py", "sigterm or signal")  # fmt: skip
+    yield tested(
+        "SIGTERM and Ctrl-C while training: saves, says how to resume",
+        6,
+        "test_train.py",
+        "sigterm or signal",
+    )
 
 
 def tested(what: str, seconds: float, file: str, words: str = "", outcome="as it should") -> Job:
     """Tests of the suite as a row: how many ran, and that none failed."""
 
     def work(place):
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "no:cacheprovider",
-            str(ROOT / "tests" / file),
-        ]
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(ROOT / "tests" / file)]
         command += ["-k", words] * bool(words) + [f"--junitxml={place}/found.xml"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-300:]
@@ -311,18 +306,40 @@ def tested(what: str, seconds: float, file: str, words: str = "", outcome="as it
 
 
 def file_jobs():
-    yield tested("every operation on a run's files: SIGKILL, no space; every 31st bit flipped; damage",
-                 15, "test_rundir.py", outcome="resumed, or refused and the previous one used")  # fmt: skip
-    yield tested("hostile pickles, each as torch.save file, TorchScript and legacy file", 6,
-                 "test_archive.py", "do_nothing", "nothing runs, one line")  # fmt: skip
-    yield tested("zip bombs, shapes, offsets, headers, NaN, dtypes, paths in checkpoints", 8,
-                 "test_archive.py", "not do_nothing and not armed", "one line, bounded memory")  # fmt: skip
-    yield tested("decompression bombs, links and paths that lead outside, control characters", 4,
-                 "test_data.py", "bomb or link or outside or control or oversized or damaged",
-                 "refused and named")  # fmt: skip
+    yield tested(
+        "every operation on a run's files: SIGKILL, no space; every 31st bit flipped; damage",
+        15,
+        "test_rundir.py",
+        outcome="resumed, or refused and the previous one used",
+    )
+    yield tested(
+        "hostile pickles, each as torch.save file, TorchScript and legacy file",
+        6,
+        "test_archive.py",
+        "do_nothing",
+        "nothing runs, one line",
+    )
+    yield tested(
+        "zip bombs, shapes, offsets, headers, NaN, dtypes, paths in checkpoints",
+        8,
+        "test_archive.py",
+        "not do_nothing and not armed",
+        "one line, bounded memory",
+    )
+    yield tested(
+        "decompression bombs, links and paths that lead outside, control characters",
+        4,
+        "test_data.py",
+        "bomb or link or outside or control or oversized or damaged",
+        "refused and named",
+    )
     yield tested("downloads from a hostile server", 3, "test_download.py", outcome="fail cleanly")
-    yield tested("numbers at the edge: not finite, bf16, scale, empty and equal captions", 20,
-                 "test_numbers.py", outcome="defined")  # fmt: skip
+    yield tested(
+        "numbers at the edge: not finite, bf16, scale, empty and equal captions",
+        20,
+        "test_numbers.py",
+        outcome="defined",
+    )
 
 
 # Mutants, commands, determinism --------------------------------------------------------------------------
@@ -347,9 +364,7 @@ def command_jobs(every: int = 1, apart: int = 10):
     yield Job("wrong command lines", len(invocations.WRONG.split("\n")), 50, work)
 
 
-METHODS = (
-    "clip siglip llip finetune labelsmooth clipood alignclip flyp coop cocoop maple tes".split()
-)
+METHODS = "clip siglip llip finetune labelsmooth clipood alignclip flyp coop cocoop maple tes".split()
 
 
 def determinism_jobs(methods=METHODS, workers=(0, 2)):
@@ -396,13 +411,7 @@ def in_a_process(job: Job, answer) -> None:
         found = attempt(job)
     except Exception as error:  # a fault of this harness: one row, not the end of all others
         failure = f"{type(error).__name__}: {error}"
-        found = {
-            "what": job.what,
-            "tried": 0,
-            "outcome": "FAILED",
-            "seconds": 0,
-            "failures": [failure],
-        }
+        found = {"what": job.what, "tried": 0, "outcome": "FAILED", "seconds": 0, "failures": [failure]}
     answer.send(found)
 
 
@@ -426,8 +435,13 @@ def side_by_side(jobs: list[Job], count: int, tell: Callable) -> list[dict]:
                 rows[n] = ours.recv()
             except EOFError:
                 spent, failure = time.monotonic() - began, "its process ended without an answer"
-                rows[n] = {"what": jobs[n].what, "tried": 0, "outcome": "FAILED", "seconds": spent,
-                           "failures": [failure]}  # fmt: skip
+                rows[n] = {
+                    "what": jobs[n].what,
+                    "tried": 0,
+                    "outcome": "FAILED",
+                    "seconds": spent,
+                    "failures": [failure],
+                }
             process.join()
         tell(rows, {n: time.monotonic() - since for n, _, since in running.values()}, waiting)
     return [rows[n] for n in range(len(jobs))]
@@ -461,8 +475,12 @@ class Teller:
         if running and (self.tty or time.monotonic() - self.shown > 60):
             self.shown = time.monotonic()
             line = f"{eta}  now: {names}"
-            print(clear + (line[:150] if self.tty else line), end="" if self.tty else "\n",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            print(
+                clear + (line[:150] if self.tty else line),
+                end="" if self.tty else "\n",
+                file=sys.stderr,
+                flush=True,
+            )
         elif self.tty and not running:
             print(clear, end="", file=sys.stderr, flush=True)
 
@@ -489,9 +507,7 @@ def main(argv: list[str] | None = None) -> int:
     jobs = [job for name in args.only for job in PARTS[name](args.quick)]
     if args.list:
         print(format_table([{"what": j.what, "minutes": j.seconds / 60} for j in jobs], digits=1))
-        print(
-            f"{len(jobs)} jobs, {duration(sum(j.seconds for j in jobs) / args.jobs)} on {args.jobs} cores"
-        )
+        print(f"{len(jobs)} jobs, {duration(sum(j.seconds for j in jobs) / args.jobs)} on {args.jobs} cores")
         return 0
     return run_all(jobs, args.jobs, args.json)
 
@@ -526,8 +542,7 @@ def run_all(jobs: list[Job], count: int, path: str | None) -> int:
             kills.end_all(os.getpid())
             signal.signal(signal.SIGINT, signal.default_int_handler)
     shown = [
-        {k: v for k, v in r.items() if k not in ("failures", "seconds")}
-        | {"time": duration(r["seconds"])}
+        {k: v for k, v in r.items() if k not in ("failures", "seconds")} | {"time": duration(r["seconds"])}
         for r in rows
     ]
     print(format_table(shown))

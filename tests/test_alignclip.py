@@ -99,9 +99,7 @@ def test_alignment_losses_are_the_official_ones(golden_arrays):
     g = golden_arrays("alignclip_aal.npz")
     rows, guide = g["in.cls_attention_rows"], g["in.similarity_fs"]
     rows.requires_grad_(), guide.requires_grad_()
-    loss = attention_alignment(
-        cls_attention(list(rows[:5, :, None])), guidance(guide, g["in.labels"])
-    )
+    loss = attention_alignment(cls_attention(list(rows[:5, :, None])), guidance(guide, g["in.labels"]))
     loss.backward()
     torch.testing.assert_close(loss, g["out.attention.loss"], rtol=1e-4, atol=1e-6)
     expected = g["out.attention.grad_cls_rows"]
@@ -111,9 +109,7 @@ def test_alignment_losses_are_the_official_ones(golden_arrays):
 
 
 def method_of(embed, scale, text, **options):
-    return AlignCLIP(
-        CLIP(Config(embed, 8, 4, 8, 2, 2, 8, 8, 16, 8, 1, 2, 8), scale), text, **options
-    )
+    return AlignCLIP(CLIP(Config(embed, 8, 4, 8, 2, 2, 8, 8, 16, 8, 1, 2, 8), scale), text, **options)
 
 
 def test_released_smoothing_targets(golden_arrays):
@@ -159,9 +155,7 @@ def test_branch_is_the_one_of_clip_surgery(golden_arrays, kind, recorded):
     weights, g = golden_arrays("dense_clip_weights.npz"), golden_arrays("surgery.npz")
     visual = CLIP(Config(32, 40, 8, 64, 8, 4, 256, 77, 64, 64, 2, 2, 256)).visual
     prefix = "w.visual."
-    visual.load_state_dict(
-        {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}
-    )
+    visual.load_state_dict({k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)})
     with torch.no_grad():
         x, z, _ = two_paths(visual, g["in.image"], kind, dual_from=2, layers=0)
         expected = g["out." + recorded]
@@ -366,9 +360,7 @@ def test_detach_stops_the_branchs_gradient_and_nothing_else(clip, text, batch):
 
 def test_alignment_reaches_the_attention_of_the_first_layers(clip, text, batch):
     """With a detached guide AAL moves queries and keys of the aligned blocks, and no later block."""
-    method = AlignCLIP(
-        clip, text, layers=2, similarity="none", detach=True, guidance_temperature=0.1
-    )
+    method = AlignCLIP(clip, text, layers=2, similarity="none", detach=True, guidance_temperature=0.1)
     _, z, rows = two_paths(clip.visual, batch[0], "dv", 2, 2)
     guide = unit(clip.visual.head(z[:, 1:]))
     loss = method.alignment(guide, guide, rows, batch[1])["attention"]
@@ -391,11 +383,7 @@ def test_cost_of_the_branch_in_flops(clip, text, batch):
 
     def cost(method):
         # the fused kernel of the CPU is not counted, plain products are
-        with (
-            torch.no_grad(),
-            sdpa_kernel(SDPBackend.MATH),
-            FlopCounterMode(display=False) as counter,
-        ):
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             method.loss(images, labels)
         return counter.get_total_flops()
 

@@ -47,9 +47,7 @@ def tensor_program(numel=4, offset=0, size=(4,), stride=(1,), kind="FloatStorage
     def numbers(values):
         return b"(" + b"".join(b"I%d\n" % n for n in values) + b"t"
 
-    storage = (
-        b"(" + text("storage") + b"ctorch\n" + kind.encode() + b"\n" + text(key) + text("cuda:0")
-    )
+    storage = b"(" + text("storage") + b"ctorch\n" + kind.encode() + b"\n" + text(key) + text("cuda:0")
     tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"I%d\ntQI%d\n" % (numel, offset)
     tensor += numbers(size) + numbers(stride) + b"\x89ccollections\nOrderedDict\n)RtR"
     return b"\x80\x02}" + text("state_dict") + b"}" + text("w") + tensor + b"ss."
@@ -60,9 +58,7 @@ def read_all(path):
     return checkpoint.tensors(archive.flatten(checkpoint.content))
 
 
-@pytest.mark.parametrize(
-    "protocol, legacy", [(2, False), (3, False), (4, False), (5, False), (2, True)]
-)
+@pytest.mark.parametrize("protocol, legacy", [(2, False), (3, False), (4, False), (5, False), (2, True)])
 def test_reads_what_torch_reads(tmp_path, legacy, protocol):
     base = torch.arange(24.0).view(4, 6)
     state = {
@@ -164,28 +160,43 @@ def hostile(marker) -> dict[str, bytes]:
         "builtins.open": dump(Call(open, str(marker), "w")),
         "subprocess, nested": dump([{"deep": (Call(subprocess.Popen, ["touch", str(marker)]),)}]),
         "runpy": dump(Call(runpy._run_code, python, {})),
-        "getattr": b"cbuiltins\ngetattr\n(cbuiltins\n__import__\n(" + text("os") + b"tR" + text("system")
-        + b"tR(" + command + b"tR.",
+        "getattr": b"cbuiltins\ngetattr\n(cbuiltins\n__import__\n("
+        + text("os")
+        + b"tR"
+        + text("system")
+        + b"tR("
+        + command
+        + b"tR.",
         "GLOBAL": b"cos\nsystem\n(" + command + b"tR.",
         "STACK_GLOBAL": b"\x80\x04" + text("os") + text("system") + b"\x93" + command + b"\x85R.",
-        "STACK_GLOBAL out of the memo": b"\x80\x04" + text("system") + b"\x94" + text("os")
-        + b"\x94h\x01h\x00\x93" + command + b"\x85R.",
+        "STACK_GLOBAL out of the memo": b"\x80\x04"
+        + text("system")
+        + b"\x94"
+        + text("os")
+        + b"\x94h\x01h\x00\x93"
+        + command
+        + b"\x85R.",
         "a dotted name": b"\x80\x04" + text("os") + text("path.os.system") + b"\x93" + command + b"\x85R.",
         "INST": b"(" + command + b"ios\nsystem\n.",
         "OBJ": b"(cos\nsystem\n" + command + b"o.",
         "key of state_dict": dump({"state_dict": {Call(os.system, touch): 1}}),
         "value of state_dict": dump({"state_dict": {"w": Call(os.system, touch)}}),
         "in an OrderedDict": dump(OrderedDict(x=Call(os.system, touch))),
-        "copyreg and __setstate__": b"ccopyreg\n_reconstructor\n(c" + __name__.encode()
-        + b"\nArmed\ncbuiltins\nobject\nNtR}" + text("command") + command + b"sb.",
-        "NEWOBJ and BUILD": b"\x80\x02c" + __name__.encode() + b"\nArmed\n)\x81}" + text("command")
-        + command + b"sb.",
+        "copyreg and __setstate__": b"ccopyreg\n_reconstructor\n(c"
+        + __name__.encode()
+        + b"\nArmed\ncbuiltins\nobject\nNtR}"
+        + text("command")
+        + command
+        + b"sb.",
+        "NEWOBJ and BUILD": b"\x80\x02c"
+        + __name__.encode()
+        + b"\nArmed\n)\x81}"
+        + text("command")
+        + command
+        + b"sb.",
         "after the wanted value": b"cos\nsystem\n(" + command + b"tR0}" + text("state_dict") + b"}s.",
-        "torch.storage bytes": dump(
-            Call(torch.storage._load_from_bytes, dump(Call(os.system, touch)), *())
-        ),
-        "rebuild of a call": b"ctorch._utils\n_rebuild_parameter\n(cos\nsystem\n(" + command
-        + b"tR\x89}tR.",
+        "torch.storage bytes": dump(Call(torch.storage._load_from_bytes, dump(Call(os.system, touch)), *())),
+        "rebuild of a call": b"ctorch._utils\n_rebuild_parameter\n(cos\nsystem\n(" + command + b"tR\x89}tR.",
         "__torch__ stub": b"\x80\x02c__torch__.os\nsystem\n)\x81" + command + b"b.",
         "__torch__ called": b"c__torch__\nos.system\n(" + command + b"tR.",
         "torch.load": dump(Call(torch.load, str(marker))),
@@ -197,11 +208,12 @@ def hostile(marker) -> dict[str, bytes]:
         "map in a list": dump(Call(list, Call(map, os.system, [touch]))),
         "a call as an argument": dump(Call(print, Call(os.system, touch))),
         "copyreg.__newobj__ and eval": b"\x80\x02ccopyreg\n__newobj__\n0cbuiltins\neval\n("
-        + text(python) + b"tR.",
+        + text(python)
+        + b"tR.",
         "timeit": dump(Call(timeit.timeit, python, "pass", time.perf_counter, 1)),
         "pickle in a pickle": dump(Call(pickle.loads, dump(Call(os.system, touch)))),
         "code.interact's exec": dump(Call(code.InteractiveInterpreter.runcode, None, python)),
-    }  # fmt: skip
+    }
 
 
 NOT_ARMED = (
@@ -253,9 +265,7 @@ def test_weights_beside_something_hostile_are_read(tmp_path):
     torch.save({"state_dict": STATE, "args": Call(os.system, f"touch {marker}")}, tmp_path / "x")
     checkpoint = archive.read(tmp_path / "x")
     assert checkpoint.content["args"].name.endswith(" system")
-    assert torch.equal(
-        checkpoint.tensors(checkpoint.content["state_dict"])["a.weight"], STATE["a.weight"]
-    )
+    assert torch.equal(checkpoint.tensors(checkpoint.content["state_dict"])["a.weight"], STATE["a.weight"])
     assert not marker.exists()
 
 
@@ -399,9 +409,7 @@ def test_pickles_that_exhaust(tmp_path, monkeypatch):
     refused(legacy(tmp_path / "x", b"N.", laugh + b"](hde."), "storage key")
     monkeypatch.setattr(archive, "OPERATIONS", 1000)
     refused(torch_zip(tmp_path / "x", b"]" * 2000 + b"."), "operations")
-    assert time.monotonic() - began < 30, (
-        "the hash of the nested tuples alone would take 2**100 steps"
-    )
+    assert time.monotonic() - began < 30, "the hash of the nested tuples alone would take 2**100 steps"
 
 
 def legacy(path, program, keys=b"]."):

@@ -42,9 +42,7 @@ def test_each_kind_is_its_formula(kind, a, b):
     for n in range(2):
         for h in range(3):
             scores = x[a][n, h] @ x[b][n, h].t() / 4**0.5
-            expected[n, h] = (
-                torch.exp(scores) / torch.exp(scores).sum(-1, keepdim=True) @ x[2][n, h]
-            )
+            expected[n, h] = torch.exp(scores) / torch.exp(scores).sum(-1, keepdim=True) @ x[2][n, h]
     torch.testing.assert_close(attend(*x, kind), expected)
 
 

@@ -158,9 +158,7 @@ def test_training_crops_of_smaller_decoding_are_close():
     for seed in range(3):
         file = bench.photo(1024, 768, seed)
         small = data.random_crop(open_jpeg(file), 64, data.generator(seed), (0.9, 1.0))
-        whole = data.random_crop(
-            open_jpeg(file).convert("RGB"), 64, data.generator(seed), (0.9, 1.0)
-        )
+        whole = data.random_crop(open_jpeg(file).convert("RGB"), 64, data.generator(seed), (0.9, 1.0))
         off = np.abs(np.asarray(small, int) - np.asarray(whole, int))
         assert off.mean() < 1 and off.max() <= 8
 

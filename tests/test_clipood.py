@@ -165,11 +165,7 @@ def test_losses_stay_in_full_precision_under_autocast(clip, text, batch, under):
 
 
 def test_user_mistakes(clip, text):
-    for wrong, words in (
-        (text * 2, "length 1"),
-        (text[:, :8], r"\(classes, 16\)"),
-        (text[0], "16"),
-    ):
+    for wrong, words in ((text * 2, "length 1"), (text[:, :8], r"\(classes, 16\)"), (text[0], "16")):
         with pytest.raises(ValueError, match=words):
             FineTune(clip, wrong)
     with pytest.raises(ValueError, match="pooling"):

@@ -74,9 +74,7 @@ def test_finetune_and_tes(clip, batch):
     assert counted(lambda: method.loss(*batch)) == B * (IMAGE + 2 * C * E)
     assert learned(method) == sum(p.numel() for p in clip.visual.parameters())
     method = TeS(clip, unit_text())
-    assert counted(lambda: method.loss(*batch)) == B * (
-        IMAGE + 2 * C * WIDE + 2 * WIDE**2 + 4 * C * E
-    )
+    assert counted(lambda: method.loss(*batch)) == B * (IMAGE + 2 * C * WIDE + 2 * WIDE**2 + 4 * C * E)
     heads = C * (WIDE + 1) + WIDE**2 + 3 * WIDE + E * (WIDE + 1)
     assert learned(method) == sum(p.numel() for p in clip.visual.parameters()) - WIDE * E + heads
 
@@ -94,9 +92,7 @@ def test_coop_and_cocoop(clip, batch, tokens):
     assert counted(lambda: method(batch[0])) == B * IMAGE + C * text_flops(n + 7) + 2 * B * C * E
     assert learned(method) == n * D
     method, h = CoCoOp(clip, tokens, n), E // 16
-    assert counted(lambda: method(batch[0])) == B * IMAGE + B * C * text_flops(
-        n + 7
-    ) + 2 * B * h * (E + D)
+    assert counted(lambda: method(batch[0])) == B * IMAGE + B * C * text_flops(n + 7) + 2 * B * h * (E + D)
     assert learned(method) == n * D + h * (E + D) + h + D
 
 
@@ -125,9 +121,7 @@ def test_dense_features(clip, batch, method):
     }
     blocks = {"blocks": two} if method in surgery.TWO_PATHS else {}
     found = []
-    cost = counted(
-        lambda: found.append(surgery.dense_features(clip.visual, batch[0], method, **blocks))
-    )
+    cost = counted(lambda: found.append(surgery.dense_features(clip.visual, batch[0], method, **blocks)))
     assert cost == B * (plain + more[method])
     assert found[0].nbytes == B * 4 * L * E
 

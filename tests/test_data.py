@@ -231,8 +231,7 @@ def test_tables_keep_commas_of_captions(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["a.jpg,one, two\n", "a.jpg#0\tone, two\n", "image_name| n| comment\na.jpg| 0| one, two"],
+    "text", ["a.jpg,one, two\n", "a.jpg#0\tone, two\n", "image_name| n| comment\na.jpg| 0| one, two"]
 )
 def test_flickr_lists(tmp_path, text):
     write_images(tmp_path / "flickr-images", ["a.jpg"])
@@ -313,10 +312,13 @@ def test_messages_show_no_control_characters(tmp_path, name):
 @pytest.mark.parametrize("nasty", ["\x1b[2J", "a\nb", "\ud800", "x" * 5000])
 def test_messages_about_json_are_one_short_plain_line(tmp_path, nasty):
     contents = [
-        {"train": [nasty, 0]}, {nasty: 1}, {"images": [{nasty: 1}]}, [{nasty: 1}],
+        {"train": [nasty, 0]},
+        {nasty: 1},
+        {"images": [{nasty: 1}]},
+        [{nasty: 1}],
         {"train": [["a.png", 0, nasty], ["a.png", 0, "cat"]]},
         {"images": [{"filename": "a.png", "split": nasty, "sentences": []}]},
-    ]  # fmt: skip
+    ]
     write_images(tmp_path, ["a.png"])
     for content in contents:
         (tmp_path / "x.json").write_text(json.dumps(content))
@@ -385,11 +387,7 @@ def test_coco_json_beside_its_images(tmp_path):
 
 def test_coop_json(tmp_path):
     write_images(tmp_path / "images", ["a.jpg", "b.jpg"])
-    content = {
-        "train": [["a.jpg", 10, "yorkshire_terrier"]],
-        "val": [["b.jpg", 9, "abyssinian"]],
-        "test": [],
-    }
+    content = {"train": [["a.jpg", 10, "yorkshire_terrier"]], "val": [["b.jpg", 9, "abyssinian"]], "test": []}
     (tmp_path / "split_zhou_OxfordPets.json").write_text(json.dumps(content))
     dataset = data.open_dataset(tmp_path / "split_zhou_OxfordPets.json", "train")
     assert dataset.classes == ["abyssinian", "yorkshire terrier"] and dataset.labels == [1]
@@ -422,9 +420,7 @@ def test_json_errors_are_one_line(tmp_path, content, message):
 
 
 def test_folder_of_classes_in_imagefolder_order(tmp_path):
-    write_images(
-        tmp_path, ["cat/2.png", "cat/10.PNG", "big_dog/1.jpg", "Zebra/1.jpg", "cat/.x.png"]
-    )
+    write_images(tmp_path, ["cat/2.png", "cat/10.PNG", "big_dog/1.jpg", "Zebra/1.jpg", "cat/.x.png"])
     (tmp_path / "cat" / "notes.txt").write_text("")
     (tmp_path / "empty").mkdir()
     dataset = data.open_dataset(tmp_path)
@@ -523,9 +519,7 @@ def shard_files(folder, count=3, each=5):
 
 
 def test_shard_names_expand():
-    assert shards.expand_shards("a/{08..10}.tar::b.tar") == [
-        "a/08.tar", "a/09.tar", "a/10.tar", "b.tar",
-    ]  # fmt: skip
+    assert shards.expand_shards("a/{08..10}.tar::b.tar") == ["a/08.tar", "a/09.tar", "a/10.tar", "b.tar"]
     assert shards.expand_shards("{0..1}{2..3}") == ["02", "03", "12", "13"]
     with pytest.raises(ValueError, match=r"range \{3\.\.1\} is empty"):
         shards.expand_shards("{3..1}.tar")
@@ -548,11 +542,19 @@ def test_shards_accept_json_and_skip_what_is_no_sample(tmp_path, capsys):
     link = tarfile.TarInfo("l.jpg")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     members = [
-        ("../../up.jpg", jpeg), ("../../up.json", b'{"captions": ["one", "two", 3]}'),
-        ("no_caption.jpg", jpeg), ("bad.jpg", jpeg), ("bad.json", b"[1"), ("._a.jpg", b"junk"),
-        ("._a.txt", b"junk"), ("empty.jpg", jpeg), ("empty.txt", b" \n"), ("l.txt", b"link"),
-        ("long.jpg", jpeg), ("long.txt", b"x" * (shards.MAX_TEXT_BYTES + 1)),
-    ]  # fmt: skip
+        ("../../up.jpg", jpeg),
+        ("../../up.json", b'{"captions": ["one", "two", 3]}'),
+        ("no_caption.jpg", jpeg),
+        ("bad.jpg", jpeg),
+        ("bad.json", b"[1"),
+        ("._a.jpg", b"junk"),
+        ("._a.txt", b"junk"),
+        ("empty.jpg", jpeg),
+        ("empty.txt", b" \n"),
+        ("l.txt", b"link"),
+        ("long.jpg", jpeg),
+        ("long.txt", b"x" * (shards.MAX_TEXT_BYTES + 1)),
+    ]
     path = write_tar(tmp_path / "a.tar", members)
     with tarfile.open(path, "a") as archive:
         archive.addfile(link)
@@ -785,9 +787,7 @@ def test_broken_images_are_replaced_counted_and_named(pairs, tokenizer, workers,
 def test_more_than_one_percent_broken_stops_the_run(pairs, tokenizer):
     damage(pairs, [3])
     steps = batches(pairs, tokenizer)
-    with pytest.raises(
-        ValueError, match=r"11 of \d+ images cannot be read, more than 1 %; the first"
-    ):
+    with pytest.raises(ValueError, match=r"11 of \d+ images cannot be read, more than 1 %; the first"):
         take(steps, 100)
     assert len(steps.broken) == 10
     assert next(steps, None) is None  # it is over, and the workers are gone

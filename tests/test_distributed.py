@@ -134,9 +134,7 @@ def worker(rank, world, folder):
         for name in MODELS:
             for chunks in (1, PAIRS // world):
                 model = DistributedDataParallel(build(name))
-                for _ in range(
-                    2
-                ):  # twice: DDP complains about an unfinished reduction at the second
+                for _ in range(2):  # twice: DDP complains about an unfinished reduction at the second
                     model.zero_grad()
                     loss = training_step(model, images, tokens, name.split()[1], chunks)
                 results[f"{name} {chunks}"] = float(loss), gradients(model.module)

@@ -160,9 +160,7 @@ def test_no_length_stated(server, tmp_path):
     assert (tmp_path / "x.pt").read_bytes() == BODY
 
 
-@pytest.mark.parametrize(
-    "target", ["ftp://127.0.0.1/x", "file:///etc/passwd", "https://127.0.0.1:1/x"]
-)
+@pytest.mark.parametrize("target", ["ftp://127.0.0.1/x", "file:///etc/passwd", "https://127.0.0.1:1/x"])
 def test_redirects_keep_the_scheme(server, tmp_path, target):
     server.redirect = target
     with pytest.raises((ValueError, OSError), match="only http is followed|not allowed"):

@@ -65,12 +65,8 @@ def test_recall_equals_clip_benchmark(golden_arrays):
     g = golden_arrays("clip_benchmark_retrieval.npz")
     got = evaluate.recall_at_k(g["out.scores"].t(), g["in.text_to_image"], ks=(1, 2, 5, 10))
     for k in (1, 2, 5, 10):
-        assert got[f"i2t@{k}"] == pytest.approx(
-            g[f"out.text_retrieval_recall@{k}"].item(), abs=1e-6
-        )
-        assert got[f"t2i@{k}"] == pytest.approx(
-            g[f"out.image_retrieval_recall@{k}"].item(), abs=1e-6
-        )
+        assert got[f"i2t@{k}"] == pytest.approx(g[f"out.text_retrieval_recall@{k}"].item(), abs=1e-6)
+        assert got[f"t2i@{k}"] == pytest.approx(g[f"out.image_retrieval_recall@{k}"].item(), abs=1e-6)
 
 
 def test_classification_equals_clip_benchmark(golden_arrays):
@@ -154,11 +150,7 @@ def test_classification_by_hand_with_ties():
         ]
     )
     got = evaluate.classification_metrics(logits, torch.tensor([0, 1, 4, 5, 1]))
-    assert got == {
-        "top1": 2 / 5,
-        "top5": 4 / 5,
-        "mean_per_class": pytest.approx((1 + 1 / 2 + 0 + 0) / 4),
-    }
+    assert got == {"top1": 2 / 5, "top5": 4 / 5, "mean_per_class": pytest.approx((1 + 1 / 2 + 0 + 0) / 4)}
 
 
 def test_classification_refuses_what_does_not_fit():
@@ -189,9 +181,7 @@ def test_chance_is_the_mean_over_all_orders():
 def test_recall_stream_equals_whole_matrix(seed, batch):
     scores, owner = random_case(seed)
     g = torch.Generator().manual_seed(seed)
-    column = torch.randint(
-        0, len(owner) // 2, (len(owner),), generator=g
-    )  # captions of equal words
+    column = torch.randint(0, len(owner) // 2, (len(owner),), generator=g)  # captions of equal words
     column = column.unique(return_inverse=True)[1]
     scores = scores[:, : int(column.max()) + 1]
     scores[1, 0] = NAN
@@ -255,9 +245,7 @@ class Pictures:
 
     def __init__(self, count=11):
         g = torch.Generator().manual_seed(0)
-        self.arrays = torch.randint(
-            0, 256, (count, 20, 16, 3), generator=g, dtype=torch.uint8
-        ).numpy()
+        self.arrays = torch.randint(0, 256, (count, 20, 16, 3), generator=g, dtype=torch.uint8).numpy()
         self.classes, self.domain_names = ["dog", "cat", "bird"], ["day", "night"]
         self.labels = [i % 3 for i in range(count)]
         self.domains = [i % 2 for i in range(count)]
@@ -277,8 +265,9 @@ class Pictures:
 class TruePictures(Pictures):
     def relevance(self):
         flat = [t for texts in self.captions for t in texts]
-        return torch.tensor([[len(t) % 4 == i % 4 or t in own for t in flat]
-                             for i, own in enumerate(self.captions)])  # fmt: skip
+        return torch.tensor(
+            [[len(t) % 4 == i % 4 or t in own for t in flat] for i, own in enumerate(self.captions)]
+        )
 
 
 def images_of(dataset):
@@ -292,9 +281,7 @@ def test_text_sides_keep_their_order_and_lose_nothing_to_trimming(name):
     with torch.no_grad():
         whole = model.encode_text(tokens)
         parts = evaluate.encode_text(model, tokens, batch_size=2)
-    evaluate.map_side(
-        lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5), parts, whole
-    )
+    evaluate.map_side(lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5), parts, whole)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -303,17 +290,13 @@ def test_classes_in_chunks_equal_all_prompts_at_once(name):
     templates = ("a photo of a {}.", "a {c}")
     names = ["dog"], classes[1], ["bird"], ["bus"]
     group = [c for c in range(4) for _ in names[c] for _ in templates]
-    asked = [
-        t.replace("{}", n).replace("{c}", n) for known in names for n in known for t in templates
-    ]
+    asked = [t.replace("{}", n).replace("{c}", n) for known in names for n in known for t in templates]
     with torch.no_grad():
         side = model.encode_text(TOKENIZER(asked, 24))
         whole = model.ensemble_text(side, torch.tensor(group))
         for batch in (1, 4, 64):
             got = evaluate.encode_classes(model, TOKENIZER, classes, templates, batch)
-            evaluate.map_side(
-                lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5), got, whole
-            )
+            evaluate.map_side(lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5), got, whole)
 
 
 @pytest.mark.parametrize("batch", [3, 64])
@@ -334,9 +317,7 @@ def test_zeroshot_and_retrieval_equal_the_whole_matrix(name, batch):
     whole = evaluate.recall_at_k(full, torch.tensor(owner))
     assert {k: got[k] for k in whole} == pytest.approx(whole)
     relevant = torch.stack([dataset.relevance()[:, flat.index(t)] for t in distinct], 1)
-    assert got["i2t_map"] == pytest.approx(
-        metrics.average_precision(scores, relevant).mean().item()
-    )
+    assert got["i2t_map"] == pytest.approx(metrics.average_precision(scores, relevant).mean().item())
     counted = (got["images"], got["captions"], got["distinct_captions"])
     assert counted == (11, len(flat), len(distinct)) and len(distinct) < len(flat)
     assert set(got["chance"]) == set(whole) | {"i2t_map", "i2t_p@1", "t2i_p@10"}
@@ -345,9 +326,7 @@ def test_zeroshot_and_retrieval_equal_the_whole_matrix(name, batch):
     expected = evaluate.classification_metrics(logits, torch.tensor(dataset.labels))
     assert {k: got[k] for k in expected} == pytest.approx(expected)
     assert got["chance"] == {"top1": 1 / 3, "top5": 1, "mean_per_class": 1 / 3}
-    assert (got["domains"]["day"] * 6 + got["domains"]["night"] * 5) / 11 == pytest.approx(
-        got["top1"]
-    )
+    assert (got["domains"]["day"] * 6 + got["domains"]["night"] * 5) / 11 == pytest.approx(got["top1"])
 
 
 def test_whole_matrix_is_never_held_and_the_mode_is_restored(monkeypatch):
@@ -373,9 +352,7 @@ def test_a_model_that_knows_is_right():
             return torch.eye(3)[(images.mean((1, 2, 3)) * 2 + 1).round().clamp(0, 2).long()]
 
         def encode_text(self, tokens):
-            word = torch.stack(
-                [(tokens == TOKENIZER.encode(w)[0]).any(1) for w in ("x", "y", "z")], 1
-            )
+            word = torch.stack([(tokens == TOKENIZER.encode(w)[0]).any(1) for w in ("x", "y", "z")], 1)
             return word.float() + 1e-3
 
     dataset = Pictures()
@@ -438,9 +415,7 @@ def everything(batch_size):
 def worker(rank, world, folder):
     try:
         torch.set_num_threads(1)
-        dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
-        )
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
         (folder / f"{rank}.json").write_text(json.dumps(everything(3)))
         dist.barrier()
     except BaseException:
@@ -459,9 +434,7 @@ def test_two_ranks_equal_one_process(tmp_path):
         process.join(60)
         assert process.exitcode == 0
     for rank in range(2):
-        for got, expected in zip(
-            json.loads((tmp_path / f"{rank}.json").read_text()), alone, strict=True
-        ):
+        for got, expected in zip(json.loads((tmp_path / f"{rank}.json").read_text()), alone, strict=True):
             for key, value in expected.items():
                 assert got[key] == pytest.approx(value), key
 
@@ -531,19 +504,8 @@ def run(request, tmp_path_factory):
 
 
 def test_command_line_on_scenes(run, tmp_path, capsys):
-    common = [
-        "--model",
-        str(run),
-        "--data",
-        "scenes",
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    assert (
-        evaluate.main(["zeroshot", *common, "--limit", "64", "--templates", "a {}", "the {}"]) == 0
-    )
+    common = ["--model", str(run), "--data", "scenes", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert evaluate.main(["zeroshot", *common, "--limit", "64", "--templates", "a {}", "the {}"]) == 0
     shown, result = capsys.readouterr(), json.loads((tmp_path / "out" / "results.json").read_text())
     assert "| zeroshot | top1 " in shown.out and "64 of 64 images" in shown.err
     assert result["classes"] == 16 and result["images"] == 64 and result["chance"]["top1"] == 1 / 16
@@ -555,25 +517,13 @@ def test_command_line_on_scenes(run, tmp_path, capsys):
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     assert result["task"] == "retrieval" and result["images"] == 20
     assert 0 <= result["t2i@1"] <= result["t2i@5"] <= result["t2i@10"] <= 1
-    assert (
-        result["chance"]["t2i@5"] == pytest.approx(5 / 20)
-        and "i2t_map" in result["ceiling"] | result
-    )
+    assert result["chance"]["t2i@5"] == pytest.approx(5 / 20) and "i2t_map" in result["ceiling"] | result
 
 
 def test_speed_says_of_what_it_is(run, tmp_path, monkeypatch, capsys):
     found = {"images": 12.345, "pairs": 158201107.5}
     monkeypatch.setattr(evaluate, "speed", lambda *args: found)
-    flags = [
-        "--device",
-        "cpu",
-        "--limit",
-        "9",
-        "--batch-size",
-        "64",
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    flags = ["--device", "cpu", "--limit", "9", "--batch-size", "64", "--out", str(tmp_path / "out")]
     assert evaluate.main(["speed", "--model", str(run), "--data", "scenes", *flags]) == 0
     said = capsys.readouterr().out
     assert "per second" in said and " 12.3 |" in said and "| 158,201,10" in said
@@ -586,9 +536,7 @@ def test_command_line_on_a_folder_of_classes(run, tmp_path, capsys):
     for n, name in enumerate(("n01", "n02")):
         (tmp_path / "set" / name).mkdir(parents=True)
         for k in range(3):
-            Image.new("RGB", (40, 36), (80 * n, 50 * k, 99)).save(
-                tmp_path / "set" / name / f"{k}.png"
-            )
+            Image.new("RGB", (40, 36), (80 * n, 50 * k, 99)).save(tmp_path / "set" / name / f"{k}.png")
     names = tmp_path / "names.json"
     common = ["zeroshot", "--model", str(run / "checkpoint.pt"), "--data", str(tmp_path / "set")]
     common += ["--device", "cpu"]

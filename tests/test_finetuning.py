@@ -124,9 +124,7 @@ def test_defaults(clip, tmp_path):
         assert (small.lr, small.steps, small.margin) == (5e-4, 300, c.margin)
     assert resolve(TrainConfig(method="flyp", init=str(bare)), {"method", "init"}).lr == 1e-5
     c = TrainConfig(method="finetune", init="ViT-B/16", margin=0.1, lr=1.0, warmup=7)
-    c = resolve(
-        c, {"method", "init", "margin", "lr", "warmup"}
-    )  # a name needs no download to resolve
+    c = resolve(c, {"method", "init", "margin", "lr", "warmup"})  # a name needs no download to resolve
     assert (c.margin, c.lr, c.warmup, c.smoothing) == (0.1, 1.0, 7, "none")
     c = TrainConfig()
     authors = (c.epsilon, c.smoothing_scale, c.align_weight, c.branch, c.guidance_temperature)
@@ -158,9 +156,10 @@ def test_text_is_the_head_and_the_start_is_zero_shot(clip):
 
 def test_batches_hold_as_many_of_each_source_domain(folder, clip):
     task = task_of(clip, "clipood", train_data=str(folder), target_domain="photo")
-    batches, plain = task.batches(0), task_of(
-        clip, "clipood", train_data=str(folder), target_domain="photo", crop_scale=1.0
-    ).batches(0)  # fmt: skip
+    batches, plain = (
+        task.batches(0),
+        task_of(clip, "clipood", train_data=str(folder), target_domain="photo", crop_scale=1.0).batches(0),
+    )
     for _ in range(5):
         batch, still = next(batches), next(plain)
         domains = [task.train.domain_names[task.train.domains[i]] for i in batch.ids.tolist()]
@@ -248,8 +247,9 @@ def test_resume_is_exact(tmp_path, clip, method, monkeypatch):
     whole, resumed = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "killed")
     for key in ("state_dict", "task", "optimizer", "step", "samples", "window"):
         assert same(whole[key], resumed[key]), key
-    files = [(tmp_path / d / f).read_text() for d in ("whole", "killed") for f in
-             ("metrics.jsonl", "results.json")]  # fmt: skip
+    files = [
+        (tmp_path / d / f).read_text() for d in ("whole", "killed") for f in ("metrics.jsonl", "results.json")
+    ]
     assert files[:2] == files[2:] and '"accuracy"' in files[0]
     if method in ("clipood", "alignclip"):
         assert whole["task"]["average"]["step"] == 6
@@ -353,13 +353,8 @@ def test_defaults_of_prompts_and_tes(clip, tmp_path):
         assert (*found, c.weight_decay, c.shots) == values and c.bma_beta == 0
         c = resolve(TrainConfig(method=method, init=str(clip)), {"method", "init"})
         assert (c.steps, c.epochs, c.optimizer, c.shots) == (300, 0.0, "adamw", 0)
-        c = resolve(
-            TrainConfig(method=method, init=str(bare), steps=7), {"method", "init", "steps"}
-        )
-        assert (c.steps, c.epochs) == (
-            7,
-            0.0,
-        )  # steps that were asked for are not the paper's epochs
+        c = resolve(TrainConfig(method=method, init=str(bare), steps=7), {"method", "init", "steps"})
+        assert (c.steps, c.epochs) == (7, 0.0)  # steps that were asked for are not the paper's epochs
     optimizers = [
         train.build_optimizer(TrainConfig(optimizer=o), [{"params": [torch.ones(1)]}], "cpu")
         for o in ("sgd", "nesterov")
@@ -385,9 +380,7 @@ def test_three_steps_improve_and_only_what_is_learned_changes(clip, method):
         optimizer.step()
     assert losses[-1] < losses[0] - 0.01
     still = {n for n, p in own.items() if torch.equal(p, start[n])}
-    assert all(
-        n.startswith("meta_net.linear") for n in still
-    )  # its one hidden unit can be dead here
+    assert all(n.startswith("meta_net.linear") for n in still)  # its one hidden unit can be dead here
     changed = {n for n, p in task.clip.named_parameters() if not torch.equal(p, before[n])}
     towers = {n for n in before if n.startswith("visual.") and n != "visual.proj"}
     assert changed == (towers if method == "tes" else set())
@@ -399,9 +392,7 @@ def test_prompts_start_where_the_flags_say(clip):
     ids = words.tokenizer.encode("a picture of a")
     assert torch.equal(words.model.ctx, words.clip.token_embedding.weight[ids])
     maple = task_of(clip, "maple").model
-    assert (
-        len(maple.ctx) == 2 and len(maple.compound_prompts_text) == 0
-    )  # a text tower of one block
+    assert len(maple.ctx) == 2 and len(maple.compound_prompts_text) == 0  # a text tower of one block
     task = task_of(clip, "maple")
     assert task.asked_with == ("of a {}.",)
     whole = task.tokenizer(["a photo of a dog."], 16)[0]
@@ -464,15 +455,7 @@ def test_what_was_learned_is_resumed_and_clip_is_plain(tmp_path, clip, method, m
     assert files[0] == files[1]
     plain, start = pretrained.load(tmp_path / "whole"), pretrained.load(clip)
     assert type(plain) is CLIP
-    asked = [
-        "open-world",
-        "--model",
-        str(tmp_path / "whole"),
-        "--data",
-        "scenes",
-        "--device",
-        "cpu",
-    ]
+    asked = ["open-world", "--model", str(tmp_path / "whole"), "--data", "scenes", "--device", "cpu"]
     assert evaluate.main(asked) == 2  # the plain CLIP would answer under the method's name
     assert f"what {method} learned lies beside CLIP's weights" in capsys.readouterr().err
     if method != "tes":
@@ -490,10 +473,7 @@ def test_prompts_overfit_a_tiny_batch(tmp_path, clip, folder, method, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (
-            ["--method", "coop", "--class-context", "--open-task", "in-the-wild"],
-            "--class-context is",
-        ),
+        (["--method", "coop", "--class-context", "--open-task", "in-the-wild"], "--class-context is"),
         (["--method", "maple", "--class-context"], "--class-context is CoOp's"),
         (["--method", "coop", "--context-words", "a photo"], "--context 4, but --context-words"),
         (["--method", "coop", "--context", "15"], "class 0: "),
@@ -501,10 +481,7 @@ def test_prompts_overfit_a_tiny_batch(tmp_path, clip, folder, method, capsys):
         (["--method", "maple", "--prompt-depth", "2"], "depth 2: the towers have 2 (image) and 1"),
         (["--method", "coop", "--bma-beta", "0.5"], "--bma-beta averages"),
         (["--method", "tes", "--accumulate", "2"], "TeS has a BatchNorm"),
-        (
-            ["--method", "tes", "--optimizer", "lion"],
-            "optimizer 'lion': expected one of adamw, sgd",
-        ),
+        (["--method", "tes", "--optimizer", "lion"], "optimizer 'lion': expected one of adamw, sgd"),
     ],
 )
 def test_mistakes_with_prompts_get_one_line(tmp_path, clip, capsys, flags, message):

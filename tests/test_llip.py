@@ -23,9 +23,7 @@ def tokens(n, seed=0):
 
 
 def images(n, seed=0):
-    return torch.randn(
-        n, 3, 16, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    return torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def build(M=3, H=2, seed=0, **more):
@@ -75,9 +73,7 @@ def test_official_values_and_gradients(golden, golden_arrays, name, options):
         close(model.mix(*image_side, text_side[0]), g[f"out.pred_ws{tau}"])
         close(model.pair_logits(image_side, text_side), g[f"out.logits_ws{tau}"])
         model.zero_grad()
-        loss = siglip(
-            model.pair_logits(model.encode_image(g["in.image"]), model.encode_text(g["in.tokens"]))
-        )
+        loss = siglip(model.pair_logits(model.encode_image(g["in.image"]), model.encode_text(g["in.tokens"])))
         loss.backward()
         close(loss, g[f"out.loss_ws{tau}"])
         recorded = [k for k in g if k.startswith(f"out.grad_ws{tau}.")]
@@ -257,9 +253,7 @@ def test_flops_equal_torchs_counter():
     expected = llip.flops(SIZES, 3, prompts=5, all_tokens=True)
     with torch.device("meta"), torch.no_grad():
         model = Llip(SIZES, 3, 2, all_tokens=True)
-        image_side, text_side = model(
-            torch.empty(1, 3, 16, 16), torch.zeros(5, 8, dtype=torch.long)
-        )
+        image_side, text_side = model(torch.empty(1, 3, 16, 16), torch.zeros(5, 8, dtype=torch.long))
         for name, run in [
             ("image", lambda: model.encode_image(torch.empty(1, 3, 16, 16))),
             ("text", lambda: model.encode_text(torch.zeros(1, 8, dtype=torch.long))),
@@ -271,9 +265,7 @@ def test_flops_equal_torchs_counter():
 
 
 def test_flops_of_the_recordings(golden):
-    recorded = json.loads(golden("flops.json").read_text())[
-        "llip ViT-B-16-quickgelu-siglip-ncls:32"
-    ]
+    recorded = json.loads(golden("flops.json").read_text())["llip ViT-B-16-quickgelu-siglip-ncls:32"]
     counted = llip.flops(CONFIGS["ViT-B-16"], 32, prompts=1000)
     patches = 196 * 4 * 768 * 3072  # there through the last MLP too
     total = recorded["encode_image_total (tower + K and V projections)"]

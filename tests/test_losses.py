@@ -34,9 +34,7 @@ def info_nce_loop(s):
     for i in range(n):
         rows = sum(torch.exp(s[i, j]) for j in range(n))
         columns = sum(torch.exp(s[j, i]) for j in range(n))
-        total = (
-            total - torch.log(torch.exp(s[i, i]) / rows) - torch.log(torch.exp(s[i, i]) / columns)
-        )
+        total = total - torch.log(torch.exp(s[i, i]) / rows) - torch.log(torch.exp(s[i, i]) / columns)
     return total / (2 * n)
 
 
@@ -77,10 +75,7 @@ def test_gradcheck_of_the_fine_tuning_losses():
 @pytest.mark.parametrize("case", ["clip", "clip_with_bias", "siglip", "siglip_nobias"])
 def test_official_values_and_gradients(golden_arrays, name, case):
     g = golden_arrays(name)
-    x = {
-        k: leaf(g["in." + k])
-        for k in ("image_features", "text_features", "logit_scale", "logit_bias")
-    }
+    x = {k: leaf(g["in." + k]) for k in ("image_features", "text_features", "logit_scale", "logit_bias")}
     logits = x["logit_scale"] * x["image_features"] @ x["text_features"].t()
     if case in ("clip_with_bias", "siglip"):
         logits = logits + x["logit_bias"]
@@ -99,9 +94,7 @@ def test_equal_features_give_ln_n_at_any_scale(n):
 
 def test_orthonormal_pairs():
     n, s = 8, 3.0
-    assert info_nce(s * torch.eye(n)) == pytest.approx(
-        math.log(1 + (n - 1) * math.exp(-s)), rel=1e-6
-    )
+    assert info_nce(s * torch.eye(n)) == pytest.approx(math.log(1 + (n - 1) * math.exp(-s)), rel=1e-6)
 
 
 def test_siglip_at_its_start():
@@ -157,9 +150,7 @@ def test_smoothing_forms():
     torch.testing.assert_close(make("uniform"), eps * eye + (1 - eps) / 5)
     assert torch.equal(make("none"), eye) and torch.equal(make("mixture", 1.0), eye)
     torch.testing.assert_close(make("mixture").sum(-1), torch.ones(5))
-    assert not torch.allclose(
-        make("released", 1.0), eye
-    )  # eps = 1 still smooths in the released form
+    assert not torch.allclose(make("released", 1.0), eye)  # eps = 1 still smooths in the released form
     with pytest.raises(ValueError, match="epsilon 1.5"):
         make("mixture", 1.5)
     with pytest.raises(ValueError, match="form 'soft'"):

@@ -42,9 +42,19 @@ IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 def test_names_are_asked_once_and_attention_is_always_there():
     assert maps.map_names(maps.KINDS, maps.METHODS) == [
-        "qkv", "vvv", "qqv", "kkv", "dv", "plain", "gem", "maskclip", "sclip", "clearclip",
-        "cls", "cls-early",
-    ]  # fmt: skip
+        "qkv",
+        "vvv",
+        "qqv",
+        "kkv",
+        "dv",
+        "plain",
+        "gem",
+        "maskclip",
+        "sclip",
+        "clearclip",
+        "cls",
+        "cls-early",
+    ]
     assert maps.map_names([], ["alignclip"]) == ["dv", "cls", "cls-early"]
 
 
@@ -132,9 +142,7 @@ def test_baselines_by_hand():
     centre = maps.baseline("centre", masks, 8)[0]
     assert centre.min() >= 0 and torch.equal(centre, centre.flip(0)) and centre[0, 0] < 0.05
     assert (centre == centre.max()).nonzero().tolist() == [[15, 15], [15, 16], [16, 15], [16, 16]]
-    assert (
-        score["centre"]["pointing"] == 1 / 4
-    )  # of the four places in the middle one is on the mask
+    assert score["centre"]["pointing"] == 1 / 4  # of the four places in the middle one is on the mask
     # a patch half covered counts half
     masks[0, 8:12, 16:32] = False
     mask = maps.baseline("mask", masks, 8)[0]
@@ -168,9 +176,7 @@ def test_each_thing_is_scored_with_the_map_of_its_own_name(drawn, monkeypatch):
     for right in (True, False):
         planted.order = list(range(10))
         monkeypatch.setattr(maps, "raw_maps", planted(right))
-        scores, kept = maps.measure(
-            model, TOKENIZER, planted.data, ["vvv"], batch_size=4, show=(2, 9)
-        )
+        scores, kept = maps.measure(model, TOKENIZER, planted.data, ["vvv"], batch_size=4, show=(2, 9))
         got = scores["vvv"]
         assert got["images"] == sum(len(planted.data.masks(i)) for i in range(10))
         assert (got["pointing"], got["iou"]) == ((1, 1) if right else (0, 0))
@@ -236,9 +242,7 @@ def test_runs_are_of_one_kind_if_only_the_seed_differs(tmp_path):
     a, b = (run(f"clip{n}", method="clip", lr=1, seed=n, out=f"clip{n}", init="") for n in (0, 1))
     c = run("biased", method="clip", lr=2, seed=0, init="")
     assert maps.kind_of(a) == maps.kind_of(b) != maps.kind_of(c)
-    tuned = [
-        run(f"t{n}", method="alignclip", init=init, seed=n) for n, init in enumerate((a, b, c))
-    ]
+    tuned = [run(f"t{n}", method="alignclip", init=init, seed=n) for n, init in enumerate((a, b, c))]
     kinds = [maps.kind_of(source) for source in tuned]
     assert kinds[0] == kinds[1] != kinds[2] and kinds[0][0] == "alignclip"
     assert maps.kind_of("some/file.pt") == ("file.pt", "some/file.pt")

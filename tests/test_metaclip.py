@@ -12,16 +12,7 @@ import pytest
 from PIL import Image
 
 import metaclip
-from metaclip import (
-    Balancer,
-    Corpus,
-    Matcher,
-    build_entries,
-    count,
-    curate,
-    keep_probability,
-    match,
-)
+from metaclip import Balancer, Corpus, Matcher, build_entries, count, curate, keep_probability, match
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +54,7 @@ def test_golden_matches_counts_and_probabilities(recorded):
     for t, reference in recorded["per_t"].items():
         got = [keep_probability(m, counts, int(t)) for m in found]
         assert np.allclose(got, reference["keep_probability_per_caption"], rtol=0, atol=1e-12)
-        assert metaclip.t_to_p(counts, int(t)) == pytest.approx(
-            reference["tail_portion_p"], abs=1e-15
-        )
+        assert metaclip.t_to_p(counts, int(t)) == pytest.approx(reference["tail_portion_p"], abs=1e-15)
         assert metaclip.p_to_t(counts, reference["tail_portion_p"]) == reference["t_from_p"]
 
 
@@ -78,23 +67,7 @@ def definition(text, entries):
 
 def test_matcher_equals_the_definition_on_hostile_strings():
     rng = random.Random(1)
-    letters = [
-        "a",
-        "b",
-        "A",
-        " ",
-        " ",
-        " ",
-        ",",
-        "`",
-        "\t",
-        "\n",
-        "\r",
-        "-",
-        "\u00a0",
-        "\u2028",
-        "é",
-    ]
+    letters = ["a", "b", "A", " ", " ", " ", ",", "`", "\t", "\n", "\r", "-", "\u00a0", "\u2028", "é"]
     matches = 0
     for _ in range(300):
         entries = ["".join(rng.choices(letters, k=rng.randint(0, 5))) for _ in range(25)]
@@ -155,9 +128,7 @@ def test_build_entries_words_pairs_numbers():
 def test_build_entries_forgets_the_rarest_first():
     texts = [f"once{i} frequent" for i in range(500)]
     small = build_entries(texts, min_count=2, min_pmi=0, limit=50)
-    assert (
-        small == build_entries(texts, min_count=2, min_pmi=0) == ["frequent", *map(str, range(100))]
-    )
+    assert small == build_entries(texts, min_count=2, min_pmi=0) == ["frequent", *map(str, range(100))]
     counter = Counter({i: 1 + i % 10 for i in range(100)})
     metaclip._forget_rare(counter, 60)
     assert len(counter) == 30 and min(counter.values()) == 8
@@ -330,11 +301,23 @@ def hostile(kind):
     lines = [good] * 2000
     bad = {
         "txt": [b"c\0at\n", b"\xff\xfe cat\n", b"cat " * 300_000 + b"\n"],
-        "tsv": [b"u\tc\0at\n", b"u\tcaf\xe9\n", b"one cell\n", b"\xe9\tcat\n",
-                b"u\t" + b"x" * (1 << 20) + b"\n"],
-        "jsonl": [b"{\n", b"[1]\n", b'{"caption": 3}\n', b'{"caption": "\\ud800"}\n', b"[" * 9999 + b"\n",
-                  b'{"caption": ' + b"1" * 5000 + b"}\n", b"\xff\n"],
-    }[kind]  # fmt: skip
+        "tsv": [
+            b"u\tc\0at\n",
+            b"u\tcaf\xe9\n",
+            b"one cell\n",
+            b"\xe9\tcat\n",
+            b"u\t" + b"x" * (1 << 20) + b"\n",
+        ],
+        "jsonl": [
+            b"{\n",
+            b"[1]\n",
+            b'{"caption": 3}\n',
+            b'{"caption": "\\ud800"}\n',
+            b"[" * 9999 + b"\n",
+            b'{"caption": ' + b"1" * 5000 + b"}\n",
+            b"\xff\n",
+        ],
+    }[kind]
     where = [100 * (i + 1) for i in range(len(bad))]
     for line, content in zip(where, bad):
         lines[line - 1] = content
@@ -349,9 +332,7 @@ def test_unreadable_lines_are_named_counted_and_skipped(tmp_path, capsys, kind):
     path.write_bytes(content)
     (tmp_path / "e.txt").write_text("cat\n")
     out = tmp_path / "kept"
-    status, table, err = run(
-        capsys, path, "--entries", tmp_path / "e.txt", "--t", 5000, "--out", out
-    )
+    status, table, err = run(capsys, path, "--entries", tmp_path / "e.txt", "--t", 5000, "--out", out)
     assert status == 0
     for line in where:
         assert f"skipped line {line}: " in err
@@ -411,8 +392,13 @@ def test_command_line_end_to_end_and_determinism(tmp_path, capsys):
     colours = {colour for _, colour in image.getcolors(1 << 20)}
     assert {(192, 57, 43), (34, 87, 165)} <= colours  # both curves are there
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "c.tsv", "e.txt", "kept.tsv", "kept.tsv.counts.json", "kept.tsv.json", "kept.tsv.png",
-    ]  # fmt: skip
+        "c.tsv",
+        "e.txt",
+        "kept.tsv",
+        "kept.tsv.counts.json",
+        "kept.tsv.json",
+        "kept.tsv.png",
+    ]
     assert run(capsys, *arguments(tmp_path))[1] == table
     assert (tmp_path / "kept.tsv").read_bytes() == first
     run(capsys, *arguments(tmp_path, seed=1))

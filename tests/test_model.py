@@ -63,10 +63,7 @@ def test_flops_equal_torchs_counter(name):
 
 def test_tower_flops_of_the_recordings():
     """They were taken where every token goes through the last MLP."""
-    image, text = (
-        tower_flops(CONFIGS["ViT-B-16"])["image"],
-        tower_flops(CONFIGS["ViT-B-32"])["text"],
-    )
+    image, text = (tower_flops(CONFIGS["ViT-B-16"])["image"], tower_flops(CONFIGS["ViT-B-32"])["text"])
     assert image + 196 * 4 * 768 * 3072 == 35_126_906_880
     assert text + 76 * 4 * 512 * 2048 == 5_959_540_736
 
@@ -144,9 +141,7 @@ def test_parity_sees_mutants(golden_arrays, mutate):
             float((getattr(model, f)(g[i]) - getattr(mutant, f)(g[i])).abs().max())
             for f, i in (("encode_image", "in.image"), ("encode_text", "in.tokens"))
         )
-        logits = mutant.pair_logits(
-            mutant.encode_image(g["in.image"]), mutant.encode_text(g["in.tokens"])
-        )
+        logits = mutant.pair_logits(mutant.encode_image(g["in.image"]), mutant.encode_text(g["in.tokens"]))
     assert worst > 1e-4
     assert not torch.allclose(logits, g["out.logits_per_image"], rtol=1e-4, atol=3e-4)
 

@@ -132,14 +132,13 @@ def test_open_class_has_two_label_spaces(folder, coop):
         p = protocol(source, "open-class")
         assert p.train.classes == ["cat", "dog", "elk"]  # ceil(5 / 2)
         assert {name: classes for name, (_, classes) in p.tests.items()} == {
-            "base": ["cat", "dog", "elk"], "new": ["fox", "hen"],
-        }  # fmt: skip
+            "base": ["cat", "dog", "elk"],
+            "new": ["fox", "hen"],
+        }
         new = p.tests["new"][0]
         assert new.classes == ["fox", "hen"] and set(new.labels) == {0, 1}
     assert len(p.train) == 12 and len(p.val) == 6 and len(new) == 6
-    assert (
-        protocol(folder, "open-class").val is None
-    )  # two parts are all that DomainBed's split has
+    assert protocol(folder, "open-class").val is None  # two parts are all that DomainBed's split has
 
 
 def test_in_the_wild_asks_all_names(folder):
@@ -300,8 +299,12 @@ def test_hand_made_answers():
 def test_tables_over_seeds_and_domains():
     records = []
     for seed, domain, base, new in (
-        (0, "a", 0.8, 0.4), (0, "b", 0.6, 0.2), (1, "a", 0.9, 0.5), (1, "b", 0.7, 0.1), (2, "a", 1.0, 0.6),
-    ):  # fmt: skip
+        (0, "a", 0.8, 0.4),
+        (0, "b", 0.6, 0.2),
+        (1, "a", 0.9, 0.5),
+        (1, "b", 0.7, 0.1),
+        (2, "a", 1.0, 0.6),
+    ):
         about = {"task": "in-the-wild", "method": "clipood", "domain": domain, "seed": seed}
         records.append(about | {"base": base, "new": new, "H": harmonic(base, new)})
     rows = {row["domain"]: row for row in summarise(records)}
@@ -328,9 +331,16 @@ def test_templates_of_papers():
 def compare(out, clip, **more):
     lines = []
     c = dict(
-        scenes=True, init=str(clip), out=str(out), steps=2, device="cpu", threads=1, seeds=2,
-        tasks="in-the-wild", methods="finetune,clipood",
-    )  # fmt: skip
+        scenes=True,
+        init=str(clip),
+        out=str(out),
+        steps=2,
+        device="cpu",
+        threads=1,
+        seeds=2,
+        tasks="in-the-wild",
+        methods="finetune,clipood",
+    )
     rows = openworld.compare(Comparison(**c | more), lambda text, **_: lines.append(text))
     return rows, "\n".join(lines)
 
@@ -428,17 +438,13 @@ def test_a_list_may_lead_outside_of_its_folder_only_if_asked(tmp_path):
     pictures.mkdir(), lists.mkdir()
     for name in "ab":
         Image.new("RGB", (8, 8)).save(pictures / f"{name}.png")
-    rows = [
-        f"../pictures/{n}.png,{y},{d}" for n in "ab" for y in ("cat", "dog") for d in ("x", "y")
-    ]
+    rows = [f"../pictures/{n}.png,{y},{d}" for n in "ab" for y in ("cat", "dog") for d in ("x", "y")]
     (lists / "all.csv").write_text("\n".join(["image,label,domain", *rows]))
     source = lists / "all.csv"
     with pytest.raises(ValueError, match="--allow-outside"):
         openworld.protocol(source, "domain-shift", "x")
     found = openworld.protocol(source, "domain-shift", "x", whole=True, allow_outside=True)
     assert len(found.tests["target"][0]) == 4
-    flags = openworld.Comparison(
-        data=str(source), init="c", allow_outside=True, tasks="in-the-wild"
-    )
+    flags = openworld.Comparison(data=str(source), init="c", allow_outside=True, tasks="in-the-wild")
     runs = openworld.plan(flags, "c", tmp_path)
     assert runs and all(run["allow_outside"] for run in runs)

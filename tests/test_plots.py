@@ -19,9 +19,7 @@ def area(picture, colour):
 def square(picture, k) -> bool:
     """Is the whole 11 x 10 square of the k-th label in the picture?"""
     rows, columns = area(picture, plots.colour(k))
-    return any(
-        (picture[y : y + 10, x : x + 11] == plots.colour(k)).all() for y, x in zip(rows, columns)
-    )
+    return any((picture[y : y + 10, x : x + 11] == plots.colour(k)).all() for y, x in zip(rows, columns))
 
 
 def test_every_line_is_named_below(tmp_path):

@@ -148,9 +148,7 @@ def test_torchscript_needs_no_arguments_and_is_not_contradicted(golden):
 # ---- wrappers, prefixes, layouts
 
 
-@pytest.mark.parametrize(
-    "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
-)
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_wrappers_and_prefixes(tmp_path, prefix):
     model = make()
     state = {prefix + k: v for k, v in model.state_dict().items()}
@@ -306,15 +304,11 @@ def test_our_checkpoints_need_no_argument(tmp_path, number):
     same(model, pretrained.load(path))
     same(model, pretrained.load(tmp_path / "run"))
     content = torch.load(path, weights_only=True)
-    assert (
-        content["model"] == pretrained.describe(model) == json.loads(json.dumps(content["model"]))
-    )
+    assert content["model"] == pretrained.describe(model) == json.loads(json.dumps(content["model"]))
     assert [p.name for p in path.parent.iterdir()] == ["checkpoint.pt"], "no temporary file is left"
     trained = content | {"optimizer": {"state": {0: {"step": torch.tensor(1.0)}}}, "step": 7}
     same(model, pretrained.load(saved(tmp_path, trained)))
-    with pytest.raises(
-        ValueError, match="quick_gelu: the checkpoint says 'quick_gelu', gelu was given"
-    ):
+    with pytest.raises(ValueError, match="quick_gelu: the checkpoint says 'quick_gelu', gelu was given"):
         pretrained.load(path, quick_gelu=False)
 
 
@@ -348,9 +342,7 @@ def test_llip_legacy_names(tmp_path):
     same(model, pretrained.load(saved(tmp_path, state), **KNOWN, **extra))
 
 
-@pytest.mark.parametrize(
-    "width, embed, temperature", [(768, 512, 5.0), (1024, 768, 1.0), (1280, 1024, 5.0)]
-)
+@pytest.mark.parametrize("width, embed, temperature", [(768, 512, 5.0), (1024, 768, 1.0), (1280, 1024, 5.0)])
 def test_released_llip_shapes_are_recognised(width, embed, temperature):
     with torch.device("meta"):
         config = Config(embed, 32, 16, width, 1, width // 64, width, 8, 60, 64, 1, 1, 64)
@@ -610,16 +602,9 @@ def test_command_line(tmp_path, capsys):
     model = make(Llip, 4, 3)
     path = saved(tmp_path, model.state_dict())
     flags = "--quick-gelu --vision-heads 3 --text-heads 4 --mixture-heads 3 --temperature 5".split()
-    assert (
-        pretrained.main(
-            [str(path), *flags, "--json", "--to", "openai", "--out", str(tmp_path / "y")]
-        )
-        == 0
-    )
+    assert pretrained.main([str(path), *flags, "--json", "--to", "openai", "--out", str(tmp_path / "y")]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert (
-        shown["class"] == "Llip" and shown["layout"] == "Llip" and shown["precision"] == ["float32"]
-    )
+    assert shown["class"] == "Llip" and shown["layout"] == "Llip" and shown["precision"] == ["float32"]
     assert shown["parameters"]["total"] == sum(p.numel() for p in model.parameters())
     same(model, pretrained.load(tmp_path / "y"))
     assert pretrained.main([str(tmp_path / "y")]) == 0
@@ -679,10 +664,7 @@ def test_open_clip_agrees_both_ways(tmp_path):
         torch.save({"state_dict": theirs.state_dict()}, tmp_path / "x.pt")
         model = pretrained.load(tmp_path / "x.pt", **KNOWN | {"quick_gelu": quick_gelu})
         images, tokens = inputs()
-        for a, b in (
-            (model.encode_image, theirs.encode_image),
-            (model.encode_text, theirs.encode_text),
-        ):
+        for a, b in ((model.encode_image, theirs.encode_image), (model.encode_text, theirs.encode_text)):
             x = images if "image" in a.__name__ else tokens
             torch.testing.assert_close(a(x), b(x), rtol=1e-4, atol=1e-5)
         path = pretrained.save(model, tmp_path / "y.pt")

@@ -92,11 +92,7 @@ def test_adamw_equals_torch_layer_by_layer():
     layer = nn.Linear(4, 3)
     layer.weight.data, layer.bias.data = start[0].t().clone(), start[1].clone()
     assert start[0].abs().max() <= 0.5 and start[0].std() > 0.1  # U(-1/sqrt(4), 1/sqrt(4))
-    optimizer, g, step = (
-        torch.optim.AdamW(layer.parameters(), weight_decay=0.1),
-        torch.Generator(),
-        0,
-    )
+    optimizer, g, step = (torch.optim.AdamW(layer.parameters(), weight_decay=0.1), torch.Generator(), 0)
     g.manual_seed(4)
     torch.rand(4, 3, generator=g), torch.rand(3, generator=g)
     for _ in range(2):
@@ -115,10 +111,7 @@ def test_separable_features_are_learned_whole(solver):
     found = probes.probe(solver, parts, 3)
     assert found["top1"] == found["val"] == 1.0
     x, y = parts["test"]
-    parts["test"] = (
-        x,
-        (y + 1) % 3,
-    )  # the test only asks: wrong labels there change nothing but its figure
+    parts["test"] = (x, (y + 1) % 3)  # the test only asks: wrong labels there change nothing but its figure
     assert probes.probe(solver, parts, 3) == found | {"top1": 0.0}
 
 
@@ -224,9 +217,7 @@ def test_cache_is_used_and_forgotten_when_anything_changes(runs, tmp_path, monke
         Image.new("RGB", (16, 16), (80 * k, 0, 0)).save(tmp_path / "data" / name / "1.png")
     folder = data.open_dataset(tmp_path / "data")
     assert ask(dataset=folder) == ask(dataset=folder) == 6
-    Image.new("RGB", (16, 16), (1, 2, 3)).save(
-        tmp_path / "data" / "dog" / "1.png"
-    )  # between the ends
+    Image.new("RGB", (16, 16), (1, 2, 3)).save(tmp_path / "data" / "dog" / "1.png")  # between the ends
     assert ask(dataset=folder) == 7
     assert not list(tmp_path.glob("*.part"))
     next(tmp_path.glob("*.pt")).write_bytes(b"broken")
@@ -364,9 +355,7 @@ class WordTokens:
 
 
 def test_a_model_that_reads_is_fooled_and_one_that_looks_is_not():
-    got, written, scores = probes.typographic(
-        Reader(1.0), Solid(), WordTokens(), ("a {}",), batch_size=3
-    )
+    got, written, scores = probes.typographic(Reader(1.0), Solid(), WordTokens(), ("a {}",), batch_size=3)
     assert got["clean"]["top1"] == got["blank"]["top1"] == 1.0 and got["blank"]["success"] == 0.0
     assert got["word"]["top1"] == 0.0 and got["word"]["success"] == got["word"]["word"] == 1.0
     assert got["word"]["object_wins"] == 0.0 and got["clean"]["object_wins"] == 1.0
@@ -378,11 +367,7 @@ def test_a_model_that_reads_is_fooled_and_one_that_looks_is_not():
     assert looks["word"]["top1"] == 1.0 and looks["word"]["success"] == 0.0
     sheet = probes.contact_sheet(Solid(), written, scores, 4)
     answers = set(pixels_of(sheet))
-    assert (0, 158, 115) in answers and (
-        213,
-        94,
-        0,
-    ) in answers  # right and wrong ones are told apart
+    assert (0, 158, 115) in answers and (213, 94, 0) in answers  # right and wrong ones are told apart
 
 
 # Command line ---------------------------------------------------------------------------------------------
@@ -399,17 +384,11 @@ def test_linear_probe_command(runs, tmp_path, capsys, monkeypatch, name):
     flags += ["--epochs", 1, "--out", tmp_path / "out"]
     assert command("linear-probe", runs[name], *flags) == 0
     printed, progress = capsys.readouterr()
-    assert (
-        "linear-probe val  32 of 32 images" in progress
-        and "l-bfgs, seed 0  3 of 3 fits" in progress
-    )
+    assert "linear-probe val  32 of 32 images" in progress and "l-bfgs, seed 0  3 of 3 fits" in progress
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     kinds = ["class token"] if name == "clip" else ["mean", "concatenation"]
     assert [r["feature"] for r in result["rows"]] == [k for k in kinds for _ in range(2)]
-    assert [r["seeds"] for r in result["rows"]] == len(kinds) * [
-        1,
-        2,
-    ]  # convex and nothing drawn: once
+    assert [r["seeds"] for r in result["rows"]] == len(kinds) * [1, 2]  # convex and nothing drawn: once
     assert "train 32, val 32, test 32" in printed and "chance 6.25 %" in printed
     assert len(list((tmp_path / "cache").glob("*.pt"))) == 3
     assert result["records"][0]["top1"] * 100 == pytest.approx(result["rows"][0]["top-1 %"])
@@ -439,16 +418,7 @@ def test_linear_probe_draws_the_parts_that_are_missing(runs, tmp_path, capsys):
 
 
 def test_spectrum_command(runs, tmp_path, capsys):
-    flags = [
-        "--data",
-        "scenes",
-        "--limit",
-        20,
-        "--cache",
-        tmp_path / "cache",
-        "--out",
-        tmp_path / "out",
-    ]
+    flags = ["--data", "scenes", "--limit", 20, "--cache", tmp_path / "cache", "--out", tmp_path / "out"]
     others = [runs[name] for name in ("siglip", "llip", "pooled")]
     assert command("spectrum", runs["clip"], "--more", *others, *flags) == 0
     result = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -474,9 +444,11 @@ def test_typographic_command(runs, tmp_path, capsys):
         assert list(figures) == ["clean", "blank", "word"]
         assert all(-1 <= f["cos_object"] <= 1 and 0 <= f["top1"] <= 1 for f in figures.values())
         plain = evaluate.zeroshot(
-            pretrained.load(runs[name]), scenes.Objects("test", 20, image_size=16), TOKENIZER,
+            pretrained.load(runs[name]),
+            scenes.Objects("test", 20, image_size=16),
+            TOKENIZER,
             scenes.TEMPLATES,
-        )  # fmt: skip
+        )
         assert figures["clean"]["top1"] == pytest.approx(plain["top1"])
     assert len(list((tmp_path / "out").glob("typographic*.png"))) == 4
     said = capsys.readouterr()
@@ -490,11 +462,7 @@ def test_typographic_command(runs, tmp_path, capsys):
     "task, flags, message",
     [
         ("linear-probe", ["--data", "scenes", "--split", "val"], "--split: a probe trains on one"),
-        (
-            "linear-probe",
-            ["--data", "scenes", "--seeds", "0"],
-            "--seeds 0 and --epochs 10: must be",
-        ),
+        ("linear-probe", ["--data", "scenes", "--seeds", "0"], "--seeds 0 and --epochs 10: must be"),
         ("linear-probe", ["--data", "nowhere"], "nowhere: no such file"),
         ("spectrum", ["--data", "scenes", "--more", "nowhere.pt"], "nowhere.pt: no such file"),
         ("typographic", ["--data", "scenes", "--templates", "a photo"], "templates 'a photo'"),

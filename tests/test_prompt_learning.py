@@ -140,9 +140,7 @@ def test_maple_deeper_than_its_network_is_maple_as_deep_as_it(golden_arrays):
     """The official J = 6 over 4 blocks: two of its prompts have no gradient, and we refuse to make them."""
     variant = "j6_deeper_than_net"
     model, g, state = official_maple(golden_arrays, variant, 3, 4)
-    model.load_prompt_state(
-        {k: v for k, v in state.items() if k.split(".")[1:2] not in (["3"], ["4"])}
-    )
+    model.load_prompt_state({k: v for k, v in state.items() if k.split(".")[1:2] not in (["3"], ["4"])})
     compare(model, g, variant + ".", "grad.")
     for j in "34":
         assert not g[f"out.{variant}.grad.compound_prompts_text.{j}"].any()
@@ -437,15 +435,11 @@ def test_bf16_towers_and_fp32_cosines(model, batch):
 def test_a_name_too_long_for_the_context_is_named(clip, tokens, batch):
     longest = rows([[11, STOP], list(range(1, 12)), [12, STOP]])  # 13 tokens of 16
     assert CoOp(clip, longest, 3)(batch[0]).shape == (5, 3)
-    with pytest.raises(
-        ValueError, match="class 1: 13 tokens and a context of 4 do not fit into 16"
-    ):
+    with pytest.raises(ValueError, match="class 1: 13 tokens and a context of 4 do not fit into 16"):
         CoOp(clip, longest, 4)
     with pytest.raises(ValueError, match="class 1: .* 4 do not fit into 16"):
         CoCoOp(clip, tokens, 4).predict(batch[0], longest)
-    with pytest.raises(
-        ValueError, match="class 1: 13 tokens and a context of 4 do not fit into 16"
-    ):
+    with pytest.raises(ValueError, match="class 1: 13 tokens and a context of 4 do not fit into 16"):
         CoOp(clip, F.pad(longest, (0, 9)), 4)  # longer rows, but the tower has 16 positions
 
 

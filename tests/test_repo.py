@@ -61,8 +61,13 @@ def test_six_packages_and_a_pinned_torch():
     lines = (ROOT / "requirements.txt").read_text().split()
     assert lines[0].startswith("torch==")
     assert {re.split("[=<>]", line)[0] for line in lines} == {
-        "torch", "numpy", "pillow", "ftfy", "regex", "pytest",
-    }  # fmt: skip
+        "torch",
+        "numpy",
+        "pillow",
+        "ftfy",
+        "regex",
+        "pytest",
+    }
     known = {*sys.stdlib_module_names, *MODULES, "torch", "numpy", "PIL", "ftfy", "regex"}
     for module in MODULES:
         for node in ast.parse((ROOT / f"{module}.py").read_text()).body:

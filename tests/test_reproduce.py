@@ -102,9 +102,7 @@ def test_a_claim_holds_if_all_its_parts_do_and_fails_if_one_does():
 
 
 def test_every_claim_has_an_experiment_whose_parts_are_in_its_table():
-    assert [c.id for c in CLAIMS] == [f"a{n}" for n in range(1, 17)] + [
-        f"l{n}" for n in range(1, 17)
-    ]
+    assert [c.id for c in CLAIMS] == [f"a{n}" for n in range(1, 17)] + [f"l{n}" for n in range(1, 17)]
     assert len({c.name for c in CLAIMS}) == 32
     for claim in CLAIMS:
         assert claim.parts and (claim.measure or claim.figures), claim.id
@@ -112,9 +110,7 @@ def test_every_claim_has_an_experiment_whose_parts_are_in_its_table():
         if claim.measure:
             continue
         for part in claim.parts:
-            rows = [
-                getattr(part, k) for k in ("above", "below", "a", "b", "row") if hasattr(part, k)
-            ]
+            rows = [getattr(part, k) for k in ("above", "below", "a", "b", "row") if hasattr(part, k)]
             assert part.figure in claim.figures and set(rows) <= set(claim.arms), (claim.id, part)
 
 
@@ -151,10 +147,7 @@ def test_arms_that_are_compared_have_the_same_budget():
 
 
 def test_reported_seeds_and_validation_seeds_and_those_of_the_log_do_not_meet():
-    reported, validation = (
-        Lab(Request(seeds=20)).seeds,
-        Lab(Request(seeds=20, validation=True)).seeds,
-    )
+    reported, validation = (Lab(Request(seeds=20)).seeds, Lab(Request(seeds=20, validation=True)).seeds)
     assert not {*reported} & {*validation} and not {0, 1, 2} & {*reported, *validation}
 
 
@@ -204,10 +197,7 @@ def test_list(capsys):
         (["--all", "--claim", "a1"], "give --list, --all, or --claim"),
         (["--claim", "a1", "--seeds", "0"], "--seeds 0: must be at least 1"),
         (["--claim", "l9", "--data", "x.jsonl"], "--data alone serves l1, l2, l4, l5, l6, l13"),
-        (
-            ["--claim", "a1", "--data", "x.jsonl"],
-            "with --init and --target a2, a4, a5, a6, a7, a8, a9",
-        ),
+        (["--claim", "a1", "--data", "x.jsonl"], "with --init and --target a2, a4, a5, a6, a7, a8, a9"),
         (["--claim", "l1", "--data", "x.jsonl"], "l1 on pairs needs --zeroshot"),
         (["--all", "--data", "x.jsonl"], "--data serves some claims only"),
         (["--claim", "a4", "--target", "sketch"], "--target goes with --init"),
@@ -225,8 +215,7 @@ def test_claims_on_pairs_compare_the_same_arms_by_recall():
     for claim in CLAIMS:
         if claims.on_pairs(claim) and claim.id != "l1":
             there = reproduce.asked(claim, lab)
-            assert {part.figure for part in there.parts} == {
-                "image to text R@1", "text to image R@1"}  # fmt: skip
+            assert {part.figure for part in there.parts} == {"image to text R@1", "text to image R@1"}
             assert there.parts and all(part.figure in there.figures for part in there.parts)
     ladder = reproduce.asked(reproduce.BY_NAME["l6"], lab)
     assert ladder.arms["text query (Llip)"] == "llip" and len(ladder.parts) == 8
@@ -391,9 +380,7 @@ def test_kept_bytes_are_what_autograd_keeps_beside_the_parameters():
             return ((images @ self.weight) ** 2).sum(), {}
 
     found = claims.kept_bytes(Squared(), torch.ones(2, 4), None)
-    assert found == 4 * (
-        2 * 4 + 2 * 3
-    )  # the images for the weight's gradient, the products for the square
+    assert found == 4 * (2 * 4 + 2 * 3)  # the images for the weight's gradient, the products for the square
 
 
 def test_timings_give_ratios_within_a_round(monkeypatch):
@@ -406,8 +393,12 @@ def test_timings_give_ratios_within_a_round(monkeypatch):
     for claim in CLAIMS:
         if claim.alone:
             found = claim.measure(lab, 0)
-            rows = {getattr(part, k) for part in claim.parts for k in ("row", "above", "below")
-                    if hasattr(part, k)}  # fmt: skip
+            rows = {
+                getattr(part, k)
+                for part in claim.parts
+                for k in ("row", "above", "below")
+                if hasattr(part, k)
+            }
             assert rows <= set(found), claim.id
             for part in claim.parts:
                 assert all(part.figure in figures for figures in found.values()), claim.id
@@ -428,11 +419,7 @@ def test_all_claims_from_end_to_end(tmp_path, monkeypatch, capsys):
     openworld.scenes_protocol.cache_clear()
     monkeypatch.setattr(openworld, "HELD_OUT", 64)
     steps = dict(steps=2, train_size=64)
-    micro = {
-        "pairs": steps | {"batch_size": 8},
-        "start": steps | {"batch_size": 8},
-        "labels": steps,
-    }
+    micro = {"pairs": steps | {"batch_size": 8}, "start": steps | {"batch_size": 8}, "labels": steps}
     monkeypatch.setitem(claims.SETTINGS, "quick", micro)
     tower = dict(image_size=224, patch_size=56, context_length=77)
     published = {n: replace(CONFIGS["tiny"], **tower) for n in CONFIGS if n.startswith("ViT")}

@@ -341,9 +341,7 @@ def test_no_memory_for_a_checkpoint_is_not_damage(tmp_path):
     def work():
         pages = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (pages + (1 << 27),) * 2)
-        with pytest.raises(
-            OSError, match="checkpoint.pt cannot be read: there is not enough memory"
-        ):
+        with pytest.raises(OSError, match="checkpoint.pt cannot be read: there is not enough memory"):
             open_run(tmp_path).load()
 
     assert in_child(work) == 0
@@ -366,10 +364,7 @@ def test_files_are_named_where_they_cannot_be_written(tmp_path):
     run.save(state(1))
     for name in ("metrics.jsonl", "results.json", "curves.png"):
         (tmp_path / name).mkdir()
-        with (
-            pytest.raises(ValueError, match=f"{name}.*is whole.*--resume auto") as error,
-            run.writing(),
-        ):
+        with pytest.raises(ValueError, match=f"{name}.*is whole.*--resume auto") as error, run.writing():
             if name == "metrics.jsonl":
                 run.log(step=1)
             elif name == "results.json":

@@ -14,14 +14,24 @@ from scenes import COLOURS, DOMAINS, GROUPS, KINDS, PATTERNS, PLACES, Objects, S
 
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
 GROUND = {
-    "on grass": "grass", "in water": "water", "on sand": "sand",
-    "in snow": "snow", "on bricks": "bricks", "at night": "night",
-}  # fmt: skip
+    "on grass": "grass",
+    "in water": "water",
+    "on sand": "sand",
+    "in snow": "snow",
+    "on bricks": "bricks",
+    "at night": "night",
+}
 LEFT, RIGHT, ABOVE, BELOW = ("left", "right", "above", "below")
 SPOKEN = {
-    "to the left of": LEFT, "left of": LEFT, "to the right of": RIGHT, "right of": RIGHT,
-    "above": ABOVE, "over": ABOVE, "below": BELOW, "under": BELOW,
-}  # fmt: skip
+    "to the left of": LEFT,
+    "left of": LEFT,
+    "to the right of": RIGHT,
+    "right of": RIGHT,
+    "above": ABOVE,
+    "over": ABOVE,
+    "below": BELOW,
+    "under": BELOW,
+}
 
 
 def picture_facts(data, i):
@@ -110,9 +120,7 @@ def test_another_process_draws_the_same_bytes():
     data = Scenes("test", 40, seed=5)
     here = hashlib.sha256(data.pixels.tobytes() + repr(data.captions).encode()).hexdigest()
     root = scenes.__file__.rpartition("/")[0]
-    there = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
-    )
+    there = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert there.stdout.strip() == here
 
 
@@ -154,18 +162,14 @@ def test_relations_hold_exactly_where_the_corners_say():
     for a, b in ((0, 1), (5, 2), (9, 14)):
         both = [(c[a], c[b]) if a in c and b in c else None for c in corner]
         for how, (axis, sign) in enumerate(((1, -1), (1, 1), (0, -1), (0, 1))):
-            true = [
-                pair is not None and sign * (pair[0][axis] - pair[1][axis]) > 0 for pair in both
-            ]
+            true = [pair is not None and sign * (pair[0][axis] - pair[1][axis]) > 0 for pair in both]
             assert data.holds(scenes.Relation(a, how, b)).tolist() == true
             assert any(true)
 
 
 def test_a_pattern_replaces_the_colour_of_a_thing():
     data = Scenes("train", 60, domains=("cartoon",), varied=True)
-    striped = draw(
-        {**data.facts, "pattern": np.ones_like(data.facts["pattern"])}, np.arange(60), 32
-    )
+    striped = draw({**data.facts, "pattern": np.ones_like(data.facts["pattern"])}, np.arange(60), 32)
     plain = draw({**data.facts, "pattern": np.zeros_like(data.facts["pattern"])}, np.arange(60), 32)
     for c, rgb in enumerate(scenes.RGB):
         drawn = np.flatnonzero((data.facts["colour"] == c).any(1))
@@ -354,9 +358,7 @@ def test_indices_out_of_range_fail():
 def test_a_caption_cut_on_the_sheet_ends_in_three_dots(monkeypatch):
     drawn, pictures = [], Scenes(size=2)
     pictures.captions = [["a red dog"], ["a red dog and so on " * 9]]
-    monkeypatch.setattr(
-        ImageDraw.ImageDraw, "text", lambda pen, where, text, **_: drawn.append(text)
-    )
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda pen, where, text, **_: drawn.append(text))
     scenes.contact_sheet(pictures, 2, 4)
     assert drawn[0].replace("\n", " ").endswith(": a red dog")
     assert drawn[1].count("\n") == 2 and drawn[1].endswith(" ...")

@@ -89,14 +89,10 @@ def test_maps_equal_the_official_code(golden_arrays):
     close = {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(similarity_map(tokens, text), g["out.map_minmax"], **close)
     # text features of any length: only directions count
-    torch.testing.assert_close(
-        similarity_map(tokens, 3 * text, (50, 37)), g["out.map_upsampled"], **close
-    )
+    torch.testing.assert_close(similarity_map(tokens, 3 * text, (50, 37)), g["out.map_upsampled"], **close)
     torch.testing.assert_close(feature_surgery(tokens, text), g["out.feature_surgery"], **close)
     torch.testing.assert_close(
-        feature_surgery(tokens, text, g["in.redundant_features"]),
-        g["out.feature_surgery_redundant"],
-        **close,
+        feature_surgery(tokens, text, g["in.redundant_features"]), g["out.feature_surgery_redundant"], **close
     )
 
 
@@ -272,9 +268,7 @@ def keys(t, a=-0.75):
 def test_sclip_and_clearclip_space_positions_by_their_factor():
     """TRAP in embed: row i is taken at (i + 1/2) side / (rows + 0.1) - 1/2, not at (i + 1/2) side / rows."""
     values = [3.0, -1.0, 4.0, 1.5]  # of the four rows; every column alike
-    positions = (
-        torch.tensor([9.0] + [v for v in values for _ in range(4)]).view(17, 1).expand(17, 32)
-    )
+    positions = torch.tensor([9.0] + [v for v in values for _ in range(4)]).view(17, 1).expand(17, 32)
     for method in ("sclip", "clearclip"):
         for rows in (3, 9):
             got = bare_positions(method, rows, 5, positions)
@@ -287,9 +281,13 @@ def test_sclip_and_clearclip_space_positions_by_their_factor():
 
 @pytest.mark.parametrize(
     "method, mode, antialias",
-    [("surgery", "bilinear", False), ("alignclip", "bilinear", False), ("maskclip", "bicubic", False),
-     ("gem", "bicubic", True)],
-)  # fmt: skip
+    [
+        ("surgery", "bilinear", False),
+        ("alignclip", "bilinear", False),
+        ("maskclip", "bicubic", False),
+        ("gem", "bicubic", True),
+    ],
+)
 def test_position_interpolation_of_the_others(method, mode, antialias):
     positions = torch.randn(17, 1, generator=torch.Generator().manual_seed(0)).expand(17, 32)
     grid = positions[1:, :1].reshape(1, 1, 4, 4)
@@ -340,9 +338,7 @@ def test_similarity_map_finds_the_planted_patch():
     maps = similarity_map(planted(2, 5, 1, 3), torch.eye(3)[1:2], size=(4, 10), grid=(2, 5))
     assert maps.shape == (1, 4, 10, 1)
     assert divmod(int(maps[0, ..., 0].argmax()), 10) in [(2, 6), (2, 7), (3, 6), (3, 7)]
-    with pytest.raises(
-        ValueError, match=r"10 patches are not a square: give grid=\(rows, columns\)"
-    ):
+    with pytest.raises(ValueError, match=r"10 patches are not a square: give grid=\(rows, columns\)"):
         similarity_map(planted(2, 5, 1, 3), torch.eye(3))
     with pytest.raises(ValueError, match="10 patches are not grid 5x3"):
         similarity_map(planted(2, 5, 1, 3), torch.eye(3), grid=(5, 3))
@@ -405,10 +401,7 @@ def test_a_caption_sees_through_the_token_it_chooses(images):
     model.heads = 1  # then Phi is one choice, not one per head
     keys, queries = model.encode_image(images)[0], model.encode_text(CAPTIONS)[0]
     choice = torch.einsum("ihmk,jhk->ijm", keys, queries).argmax(-1)
-    maps, tokens = (
-        surgery.llip_caption_map(model, images, CAPTIONS),
-        surgery.llip_token_maps(model, images),
-    )
+    maps, tokens = (surgery.llip_caption_map(model, images, CAPTIONS), surgery.llip_token_maps(model, images))
     assert maps.shape == (2, 4, 4, 3)
     for i in range(2):
         for j in range(3):
@@ -447,8 +440,14 @@ def test_map_scores_by_hand():
     masks[0, :2, :2] = 1  # a quarter of the image
     good = masks.clone()
     assert map_scores(good, masks) == {
-        "lift": 4, "pointing": 1, "area": 0.25, "iou": 1, "best_iou": 1, "best_threshold": 0.01, "images": 1,
-    }  # fmt: skip
+        "lift": 4,
+        "pointing": 1,
+        "area": 0.25,
+        "iou": 1,
+        "best_iou": 1,
+        "best_threshold": 0.01,
+        "images": 1,
+    }
     uniform = map_scores(torch.full((1, 4, 4), 7.0), masks)
     assert (uniform["lift"], uniform["pointing"], uniform["iou"]) == (1, 0.25, 0)
     assert uniform["best_iou"] == 0.25 and uniform["best_threshold"] == 0
@@ -458,9 +457,7 @@ def test_map_scores_by_hand():
     low[0, 3, 3] = 1
     scores = map_scores(low, masks)
     assert scores["lift"] == pytest.approx(0.8 / 1.8 / 0.25)
-    assert (
-        scores["pointing"] == 0 and scores["iou"] == 0 and scores["best_iou"] == pytest.approx(0.8)
-    )
+    assert scores["pointing"] == 0 and scores["iou"] == 0 and scores["best_iou"] == pytest.approx(0.8)
     assert map_scores(torch.zeros(1, 4, 4), masks)["lift"] == 1  # says nothing: as good as chance
 
 
@@ -565,11 +562,17 @@ def test_the_pictures_map_is_hot_where_the_map_is():
 @pytest.mark.parametrize(
     "name, mode, size",
     [
-        ("a.png", "RGBA", (40, 30)), ("a.png", "LA", (40, 30)), ("a.png", "P", (40, 30)),
-        ("a.png", "1", (40, 30)), ("a.png", "I;16", (40, 30)), ("a.jpg", "CMYK", (40, 30)),
-        ("a.png", "RGB", (1, 1)), ("a.png", "RGB", (1, 900)), ("a.png", "RGB", (900, 1)),
+        ("a.png", "RGBA", (40, 30)),
+        ("a.png", "LA", (40, 30)),
+        ("a.png", "P", (40, 30)),
+        ("a.png", "1", (40, 30)),
+        ("a.png", "I;16", (40, 30)),
+        ("a.jpg", "CMYK", (40, 30)),
+        ("a.png", "RGB", (1, 1)),
+        ("a.png", "RGB", (1, 900)),
+        ("a.png", "RGB", (900, 1)),
     ],
-)  # fmt: skip
+)
 def test_any_kind_of_image(name, mode, size, run, tmp_path):
     run(picture(tmp_path / name, mode, size), "a dog")
 
@@ -614,10 +617,7 @@ def test_a_file_is_closed_after_it_is_read(tmp_path):
 
 def test_several_images_folders_and_texts_that_look_like_paths(run, tmp_path, monkeypatch):
     one, two = picture(tmp_path / "1.png"), picture(tmp_path / "2.PNG")
-    assert surgery.inputs([str(one), str(two), "a dog", "x.png"]) == (
-        [one, two],
-        ["a dog", "x.png"],
-    )
+    assert surgery.inputs([str(one), str(two), "a dog", "x.png"]) == ([one, two], ["a dog", "x.png"])
     assert surgery.inputs([str(tmp_path), "grass"]) == ([one, two], ["grass"])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "grass").mkdir()
@@ -709,6 +709,4 @@ def test_a_run_directory_and_checkpoints_that_lack_a_tower(tmp_path, capsys):
         torch.save(some, path)
         assert surgery.main([*words, str(path)]) == 2 and not out.exists()
         stderr = capsys.readouterr().err
-        assert (
-            stderr.startswith("error: ") and stderr.count("\n") == 1 and "checkpoint.pt" in stderr
-        )
+        assert stderr.startswith("error: ") and stderr.count("\n") == 1 and "checkpoint.pt" in stderr

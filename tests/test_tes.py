@@ -123,9 +123,7 @@ def test_only_the_image_tower_and_the_heads_learn(clip, text, batch):
     assert learned == {k for k, p in method.named_parameters() if p.grad is not None}
     heads = {k for k in learned if not k.startswith("clip.")}
     assert heads == {k for k, _ in method.named_parameters() if not k.startswith("clip.")}
-    assert learned - heads == {
-        "clip.visual." + k for k, _ in clip.visual.named_parameters() if k != "proj"
-    }
+    assert learned - heads == {"clip.visual." + k for k, _ in clip.visual.named_parameters() if k != "proj"}
 
 
 def test_learns_eight_images_in_both_heads(clip, text, batch):

@@ -209,9 +209,7 @@ def test_flops_equal_torchs_counter(which, train):
 def held_for_backward(function):
     """Bytes that autograd holds after the forward pass, inputs left out."""
     model, (image_side, text_side) = build(), sides(3, 2, 32, 64)
-    inputs = {
-        x.untyped_storage().data_ptr() for x in (*image_side, *text_side, *model.parameters())
-    }
+    inputs = {x.untyped_storage().data_ptr() for x in (*image_side, *text_side, *model.parameters())}
     held = {}
 
     def pack(x):

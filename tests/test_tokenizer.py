@@ -110,9 +110,7 @@ def test_recorded_prompts(openai, shared):
 def test_llip_differs_only_in_the_names_of_the_specials(openai, golden):
     recorded = json.loads(golden("tokenizer_llip.json").read_text())
     differ = [
-        text
-        for text, row in zip(recorded["strings"], recorded["tokens"])
-        if openai(text)[0].tolist() != row
+        text for text, row in zip(recorded["strings"], recorded["tokens"]) if openai(text)[0].tolist() != row
     ]
     names = re.compile(r"<\|(start|end)oftext\|>|<(start|end)_of_text>", re.IGNORECASE)
     assert len(differ) == 11
@@ -123,9 +121,7 @@ def test_padding_is_zero_and_zero_is_an_exclamation_mark(openai, learned):
     for t in (openai, learned):
         assert t("")[0].tolist() == [t.start, t.end] + [0] * 75
         assert t.decode([0, 0, 256]) == "!!! "
-    assert openai("a photo of a cat")[0, :8].tolist() == [
-        49406, 320, 1125, 539, 320, 2368, 49407, 0,
-    ]  # fmt: skip
+    assert openai("a photo of a cat")[0, :8].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 0]
 
 
 def test_cleaning():
@@ -176,8 +172,7 @@ def random_texts(seed, alphabet, texts=5, words=8, letters=12):
     rng = random.Random(seed)
     return [
         " ".join(
-            "".join(rng.choices(alphabet, k=rng.randint(1, letters)))
-            for _ in range(rng.randint(1, words))
+            "".join(rng.choices(alphabet, k=rng.randint(1, letters))) for _ in range(rng.randint(1, words))
         )
         for _ in range(texts)
     ]
@@ -371,11 +366,7 @@ def test_save_load_and_pickle(learned, tmp_path):
     path = tmp_path / "merges.txt"
     learned.save(path)
     assert path.read_text(encoding="utf-8").startswith("#alignclip-bpe version 1, 86 merges\n")
-    for copy in (
-        Tokenizer.load(path),
-        Tokenizer.load(str(path)),
-        pickle.loads(pickle.dumps(learned)),
-    ):
+    for copy in (Tokenizer.load(path), Tokenizer.load(str(path)), pickle.loads(pickle.dumps(learned))):
         assert copy.merges == learned.merges
         assert copy.pieces == learned.pieces
         assert torch.equal(copy(CAPTIONS), learned(CAPTIONS))
@@ -443,10 +434,7 @@ def test_a_gzip_bomb_does_not_unfold(tmp_path):
     assert peak < 2**24
 
 
-@pytest.mark.parametrize(
-    "data",
-    [b"", b"a b\n" * 50000, b"\x1f\x8b\x08broken", b"\xff" * 99],
-)
+@pytest.mark.parametrize("data", [b"", b"a b\n" * 50000, b"\x1f\x8b\x08broken", b"\xff" * 99])
 def test_from_openai_refuses_a_wrong_file_in_one_line(tmp_path, data):
     path = tmp_path / "vocab.gz"
     path.write_bytes(data)
@@ -475,13 +463,7 @@ def test_search_order(bare_machine, monkeypatch, tmp_path):
 def test_offline_and_none_found_names_the_ways(bare_machine):
     with pytest.raises(OSError, match="no route to host") as error:
         Tokenizer.from_openai()
-    for way in (
-        "give its path",
-        "$ALIGNCLIP_VOCAB",
-        str(bare_machine),
-        "open_clip_torch",
-        "https:",
-    ):
+    for way in ("give its path", "$ALIGNCLIP_VOCAB", str(bare_machine), "open_clip_torch", "https:"):
         assert way in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -532,9 +514,14 @@ def test_command_line_without_vocabulary_says_so_in_one_line(bare_machine, capsy
 
 
 @pytest.mark.parametrize(
-    "flags", [["--nope"], ["--learn", "x"], ["--vocab-size", "600"],
-              ["--learn", "x", "--vocab-size", "600", "--vocab", "y"]]
-)  # fmt: skip
+    "flags",
+    [
+        ["--nope"],
+        ["--learn", "x"],
+        ["--vocab-size", "600"],
+        ["--learn", "x", "--vocab-size", "600", "--vocab", "y"],
+    ],
+)
 def test_command_line_refuses_wrong_flags(flags):
     with pytest.raises(SystemExit) as error:
         tokenizer.main(["a cat", *flags])

@@ -24,18 +24,7 @@ from rundir import Run
 from train import PRESETS, TrainConfig, learning_rate, main, parameter_groups, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = [
-    "--train-size",
-    "48",
-    "--batch-size",
-    "8",
-    "--threads",
-    "1",
-    "--warmup",
-    "2",
-    "--device",
-    "cpu",
-]
+QUICK = ["--train-size", "48", "--batch-size", "8", "--threads", "1", "--warmup", "2", "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
@@ -124,10 +113,7 @@ def test_chunks_do_not_change_the_run(tmp_path):
     for name, flags in (("one", []), ("four", ["--accumulate", 4])):
         assert run(tmp_path / name, "--steps", 3, "--log-every", 1, *flags) == 0
     losses = [
-        [
-            json.loads(line)["loss"]
-            for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()
-        ]
+        [json.loads(line)["loss"] for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
         for n in ("one", "four")
     ]
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
@@ -152,10 +138,7 @@ def test_torchrun_equals_one_process(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         assert "FutureWarning" not in done.stderr  # a deprecated collective or flag
     logs = [
-        [
-            json.loads(line)["loss"]
-            for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()
-        ]
+        [json.loads(line)["loss"] for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
         for n in "12"
     ]
     assert logs[0] == pytest.approx(logs[1], rel=1e-4) and len(logs[0]) == 4
@@ -167,19 +150,9 @@ def test_torchrun_equals_one_process(tmp_path):
 
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        *QUICK,
-        "--steps",
-        "100000",
-        "--log-every",
-        "5",
-    ]
+    command = [sys.executable, str(ROOT / "train.py"), *QUICK, "--steps", "100000", "--log-every", "5"]
     command += ["--out", str(tmp_path / "run")]
-    process = subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step "):
             break
@@ -189,9 +162,7 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
     assert process.returncode == 130 and "Traceback" not in err
     stopped = re.search(r"stopped at step (\d+); .*--resume", out)
     assert stopped and checkpoint(tmp_path / "run")["step"] == int(stopped[1])
-    assert (
-        busy.returncode == 2 and "in use by another process" in busy.stderr
-    )  # two runs, one directory
+    assert busy.returncode == 2 and "in use by another process" in busy.stderr  # two runs, one directory
 
 
 @pytest.mark.parametrize("method", ["clip", "siglip", "llip"])
@@ -206,8 +177,13 @@ def test_checkpoint_rebuilds_the_model(tmp_path):
     assert same(saved["state_dict"], dict(model.state_dict()))
     assert model.temperature == 5.0 and model.heads == 4
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {
-        "config.json", "metrics.jsonl", "checkpoint.pt", "tokenizer.json", "results.json", "curves.png",
-    }  # fmt: skip
+        "config.json",
+        "metrics.jsonl",
+        "checkpoint.pt",
+        "tokenizer.json",
+        "results.json",
+        "curves.png",
+    }
     assert run(tmp_path / "more", "--steps", 2, "--init", tmp_path / "run", "--lr", 1e-9) == 0
     for key, value in checkpoint(tmp_path / "more")["state_dict"].items():
         torch.testing.assert_close(value, saved["state_dict"][key], atol=1e-6, rtol=1e-5, msg=key)
@@ -240,10 +216,7 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "save", full)
     monkeypatch.setattr(train, "check_same_run", lambda old, new: None)
     assert run(tmp_path / "run", "--steps", 4, "--resume", "auto") == 2
-    assert (
-        "No space left" in (error := capsys.readouterr().err)
-        and "last checkpoint is whole" in error
-    )
+    assert "No space left" in (error := capsys.readouterr().err) and "last checkpoint is whole" in error
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     assert not list((tmp_path / "run").glob("*.part"))
 
@@ -286,9 +259,7 @@ def test_a_refused_run_deletes_nothing(tmp_path, capsys):
     assert (tmp_path / "run" / "config.json").read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    "flags", [["--learning-rate", "1"], ["--lr", "fast"], ["--comp"], ["llip"]]
-)
+@pytest.mark.parametrize("flags", [["--learning-rate", "1"], ["--lr", "fast"], ["--comp"], ["llip"]])
 def test_unknown_flags_fail(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         main(flags)
@@ -371,10 +342,7 @@ def test_activation_estimate_is_close_to_what_autograd_keeps():
     measured = (kept(12, False) - kept(4, False)) / 8
     assert dryrun.activation_bytes(config, 1, False, False) == pytest.approx(measured, rel=0.05)
     recomputed = (kept(12, True) - kept(4, True)) / 8
-    assert (
-        recomputed < 0.3 * measured
-        and dryrun.activation_bytes(config, 1, False, True) < 0.5 * measured
-    )
+    assert recomputed < 0.3 * measured and dryrun.activation_bytes(config, 1, False, True) < 0.5 * measured
 
 
 def test_time_is_not_in_the_metrics(tmp_path):
@@ -395,9 +363,7 @@ def test_schedule_and_clamp_reach_the_optimizer(tmp_path):
 def test_clip_norm_bounds_the_gradient(tmp_path, monkeypatch):
     seen = []
     clip = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(
-        torch.nn.utils, "clip_grad_norm_", lambda p, n: seen.append(n) or clip(list(p), n)
-    )
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, n: seen.append(n) or clip(list(p), n))
     assert run(tmp_path / "run", "--steps", 2, "--clip-norm", 0.5) == 0
     assert seen == [0.5, 0.5]
 
@@ -496,9 +462,7 @@ def test_a_fresh_run_does_not_inherit_metrics(tmp_path):
 
 def test_init_must_fit_the_method(tmp_path, capsys):
     assert run(tmp_path / "llip", "--steps", 1) == 0
-    assert (
-        run(tmp_path / "clip", "--steps", 1, "--method", "clip", "--init", tmp_path / "llip") == 2
-    )
+    assert run(tmp_path / "clip", "--steps", 1, "--method", "clip", "--init", tmp_path / "llip") == 2
     assert "is a Llip" in capsys.readouterr().err
     more = ["--init", tmp_path / "llip", "--objective", "infonce"]
     assert run(tmp_path / "again", "--steps", 1, *more) == 0
