@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distributed import gather, rank, transpose
 from losses import info_nce, margin_metric_logits, smoothing_targets, soft_cross_entropy
 from model import CLIP
+from scale.distributed import gather, rank, transpose
 
 
 def unit(x: Tensor) -> Tensor:

@@ -29,18 +29,18 @@ import torch
 from torch import Tensor, nn
 
 import data
-import distributed
-import maps
-import openworld
-import plots
 import pretrained
-import prompts
-import scenes
-from distributed import gather_rows
+from evals import maps
+from evals import open_world as openworld
+from readers import scenes
+from readers import templates as prompts
+from scale import distributed
+from scale.distributed import gather_rows
+from util import plots
 
 # ruff: noqa: F401  (evaluate.recall_at_k, evaluate.format_table ... are the names that others use)
-from metrics import KS, Recall, Relevance, accuracy, classification_metrics, no_nan, places, recall_at_k
-from report import Progress, duration, format_table, output_folder, write_json, write_text
+from util.metrics import KS, Recall, Relevance, accuracy, classification_metrics, no_nan, places, recall_at_k
+from util.report import Progress, duration, format_table, output_folder, write_json, write_text
 
 # Sides: what encoders return, a tensor (CLIP) or a tuple of tensors (Llip) --------------------------------
 
@@ -678,7 +678,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    import probes  # here and not above: it builds on this file
+    from evals import linear_probe as probes  # here and not above: it builds on this file
 
     commands = COMMANDS | probes.COMMANDS
     subparsers = parser.add_subparsers(dest="task", required=True, metavar="TASK")

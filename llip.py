@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import tiles
 from model import CLIP, Config, DualEncoder, VisionTransformer, group_mean, initialize, tower_flops
+from scale import llip_tiles as tiles
 
 
 def mixture_tokens(visual: VisionTransformer, images: Tensor, all_tokens: bool = False) -> Tensor:

@@ -29,12 +29,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-import archive
-import layouts
-from download import NAMES, canonical_name, fetch
 from llip import LatentTextLlip, Llip, PooledTokens
 from model import CLIP, Config, DualEncoder
 from tokenizer import Tokenizer, is_saved
+from weights import archive, layouts
+from weights.download import NAMES, canonical_name, fetch
 
 CLASSES = {c.__name__: c for c in (CLIP, Llip, PooledTokens, LatentTextLlip)}
 FOLDER_FILES = (

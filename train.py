@@ -26,16 +26,15 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import distributed
 import evaluate
-import finetuning
-import options
-import plots
-import report
-from gradcache import training_step  # noqa: F401  (train.training_step is public)
+from baselines import finetuning
 from model import CONFIGS
-from pairs import PairTask
-from rundir import Run, StopSignal, check_same_run, git_commit
+from scale import distributed
+from scale.gradcache import training_step  # noqa: F401  (train.training_step is public)
+from tasks import PairTask
+from util import flags as options
+from util import plots, report
+from util.run import Run, StopSignal, check_same_run, git_commit
 
 OBJECTIVES = {"clip": "infonce", "siglip": "siglip", "llip": "siglip"}
 TASKS = dict.fromkeys(OBJECTIVES, PairTask) | dict.fromkeys(finetuning.METHODS, finetuning.LabelTask)
@@ -452,7 +451,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         c = resolve(TrainConfig(**vars(args)), options.given(argv))
         if c.dry_run:
-            import dryrun
+            from scale import costs as dryrun
 
             print(dryrun.describe(c))
         else:

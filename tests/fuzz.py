@@ -31,14 +31,13 @@ for folder in (ROOT, ROOT / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-import archive  # noqa: E402
-import images  # noqa: E402
 import pretrained  # noqa: E402
-import readers  # noqa: E402
-import shards  # noqa: E402
-from metaclip import Corpus, read_entries  # noqa: E402
+from baselines.metaclip import Corpus, read_entries  # noqa: E402
 from model import CLIP, Config  # noqa: E402
+from readers import images, shards  # noqa: E402
+from readers import lists as readers  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
+from weights import archive  # noqa: E402
 
 SECONDS, MEMORY = 60, 1 << 30  # for one input; bytes more than the process has at its start
 EXTREME = [0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 2**63 - 1, 2**64 - 1]

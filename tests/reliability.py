@@ -38,7 +38,7 @@ import kills  # noqa: E402
 import outputs  # noqa: E402
 import torch  # noqa: E402
 
-from report import duration, format_table, write_json  # noqa: E402
+from util.report import duration, format_table, write_json  # noqa: E402
 
 
 @dataclass

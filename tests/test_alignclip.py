@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from alignclip import BRANCHES, AlignCLIP, cls_attention, guidance, two_paths
 from attention import attend, flops
 from clipood import FineTune, unit
+from evals.surgery import dense_features
 from losses import attention_alignment, similarity_alignment
 from model import CLIP, Config
-from surgery import dense_features
 
 CONFIG = Config(16, 16, 4, 32, 4, 2, 64, 12, 40, 16, 2, 2, 32)  # 4 blocks, 16 patches
 

@@ -20,9 +20,9 @@ from collections import OrderedDict
 import pytest
 import torch
 
-import archive
 import pretrained
 from model import CLIP, Config
+from weights import archive
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(3, dtype=torch.float16)}
 

@@ -11,14 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-import bench
 import data
 import evaluate
-import peers
-import prompts
-import scenes
-import tiles
+from lab import bench, peers
 from model import CLIP, Config
+from readers import scenes
+from readers import templates as prompts
+from scale import llip_tiles as tiles
 from tokenizer import Tokenizer
 
 CPU = torch.device("cpu")

@@ -10,17 +10,17 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
 import losses
-import surgery
 from alignclip import AlignCLIP
 from attention import flops as attention_flops
+from baselines.prompt_learning import CoCoOp, CoOp, MaPLe
+from baselines.tes import TeS
 from clipood import FLYP, FineTune
-from gradcache import sides_of
+from evals import surgery
+from lab import bench
 from llip import Llip, PooledTokens
 from model import CLIP, CONFIGS, Config, tower_flops
-from prompt_learning import CoCoOp, CoOp, MaPLe
-from tes import TeS
+from scale.gradcache import sides_of
 
 CONFIG = Config(32, 16, 4, 24, 4, 2, 40, 20, 50, 16, 3, 2, 56)
 C, B, E, P = 5, 6, CONFIG.embed_dim, CONFIG.patches

@@ -14,8 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import data
-import images
-import shards
+from readers import images, shards
 from tokenizer import Tokenizer
 
 SIZE = 16

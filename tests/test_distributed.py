@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import distributed
-import dryrun
 import losses
-from bench import counted_bytes
-from gradcache import contrastive_loss, training_step
+from lab.bench import counted_bytes
 from llip import LatentTextLlip, Llip, PooledTokens
 from model import CLIP, Config
+from scale import costs as dryrun
+from scale import distributed
+from scale.gradcache import contrastive_loss, training_step
 
 SIZES = Config(16, 16, 8, 16, 2, 2, 32, 8, 50, 16, 1, 2, 32)
 MODELS = {

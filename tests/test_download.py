@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-import download
+from weights import download
 
 BODY = bytes(range(256)) * 4000  # 1 MB
 SHA256 = hashlib.sha256(BODY).hexdigest()

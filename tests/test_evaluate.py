@@ -15,14 +15,13 @@ import torch.distributed as dist
 from PIL import Image
 
 import evaluate
-import metrics
 import pretrained
-import prompts
-import report
-import scenes
 from llip import Llip, PooledTokens
 from model import CLIP, Config
+from readers import scenes
+from readers import templates as prompts
 from tokenizer import Tokenizer
+from util import metrics, report
 
 NAN, INF = math.nan, math.inf
 

@@ -16,17 +16,17 @@ from PIL import Image
 
 import clipood
 import evaluate
-import finetuning
-import openworld
 import pretrained
-import scenes
 import train
-from finetuning import METHODS, LabelTask
+from baselines import finetuning
+from baselines.finetuning import METHODS, LabelTask
+from evals import open_world as openworld
 from llip import Llip
 from model import CLIP, Config
-from rundir import Run, check_same_run
+from readers import scenes
 from tokenizer import Tokenizer
 from train import TrainConfig, main, resolve
+from util.run import Run, check_same_run
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = Config(16, 16, 8, 32, 2, 2, 64, 16, 600, 32, 1, 2, 64)

@@ -7,10 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import llip
-import tiles
 from llip import Llip, PooledTokens
 from losses import info_nce, siglip
 from model import CONFIGS, Config
+from scale import llip_tiles as tiles
 
 SIZES = Config(16, 16, 8, 24, 2, 2, 48, 8, 50, 20, 1, 2, 40)
 

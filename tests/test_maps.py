@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 import evaluate
-import maps
 import pretrained
-import scenes
-import surgery
+from evals import maps, surgery
 from llip import Llip, PooledTokens
 from model import CLIP, Config
+from readers import scenes
 from tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.learn([f"{t.format(k)}" for k in scenes.KINDS for t in scenes.TEMPLATES], 560)

@@ -11,8 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import metaclip
-from metaclip import Balancer, Corpus, Matcher, build_entries, count, curate, keep_probability, match
+from baselines import metaclip
+from baselines.metaclip import (
+    Balancer,
+    Corpus,
+    Matcher,
+    build_entries,
+    count,
+    curate,
+    keep_probability,
+    match,
+)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from PIL import Image
 import evaluate
 import llip
 import losses
-import pairs
+import tasks as pairs
 import train
 from model import CLIP, Config
 from tokenizer import Tokenizer

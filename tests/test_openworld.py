@@ -11,14 +11,14 @@ from torch import nn
 
 import data
 import evaluate
-import openworld
 import pretrained
-import prompts
-import scenes
 import train
+from evals import open_world as openworld
+from evals.open_world import Comparison, harmonic, protocol, summarise
 from model import CLIP, Config
-from openworld import Comparison, harmonic, protocol, summarise
-from readers import Labelled
+from readers import scenes
+from readers import templates as prompts
+from readers.lists import Labelled
 from tokenizer import Tokenizer
 
 CONFIG = Config(16, 16, 8, 32, 2, 2, 64, 16, 600, 32, 1, 2, 64)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import plots
+from util import plots
 
 
 def pixels(path):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-import layouts
 import pretrained
 from llip import Llip, PooledTokens
 from model import CLIP, CONFIGS, Config
+from weights import layouts
 
 # Heads are 64 wide in neither tower, the activation is QuickGELU
 CONFIG = Config(24, 16, 8, 48, 2, 3, 96, 10, 60, 32, 2, 4, 64)

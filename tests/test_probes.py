@@ -14,12 +14,12 @@ from torch import nn
 import data
 import evaluate
 import pretrained
-import probes
-import report
-import scenes
+from evals import linear_probe as probes
 from llip import Llip, PooledTokens
 from model import CLIP, Config
+from readers import scenes
 from tokenizer import Tokenizer
+from util import report
 
 TEXTS = [t.format(k) for k in scenes.KINDS for t in scenes.TEMPLATES]
 TOKENIZER = Tokenizer.learn(TEXTS, 600)

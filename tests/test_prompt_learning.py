@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from baselines.prompt_learning import CoCoOp, CoOp, MaPLe, PromptLearner
 from llip import Llip
 from model import CLIP, Config
-from prompt_learning import CoCoOp, CoOp, MaPLe, PromptLearner
 
 CONFIG = Config(32, 16, 8, 32, 3, 2, 64, 16, 40, 24, 3, 2, 48)
 START, END, STOP = 38, 39, 5

@@ -13,14 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-import claims
-import openworld
 import pretrained
-import reproduce
-import scenes
-from claims import ARMS, CLAIMS, Above, Below, Equal, More, Same
+from evals import open_world as openworld
+from lab import claims, reproduce
+from lab.claims import ARMS, CLAIMS, Above, Below, Equal, More, Same
+from lab.reproduce import FAILS, HOLDS, OPEN, Lab, Request, judge, main, together
 from model import CLIP, CONFIGS, Config
-from reproduce import FAILS, HOLDS, OPEN, Lab, Request, judge, main, together
+from readers import scenes
 from tokenizer import Tokenizer
 from train import TrainConfig, resolve
 

@@ -13,12 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-import plots
 import pretrained
-import report
-import rundir
 from model import CLIP, Config
-from rundir import Run, lock, read_checkpoint
+from util import plots, report
+from util import run as rundir
+from util.run import Run, lock, read_checkpoint
 
 
 def open_run(out, resume="auto"):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import ImageDraw
 
-import scenes
-from scenes import COLOURS, DOMAINS, GROUPS, KINDS, PATTERNS, PLACES, Objects, Scenes, draw
+from readers import scenes
+from readers.scenes import COLOURS, DOMAINS, GROUPS, KINDS, PATTERNS, PLACES, Objects, Scenes, draw
 
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
 GROUND = {

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import surgery
 from attention import attend
+from evals import surgery
+from evals.surgery import METHODS, dense_features, feature_surgery, map_scores, similarity_map
 from llip import Llip, PooledTokens
 from model import CLIP, CONFIGS, Config
-from surgery import METHODS, dense_features, feature_surgery, map_scores, similarity_map
 from tokenizer import Tokenizer
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from baselines.tes import TeS, tes_loss
 from llip import Llip
 from losses import smoothing_targets, soft_cross_entropy
 from model import CLIP, Config
-from tes import TeS, tes_loss
 
 CONFIG = Config(16, 16, 4, 32, 2, 2, 64, 12, 40, 16, 2, 2, 32)
 

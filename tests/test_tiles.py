@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import losses
-import tiles
 from llip import Llip
 from model import Config
+from scale import llip_tiles as tiles
 
 E = 16
 SIZES = Config(E, 16, 8, 24, 1, 2, 48, 8, 50, 20, 1, 2, 40)

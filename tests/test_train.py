@@ -14,14 +14,14 @@ import pytest
 import torch
 from conftest import checkpoint, same
 
-import dryrun
-import options
-import pairs
 import pretrained
+import tasks as pairs
 import train
 from model import CONFIGS
-from rundir import Run
+from scale import costs as dryrun
 from train import PRESETS, TrainConfig, learning_rate, main, parameter_groups, resolve
+from util import flags as options
+from util.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--train-size", "48", "--batch-size", "8", "--threads", "1", "--warmup", "2", "--device", "cpu"]

@@ -31,18 +31,18 @@ import attention
 import data
 import evaluate
 import llip
-import maps
 import model as towers
-import peers
-import plots
-import probes
-import scenes
-import tiles
+from baselines.prompt_learning import CoCoOp, CoOp, MaPLe
+from baselines.tes import TeS
 from clipood import FineTune
+from evals import linear_probe as probes
+from evals import maps
+from lab import peers
 from losses import siglip
 from model import CLIP, CONFIGS
-from prompt_learning import CoCoOp, CoOp, MaPLe
-from tes import TeS
+from readers import scenes
+from scale import llip_tiles as tiles
+from util import plots
 
 # What must be seen -----------------------------------------------------------------------------------------
 

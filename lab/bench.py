@@ -38,24 +38,24 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-import distributed
-import dryrun
-import images
 import llip
 import losses
 import model as models
-import options
-import peers
-import plots
-import surgery
-import tiles
 import train
 from alignclip import AlignCLIP
 from clipood import FineTune
-from gradcache import training_step
+from evals import surgery
+from lab import peers
 from model import CONFIGS
-from report import format_table, output_folder, write_json
+from readers import images
+from scale import costs as dryrun
+from scale import distributed
+from scale import llip_tiles as tiles
+from scale.gradcache import training_step
 from tokenizer import Tokenizer
+from util import flags as options
+from util import plots
+from util.report import format_table, output_folder, write_json
 
 
 # fmt: off

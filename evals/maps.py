@@ -31,12 +31,12 @@ from torch import Tensor, nn
 
 import alignclip
 import data
-import prompts
-import scenes
-import surgery
 from attention import KINDS
+from evals import surgery
 from model import VisionTransformer
-from report import Progress, format_table, write_image, write_json
+from readers import scenes
+from readers import templates as prompts
+from util.report import Progress, format_table, write_image, write_json
 
 SAME = {"surgery": "vvv", "alignclip": "dv"}  # a method and a structure that are one
 METHODS = ("plain", *surgery.METHODS)

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from distributed import gather_rows
+from scale.distributed import gather_rows
 
 KS = (1, 5, 10)
 INF = float("inf")

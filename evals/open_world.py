@@ -30,10 +30,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import data
-import options
-import prompts
-import scenes
-from report import duration, format_table, output_folder, write_json
+from readers import scenes
+from readers import templates as prompts
+from util import flags as options
+from util.report import duration, format_table, output_folder, write_json
 
 TASKS = ("domain-shift", "open-class", "in-the-wild")
 METHODS = ("finetune", "labelsmooth", "clipood", "alignclip", "flyp")
@@ -367,7 +367,7 @@ def choose(what: str, wanted: str, known) -> list[str]:
 def finished(flags: dict, log) -> dict:
     """Results of a run of train.py: read if it is done, gone on with if it was cut off, else started."""
     import train  # here and not above: train.py builds on this file
-    from rundir import check_same_run
+    from util.run import check_same_run
 
     out = Path(flags["out"])
     if (out / "checkpoint.pt").exists():

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-import distributed
-from report import output_folder, write_text
+from scale import distributed
+from util.report import output_folder, write_text
 
 
 class Run:
@@ -222,7 +222,7 @@ def one_line(error: BaseException) -> str:
 
 def git_commit() -> str:
     """Commit of this checkout, or "" outside of one."""
-    head = Path(__file__).parent / ".git" / "HEAD"
+    head = Path(__file__).parent.parent / ".git" / "HEAD"
     try:
         ref = head.read_text().strip()
         return ref if not ref.startswith("ref: ") else (head.parent / ref[5:]).read_text().strip()

@@ -31,9 +31,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-import scenes
-from images import open_image
-from shards import Shards, clean_captions, printable, warn
+from readers import scenes
+from readers.images import open_image
+from readers.shards import Shards, clean_captions, printable, warn
 
 IMAGE_SUFFIXES = tuple(".jpg .jpeg .png .webp .ppm .bmp .pgm .tif .tiff .gif".split())
 IMAGE_KEYS = "filepath image path file filename file_name image_path image_name img".split()

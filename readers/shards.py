@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from images import MAX_IMAGE_BYTES, open_image
+from readers.images import MAX_IMAGE_BYTES, open_image
 from tokenizer import strip_specials
 
 MAX_TEXT_BYTES = 1 << 20  # of a caption member; the image of a larger one is left out

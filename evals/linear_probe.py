@@ -31,15 +31,15 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 import data
-import distributed
 import evaluate
-import openworld
-import plots
 import pretrained
-import prompts
+from evals import open_world as openworld
 from llip import mixture_tokens
-from metrics import no_nan, places
-from report import Progress, format_table, write_image, write_json
+from readers import templates as prompts
+from scale import distributed
+from util import plots
+from util.metrics import no_nan, places
+from util.report import Progress, format_table, write_image, write_json
 
 # Features, computed once ---------------------------------------------------------------------------------
 

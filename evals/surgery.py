@@ -38,8 +38,8 @@ from torch import Tensor
 
 from attention import KINDS, attend
 from model import DualEncoder, VisionTransformer
-from plots import INK, font, heat
-from report import write_image
+from util.plots import INK, font, heat
+from util.report import write_image
 
 TWO_PATHS = ("surgery", "alignclip", "gem")
 METHODS = (*TWO_PATHS, "maskclip", "sclip", "clearclip")
@@ -347,7 +347,7 @@ def inputs(arguments: list[str], out: str = "") -> tuple[list[Path], list[str]]:
     Args:   out: the picture that will be written: in a folder of images it is no image
     Raises: ValueError if an image is missing or is out, a folder has none, or there is no text.
     """
-    from readers import IMAGE_SUFFIXES
+    from readers.lists import IMAGE_SUFFIXES
 
     first = Path(arguments[0])
     names = [first]
@@ -379,7 +379,7 @@ def inputs(arguments: list[str], out: str = "") -> tuple[list[Path], list[str]]:
 
 def read_image(path: Path) -> Image.Image:
     """The whole picture as RGB: any mode, the first frame. Raises: ValueError naming the file."""
-    from images import IMAGE_ERRORS, open_image
+    from readers.images import IMAGE_ERRORS, open_image
 
     try:
         with open_image(str(path)) as image:
@@ -492,7 +492,7 @@ def load_model(args: argparse.Namespace):
 
 def show(args: argparse.Namespace) -> str:
     """Does what the command line says; returns a line about it."""
-    from images import normalise
+    from readers.images import normalise
 
     names, texts = inputs(args.words, args.out)
     if not Path(args.out).parent.is_dir() or not args.out.lower().endswith(".png"):

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 import data
-import distributed
 import evaluate
 import llip
 import pretrained
-import prompts
-import scenes
-from gradcache import training_step
 from model import CLIP, CONFIGS, Config
+from readers import scenes
+from readers import templates as prompts
+from scale import distributed
+from scale.gradcache import training_step
 from tokenizer import Tokenizer
 
 

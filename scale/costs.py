@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 import llip
-import tiles
 from model import CONFIGS, Config, tower_flops
-from pairs import build_model
-from plots import number
-from report import format_table
+from scale import llip_tiles as tiles
+from tasks import build_model
+from util.plots import number
+from util.report import format_table
 
 GPU_BYTES = 0.9 * 80e9  # what a usual large GPU leaves to tensors
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import distributed
 import losses
 from model import DualEncoder
+from scale import distributed
 
 
 def sides_of(side) -> tuple[Tensor, ...]:

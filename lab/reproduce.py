@@ -50,22 +50,22 @@ from pathlib import Path
 
 import torch
 
-import claims
-import distributed
-import openworld
-import options
-import plots
 import pretrained
-from claims import ARMS, BY_NAME, CLAIMS, SETTINGS, Claim
+from evals import open_world as openworld
+from lab import claims
+from lab.claims import ARMS, BY_NAME, CLAIMS, SETTINGS, Claim
 from model import CONFIGS
-from report import duration, format_table, output_folder, write_json, write_text
-from rundir import git_commit
+from scale import distributed
+from util import flags as options
+from util import plots
+from util.report import duration, format_table, output_folder, write_json, write_text
+from util.run import git_commit
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decidable here"
 REPORTED, VALIDATION = 3000, 100  # first seed
 MIN_SEEDS, ROUNDS = 3, 5  # seeds below which nothing is decided; rounds of a timing
 MEASURING, TIMING = 20.0, 60.0  # seconds of one core, roughly: for the ETA
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 # files that cannot change a number: what is said, shown and asked for
 SHOWING = {"report", "plots", "options", "rundir", "dryrun", "download"}
 

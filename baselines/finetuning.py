@@ -46,19 +46,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import archive
 import data
-import distributed
 import evaluate
-import openworld
 import pretrained
-import prompts
 from alignclip import AlignCLIP
+from baselines.prompt_learning import CoCoOp, CoOp, MaPLe
+from baselines.tes import TeS
 from clipood import FLYP, BetaMovingAverage, FineTune, average_of_patches, require_clip
+from evals import open_world as openworld
 from model import CLIP
-from pairs import pair_tokenizer
-from prompt_learning import CoCoOp, CoOp, MaPLe
-from tes import TeS
+from readers import templates as prompts
+from scale import distributed
+from tasks import pair_tokenizer
+from weights import archive
 
 PUBLISHED = dict(
     lr=5e-6,
