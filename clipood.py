@@ -20,6 +20,8 @@ its state dict is the checkpoint. train() and eval() make no difference: there i
 """
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -46,13 +48,57 @@ def require_clip(clip: nn.Module) -> None:
         raise ValueError(f"fine-tuning needs a CLIP, not a {type(clip).__name__}")
 
 
+@dataclass(frozen=True)
+class Classes:
+    """The classes that a method is fine-tuned on."""
+
+    names: list[str]
+    templates: tuple[str, ...]  # of the frozen text features; the first one also for methods with one prompt
+    tokenizer: Callable  # texts, context_length -> (N, L)
+    text: Tensor  # (C, E) unit norm: the names in the templates, by the CLIP that is fine-tuned
+
+    def tokens(self, template: str, context_length: int) -> Tensor:
+        """Token ids (C, L) of every name in one template."""
+        texts = [template.replace("{}", name) for name in self.names]
+        return self.tokenizer(texts, context_length).to(self.text.device)
+
+
+class LabelMethod(nn.Module):
+    """The protocol of fine-tuning methods: a module around .clip with loss and predict.
+
+    loss(images, labels) -> (loss (), {name: tensor to log});  predict(images) -> (B, C)
+    starts_as     what is true of the first step, for the line about the loss to expect
+    loss_terms    what the logged loss adds up, if it is more than one cross-entropy
+    whole_batch   the loss is no mean over images, so a batch cannot be cut into chunks
+    one_process   a layer must see the whole batch, so there can be no other ranks
+    """
+
+    starts_as, loss_terms = "training starts at zero-shot CLIP", ""
+    whole_batch = one_process = False
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss: the call that DistributedDataParallel wraps."""
+        return self.loss(images, labels)
+
+    def dual_encoder(self, clip: CLIP | None = None) -> nn.Module:
+        """The dual encoder that answers for this method, with `clip` (say, averaged weights) for its own."""
+        return self.clip if clip is None else clip
+
+    def learned(self) -> dict[str, Tensor]:
+        """What was learned beside CLIP's weights: part of the checkpoint, and all that load_learned needs."""
+        return {}
+
+    def load_learned(self, state: dict[str, Tensor]) -> None:
+        """Takes up learned().   Raises: ValueError if names or shapes are not those of this module."""
+
+
 def average_of_patches(visual: nn.Module, images: Tensor) -> Tensor:
     """The other pooling, (B, 3, S, S) -> (B, E): the mean over the patches after the projection."""
     tokens = visual.head(visual.transformer(visual.embed(images)))  # (B, 1 + P, E)
     return tokens[:, visual.tokens :].mean(1)  # (B, E)
 
 
-class FineTune(nn.Module):
+class FineTune(LabelMethod):
     """Cross-entropy between an image's cosines to the class texts and its label; margin 0.3 is CLIPood.
 
     CLIPood's margin metric softmax:  L = -log softmax_y(exp(t) * (f_c + margin * (1 - T_y . T_c))),  f_c the
@@ -116,9 +162,6 @@ class FineTune(nn.Module):
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Images (B, 3, S, S), labels (B,) -> loss (), and what to log, as tensors without gradient."""
         return self.classification(self.features(images), labels)
-
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.loss(images, labels)
 
     def predict(self, images: Tensor, text: Tensor | None = None) -> Tensor:
         """Cosines (B, C) to the classes trained on, or to any others' text features (C, E); no margin."""

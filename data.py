@@ -27,8 +27,9 @@ from torch.utils.data import DataLoader
 # ruff: noqa: F401  (data.preprocess, data.Pairs ... are the names that others use)
 from readers.images import IMAGE_ERRORS, MEAN, STD, Preprocess, RandomCrop, normalise, preprocess, random_crop
 from readers.lists import Labelled, Pairs, Subset, base_new_classes, domainbed_split, open_dataset
-from readers.shards import Shards, warn
-from util.report import write_image
+from readers.shards import Shards
+from util.files import write_image
+from util.text import warn
 
 TOKEN_CACHE = 2**20  # captions whose tokens a process remembers
 

@@ -37,10 +37,12 @@ from readers import templates as prompts
 from scale import distributed
 from scale.distributed import gather_rows
 from util import plots
+from util.files import output_folder, write_json, write_text
 
 # ruff: noqa: F401  (evaluate.recall_at_k, evaluate.format_table ... are the names that others use)
 from util.metrics import KS, Recall, Relevance, accuracy, classification_metrics, no_nan, places, recall_at_k
-from util.report import Progress, duration, format_table, output_folder, write_json, write_text
+from util.report import Progress, format_table
+from util.text import duration, number, warn
 
 # Sides: what encoders return, a tensor (CLIP) or a tuple of tensors (Llip) --------------------------------
 
@@ -188,9 +190,7 @@ def warn_of_twins(classes: list) -> None:
     for c, names in enumerate(classes):
         twin = first.setdefault(str(names), c)
         if twin != c and distributed.rank() == 0:
-            data.warn(
-                f"classes {twin} and {c} are both named {names!r}: they tie, so class {c} is never right"
-            )
+            warn(f"classes {twin} and {c} are both named {names!r}: they tie, so class {c} is never right")
 
 
 def classify(
@@ -614,7 +614,7 @@ def speed_command(args, device: torch.device) -> None:
     model, _ = open_model(args, device)
     dataset = open_data(args, model, "image")
     found = speed(model, dataset, args.batch_size, args.precision, args.workers)
-    print(format_table([{"what": k, "per second": plots.number(v)} for k, v in found.items()]))
+    print(format_table([{"what": k, "per second": number(v)} for k, v in found.items()]))
     batch, threads = min(args.batch_size, len(dataset)), torch.get_num_threads()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} threads"
     print(f"{device} ({name}), batches of {batch}, {args.precision}")

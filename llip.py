@@ -71,6 +71,8 @@ class Llip(DualEncoder):
             softmax over one token is 1.
     """
 
+    conditional = True
+
     def __init__(
         self,
         config: Config,

@@ -197,9 +197,14 @@ class VisionTransformer(nn.Module):
 class DualEncoder(nn.Module):
     """What CLIP, SigLIP and Llip share: the text tower, the scale, and the call that DDP wraps.
 
+    conditional      whether an image's embedding depends on the caption (Llip)
+    takes_captions   whether any text can be scored; learned prompts score names of classes only
+
     The text tower's parts are attributes of the model itself and not of a submodule: OpenAI's names.
     logit_scale is the log of the inverse temperature; logit_bias exists only where bias is not None.
     """
+
+    conditional, takes_captions = False, True
 
     def __init__(self, config: Config, visual: nn.Module, scale: float, bias: float | None):
         super().__init__()
@@ -240,6 +245,10 @@ class DualEncoder(nn.Module):
         text = self.encode_text(tokens)
         text = between(text) if between else text
         return self.encode_image(images), text
+
+    def class_templates(self, templates: tuple[str, ...]) -> tuple[str, ...]:
+        """The prompt templates to evaluate with; learned prompts replace the given ones."""
+        return templates
 
     def scale_logits(self, cosines: Tensor) -> Tensor:
         """exp(logit_scale) * cosines (+ logit_bias)."""

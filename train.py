@@ -32,8 +32,8 @@ from model import CONFIGS
 from scale import distributed
 from scale.gradcache import training_step  # noqa: F401  (train.training_step is public)
 from tasks import PairTask
+from util import files, plots, text
 from util import flags as options
-from util import plots, report
 from util.run import Run, StopSignal, check_same_run, git_commit
 
 OBJECTIVES = {"clip": "infonce", "siglip": "siglip", "llip": "siglip"}
@@ -255,7 +255,7 @@ def loop(c: TrainConfig, run: Run, device: torch.device) -> dict:
 
     if main:
         with run.writing():
-            report.write_json(run.path / "config.json", asdict(c) | {"commit": git_commit()})
+            files.write_json(run.path / "config.json", asdict(c) | {"commit": git_commit()})
             task.tokenizer.save(run.path / "tokenizer.json")
     parameters = sum(p.numel() for p in raw.parameters())
     say(f"{c.method} {c.init or c.model}: {parameters:,} parameters, {len(task.train):,} images")
@@ -320,7 +320,7 @@ def loop(c: TrainConfig, run: Run, device: torch.device) -> dict:
             say(
                 f"step {step + 1:6}/{c.steps}  loss {mean['loss']:7.4f}  scale {scale:5.1f}  "
                 f"{seen / spent:7.0f} {task.unit}/s  waiting for data {waited / spent:4.0%}  "
-                f"ETA {report.duration(left)}",
+                f"ETA {text.duration(left)}",
                 flush=True,
             )
     finish(run, task, c, results, time.time() - began if start < c.steps else 0.0, say)
@@ -334,7 +334,7 @@ def timed_evaluation(task, model: nn.Module, say) -> dict:
     with torch.no_grad():
         results = task.evaluate(model)
     model.train()
-    say(f"evaluated in {report.duration(time.time() - began)}")
+    say(f"evaluated in {text.duration(time.time() - began)}")
     return results
 
 
@@ -371,9 +371,9 @@ def finish(run: Run, task, c: TrainConfig, results: dict, seconds: float, say) -
     if results:
         say(f"\n{evaluate.results_table(results)}")
     with run.writing():
-        report.write_json(run.path / "results.json", results)
+        files.write_json(run.path / "results.json", results)
         pictures(run, results)
-    trained = f"trained in {report.duration(seconds)}; " if seconds else ""
+    trained = f"trained in {text.duration(seconds)}; " if seconds else ""
     say(f"{trained}model, metrics and picture in {run.path}")
 
 

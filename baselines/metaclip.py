@@ -37,7 +37,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from util.report import output_folder, write_image
+from util.files import output_folder, write_image
 
 PUNCTUATION = ",.;:?!`"
 MAX_LINE = 1 << 20  # bytes; a longer line is unreadable, so that one line cannot fill the memory

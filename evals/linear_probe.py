@@ -38,8 +38,10 @@ from llip import mixture_tokens
 from readers import templates as prompts
 from scale import distributed
 from util import plots
+from util.files import write_image, write_json
 from util.metrics import no_nan, places
-from util.report import Progress, format_table, write_image, write_json
+from util.report import Progress, format_table
+from util.text import warn
 
 # Features, computed once ---------------------------------------------------------------------------------
 
@@ -98,7 +100,7 @@ def features(source: str, model: nn.Module, dataset, folder: str | Path, **optio
     try:
         pretrained.write(path, lambda file: torch.save(found, file))
     except OSError as error:  # a full disk must not cost what was computed
-        data.warn(f"{error}; without it the next run encodes again")
+        warn(f"{error}; without it the next run encodes again")
     return found
 
 
@@ -325,7 +327,7 @@ def linear_probe_command(args, device: torch.device) -> None:
         source, least = ("all", 3) if "all" in sets else ("train", 2)
         counts = torch.bincount(labels[source], minlength=len(classes))
         if few := [name for name, n in zip(classes, counts.tolist()) if n < least]:
-            data.warn(
+            warn(
                 f"{len(few)} classes have fewer than {least} images, the first is {few[0]!r}: they are"
                 " trained on and not asked"
             )

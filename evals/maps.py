@@ -36,7 +36,8 @@ from evals import surgery
 from model import VisionTransformer
 from readers import scenes
 from readers import templates as prompts
-from util.report import Progress, format_table, write_image, write_json
+from util.files import write_image, write_json
+from util.report import Progress, format_table
 
 SAME = {"surgery": "vvv", "alignclip": "dv"}  # a method and a structure that are one
 METHODS = ("plain", *surgery.METHODS)

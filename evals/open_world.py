@@ -33,7 +33,9 @@ import data
 from readers import scenes
 from readers import templates as prompts
 from util import flags as options
-from util.report import duration, format_table, output_folder, write_json
+from util.files import output_folder, write_json
+from util.report import format_table
+from util.text import duration
 
 TASKS = ("domain-shift", "open-class", "in-the-wild")
 METHODS = ("finetune", "labelsmooth", "clipood", "alignclip", "flyp")

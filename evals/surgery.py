@@ -38,8 +38,8 @@ from torch import Tensor
 
 from attention import KINDS, attend
 from model import DualEncoder, VisionTransformer
+from util.files import write_image
 from util.plots import INK, font, heat
-from util.report import write_image
 
 TWO_PATHS = ("surgery", "alignclip", "gem")
 METHODS = (*TWO_PATHS, "maskclip", "sclip", "clearclip")

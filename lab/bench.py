@@ -55,7 +55,8 @@ from scale.gradcache import training_step
 from tokenizer import Tokenizer
 from util import flags as options
 from util import plots
-from util.report import format_table, output_folder, write_json
+from util.files import output_folder, write_json
+from util.report import format_table
 
 
 # fmt: off

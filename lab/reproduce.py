@@ -58,8 +58,10 @@ from model import CONFIGS
 from scale import distributed
 from util import flags as options
 from util import plots
-from util.report import duration, format_table, output_folder, write_json, write_text
+from util.files import output_folder, write_json, write_text
+from util.report import format_table
 from util.run import git_commit
+from util.text import duration
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decidable here"
 REPORTED, VALIDATION = 3000, 100  # first seed

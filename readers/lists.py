@@ -33,7 +33,8 @@ from PIL import Image
 
 from readers import scenes
 from readers.images import open_image
-from readers.shards import Shards, clean_captions, printable, warn
+from readers.shards import Shards, clean_captions
+from util.text import printable, warn
 
 IMAGE_SUFFIXES = tuple(".jpg .jpeg .png .webp .ppm .bmp .pgm .tif .tiff .gif".split())
 IMAGE_KEYS = "filepath image path file filename file_name image_path image_name img".split()

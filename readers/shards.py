@@ -20,18 +20,9 @@ from PIL import Image
 
 from readers.images import MAX_IMAGE_BYTES, open_image
 from tokenizer import strip_specials
+from util.text import warn
 
 MAX_TEXT_BYTES = 1 << 20  # of a caption member; the image of a larger one is left out
-
-
-def printable(text: str) -> str:
-    """Names come from strangers, and may hold newlines or commands to a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def warn(text: str):
-    """One line on stderr: the data can be used, and something about them should be known."""
-    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def clean_captions(texts: list) -> list:

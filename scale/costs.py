@@ -18,8 +18,8 @@ import llip
 from model import CONFIGS, Config, tower_flops
 from scale import llip_tiles as tiles
 from tasks import build_model
-from util.plots import number
 from util.report import format_table
+from util.text import number
 
 GPU_BYTES = 0.9 * 80e9  # what a usual large GPU leaves to tensors
 

@@ -38,7 +38,9 @@ import kills  # noqa: E402
 import outputs  # noqa: E402
 import torch  # noqa: E402
 
-from util.report import duration, format_table, write_json  # noqa: E402
+from util.files import write_json  # noqa: E402
+from util.report import format_table  # noqa: E402
+from util.text import duration  # noqa: E402
 
 
 @dataclass

@@ -21,7 +21,7 @@ from model import CLIP, Config
 from readers import scenes
 from readers import templates as prompts
 from tokenizer import Tokenizer
-from util import metrics, report
+from util import files, metrics, report, text
 
 NAN, INF = math.nan, math.inf
 
@@ -465,14 +465,14 @@ def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr(report.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(OSError, match="no space"):
         evaluate.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]
 
 
 def test_duration_and_progress(capsys, monkeypatch):
-    assert [report.duration(s) for s in (8.44, 185, 7625)] == ["8.4 s", "3:05 min", "2:07 h"]
+    assert [text.duration(s) for s in (8.44, 185, 7625)] == ["8.4 s", "3:05 min", "2:07 h"]
     clock = iter([0.0, 1.0, 12.0, 13.0, 20.0])
     monkeypatch.setattr(report.time, "monotonic", lambda: next(clock))
     progress = report.Progress("scoring", 40, "images")

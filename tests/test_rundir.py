@@ -15,7 +15,7 @@ from PIL import Image
 
 import pretrained
 from model import CLIP, Config
-from util import plots, report
+from util import files, plots
 from util import run as rundir
 from util.run import Run, lock, read_checkpoint
 
@@ -367,7 +367,7 @@ def test_files_are_named_where_they_cannot_be_written(tmp_path):
             if name == "metrics.jsonl":
                 run.log(step=1)
             elif name == "results.json":
-                report.write_json(tmp_path / name, {})
+                files.write_json(tmp_path / name, {})
             else:
                 plots.lines(tmp_path / name, {"loss": {"loss": [(0, 1.0), (1, 0.5)]}})
         assert "\n" not in str(error.value)
@@ -387,4 +387,4 @@ def test_a_picture_is_whole_or_what_it_was(tmp_path):
     assert (tmp_path / "curves.png").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
     with pytest.raises(ValueError, match="unknown file extension"):
-        report.write_image(tmp_path / "x.unknown", Image.new("RGB", (8, 8)))
+        files.write_image(tmp_path / "x.unknown", Image.new("RGB", (8, 8)))

@@ -1,40 +1,100 @@
-"""A command line from a dataclass: one line of it is one flag, its default, its type and its help."""
+"""A command line from dataclasses: one line of a dataclass is one flag, its default, its type and its help.
+
+@dataclass(frozen=True)
+class Flags:
+    # where the data are                      a comment on a line of its own starts a group
+    data: str  # a folder or a list           a field without a default is required
+    batch_size: int = 32  # images            --batch-size; the comment is the help
+    gelu: bool | None = None  # activation    --gelu / --no-gelu, None where neither is given
+    texts: tuple[str, ...] = ()  # prompts    --texts A B C
+"""
 
 import argparse
 import inspect
 import re
-from dataclasses import fields
+import sys
+import typing
+from dataclasses import MISSING, Field, fields
 
 
-def parser(cls: type, description: str = "") -> argparse.ArgumentParser:
-    """--kebab-case flags for every field of a dataclass; the comment beside a field is its help.
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line. Unknown flags fail, and so do abbreviations."""
 
-    A comment on a line of its own starts a group. Booleans are --x / --no-x. Unknown flags fail, and so
-    do abbreviations.
+    def __init__(self, description: str = "", **options):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=form, allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        print(f"error: {message} (--help lists the flags)", file=sys.stderr)
+        sys.exit(2)
+
+
+def documented(cls: type) -> list[tuple[str, Field, str]]:
+    """(group, field, help) of every field, in the order of the source; inherited fields come first.
+
+    Raises: AssertionError for a field without a comment.
     """
-    result = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    by_name, group = {f.name: f for f in fields(cls)}, result
-    for line in inspect.getsource(cls).splitlines():
-        heading = re.fullmatch(r"    # (.+)", line)
-        found = re.match(r"    (\w+): .*?  # (.*)", line)
-        if heading:
-            group = result.add_argument_group(heading[1])
-        elif found and found[1] in by_name:
-            field, flag = by_name.pop(found[1]), "--" + found[1].replace("_", "-")
-            help = f"{found[2]} [{field.default}]".replace("%", "%%")
-            if field.type in (bool, "bool"):
-                action = argparse.BooleanOptionalAction
-                group.add_argument(flag, action=action, default=field.default, help=help)
-            else:
-                kind, name = type(field.default), type(field.default).__name__.upper()
-                group.add_argument(flag, type=kind, default=field.default, metavar=name, help=help)
+    by_name, found = {f.name: f for f in fields(cls)}, []
+    for part in reversed(cls.__mro__[:-1]):
+        group = ""
+        for line in inspect.getsource(part).splitlines():
+            heading = re.fullmatch(r"    # (.+)", line)
+            field = re.match(r"    (\w+): .*?  # (.*)", line)
+            if heading:
+                group = heading[1]
+            elif field and field[1] in by_name:
+                found.append((group, by_name.pop(field[1]), field[2]))
     assert not by_name, f"fields without a comment: {sorted(by_name)}"
-    return result
+    return found
 
 
-def given(argv: list[str]) -> set[str]:
-    """Names of the fields that a command line sets itself (and a preset must not override)."""
-    names = (a.split("=")[0][2:].replace("-", "_") for a in argv if a.startswith("--"))
+def add_flags(
+    parser: argparse.ArgumentParser, cls: type, positional: tuple[str, ...] = (), **defaults
+) -> None:
+    """Adds the flags of a dataclass to a parser.
+
+    Args: positional: fields that are given by their place;  defaults that replace those of the class
+    """
+    types, groups = typing.get_type_hints(cls), {"": parser}
+    for heading, field, text in documented(cls):
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        default = defaults.get(field.name, field.default)
+        options = dict(help=text.replace("%", "%%"))
+        if default is not MISSING and default not in (None, ()) and default != "":
+            options["help"] += f" [{default}]"
+        kinds = [
+            t for t in (typing.get_args(types[field.name]) or (types[field.name],)) if t is not type(None)
+        ]
+        if typing.get_origin(types[field.name]) is tuple:
+            options |= dict(nargs="+", type=kinds[0], metavar=kinds[0].__name__.upper())
+        elif kinds[0] is bool:
+            options |= dict(action=argparse.BooleanOptionalAction)
+        else:
+            options |= dict(type=kinds[0], metavar=kinds[0].__name__.upper())
+        if field.name in positional:
+            options["metavar"] = field.name.upper()
+            if default is not MISSING:
+                options |= dict(nargs="*" if "nargs" in options else "?", default=default)
+            groups[heading].add_argument(field.name, **options)
+            continue
+        options |= dict(required=True) if default is MISSING else dict(default=default)
+        groups[heading].add_argument(flag_of(field.name), **options)
+
+
+def parse(cls: type, argv: list[str], description: str = "", positional: tuple[str, ...] = ()):
+    """An instance of the dataclass from a command line."""
+    parser = Parser(description)
+    add_flags(parser, cls, positional)
+    values = vars(parser.parse_intermixed_args(argv))
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def explicit(argv: list[str]) -> set[str]:
+    """Names of the fields that a command line sets itself."""
+    names = (word.split("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--"))
     return {n.removeprefix("no_") if n.startswith("no_") else n for n in names}

@@ -4,16 +4,20 @@ No science here: axes, ticks and labels, so that a run can be judged at a glance
 """
 
 import math
+import textwrap
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from util.report import write_image
+from util.files import write_image
+from util.text import number
 
 # Okabe and Ito's palette: told apart by readers with any colour vision
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
 INK, GRID = "#222222", "#dddddd"
+MAX_WIDTH = 1600  # pixels of a contact sheet
+NEAREST, BICUBIC = Image.Resampling.NEAREST, Image.Resampling.BICUBIC
 
 
 def font(size: int = 13) -> ImageFont.ImageFont:
@@ -29,10 +33,6 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     step = next(m * power for m in (1, 2, 5, 10) if span / (m * power) <= count)
     first = math.ceil(low / step - 1e-9)
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def number(x: float) -> str:
-    return f"{x:,.0f}" if abs(x) >= 100 or x == int(x) else f"{x:.3g}"
 
 
 def colour(k: int) -> tuple[int, int, int]:
@@ -163,6 +163,36 @@ def heat(values: np.ndarray) -> np.ndarray:
     low = np.minimum(x.astype(int), len(stops) - 2)
     part = (x - low)[..., None]
     return (stops[low] * (1 - part) + stops[low + 1] * part).round().astype(np.uint8)
+
+
+def sheet(pictures: list, texts: list[str], columns: int, tile: int = 128, title: str = "") -> Image.Image:
+    """A contact sheet: pictures in rows, each over at most three lines of text; at most MAX_WIDTH wide.
+
+    Args: pictures: Pillow images or (H, W, 3) uint8 arrays;  tile: pixels of the longer side of a picture
+    """
+    columns = max(1, min(columns, len(pictures)))
+    tile, gap, top = min(tile, MAX_WIDTH // columns - 6), 6, 26 if title else 2
+    images = [p if isinstance(p, Image.Image) else Image.fromarray(p) for p in pictures]
+    images = [i.resize(shape, NEAREST if shape > i.size else BICUBIC) for i, shape in fitted(images, tile)]
+    high = max((i.height for i in images), default=tile) + 44
+    width = max(columns * (tile + gap), min(MAX_WIDTH, 8 * len(title)))
+    page = Image.new("RGB", (width, top + -(-len(images) // columns) * high), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((4, 4), title, fill=INK, font=font(14))
+    for k, (image, text) in enumerate(zip(images, texts)):
+        x, y = k % columns * (tile + gap), top + k // columns * high
+        page.paste(image, (x, y))
+        text = text.encode("latin-1", "replace").decode("latin-1")  # all that Pillow's font has
+        lines = textwrap.wrap(text, max(tile // 6, 4), max_lines=3, placeholder=" ...")
+        draw.multiline_text((x + 1, y + image.height), "\n".join(lines), INK, font(11), spacing=1)
+    return page
+
+
+def fitted(images: list, tile: int):
+    """(image, size) with the longer side of each image scaled to `tile` pixels."""
+    for image in images:
+        scale = tile / max(image.size)
+        yield image, tuple(max(1, round(scale * side)) for side in image.size)
 
 
 def matrix(

@@ -1,18 +1,17 @@
-"""What a run shows and leaves behind: progress on the terminal, tables, files that are never half written."""
+"""What a program shows while it works and when it is done: progress lines and tables."""
 
-import contextlib
-import io
-import json
-import os
 import re
 import sys
-import tempfile
 import time
-from pathlib import Path
+
+from util.text import duration
 
 
 class Progress:
-    """How far, how fast, how long to go: one line rewritten on a terminal, else one every ten seconds."""
+    """Shows share, rate and time left: one line that is rewritten on a terminal, else one every ten seconds.
+
+    Args: label: empty for no output;  total: 0 where it is not known;  unit: of what add() counts
+    """
 
     def __init__(self, label: str, total: int, unit: str):
         self.label, self.total, self.unit, self.done = label, total, unit, 0
@@ -21,14 +20,15 @@ class Progress:
 
     def add(self, count: int) -> None:
         self.done += count
-        now, finished = time.monotonic(), self.done >= self.total
+        now, finished = time.monotonic(), self.total > 0 and self.done >= self.total
         if not self.label or (now - self.shown < (0.5 if self.tty else 10) and not finished):
             return
         self.shown, spent = now, max(now - self.start, 1e-9)
         rate = self.done / spent
-        left = duration(spent if finished else (self.total - self.done) / rate)
-        left = f"done in {left}" if finished else f"ETA {left}"
-        line = f"{self.label}  {self.done:,} of {self.total:,} {self.unit}  {rate:,.1f}/s  {left}"
+        share = f"{self.done:,} of {self.total:,}" if self.total else f"{self.done:,}"
+        left = f"ETA {duration((self.total - self.done) / rate)}" if self.total else ""
+        left = f"done in {duration(spent)}" if finished else left
+        line = f"{self.label}  {share} {self.unit}  {rate:,.1f}/s  {left}"
         end = "" if self.tty and not finished else "\n"
         print(("\r\x1b[K" if self.tty else "") + line, end=end, file=sys.stderr, flush=True)
 
@@ -58,64 +58,3 @@ def format_table(rows: list[dict], digits: int = 3) -> str:
 
     rule = ["-" * (w - 1) + ":" if r else "-" * w for w, r in zip(widths, right)]
     return "\n".join([line(columns), line(rule), *map(line, table)])
-
-
-def duration(seconds: float) -> str:
-    """8.4 s, 3:05 min, 2:07 h"""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, unit = (seconds / 60, "min") if seconds < 3600 else (seconds / 3600, "h")
-    return f"{int(minutes)}:{int(minutes % 1 * 60):02} {unit}"
-
-
-def output_folder(path: str | Path) -> Path:
-    """Makes a folder and tries to write in it: what cannot be kept is known before the work, not after.
-
-    Raises: OSError, one line.
-    """
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"cannot write in {path}: it is a file, not a folder")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write in {path}: {error.strerror or error}") from error
-    return path
-
-
-def write_whole(path: str | Path, data: bytes) -> None:
-    """Writes a file so that nobody ever sees half of it, not even after a power cut.
-
-    Raises: OSError naming the file, which is then what it was before.
-    """
-    path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:  # a full disk does not say which file it was
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
-
-
-def write_text(path: str | Path, text: str) -> None:
-    write_whole(path, text.encode())
-
-
-def write_image(path: str | Path, image) -> None:
-    """A Pillow image, in the format of its name.   Raises: ValueError if there is no such format."""
-    file = io.BytesIO()
-    file.name = str(path)  # where Pillow looks for the format
-    image.save(file)
-    write_whole(path, file.getvalue())
-
-
-def write_json(path: str | Path, content) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from scale import distributed
-from util.report import output_folder, write_text
+from util.files import output_folder, sync_folder, write_text
+from util.text import one_line
 
 
 class Run:
@@ -186,16 +187,6 @@ def read_checkpoint(path: Path) -> dict:
             raise ValueError(f"{path} is damaged ({one_line(error)})") from error
 
 
-def sync_folder(path: Path) -> None:
-    """Makes renames last through a power cut, where the system can."""
-    with contextlib.suppress(OSError):  # Windows does not open folders
-        folder = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
 def lock(path: Path):
     """A lock that the system drops when the process ends, however it ends.
 
@@ -214,10 +205,6 @@ def lock(path: Path):
     except OSError as error:  # some network disks have no locks: training is possible there too
         print(f"warning: {path.parent} cannot be locked ({one_line(error)}): one process only")
     return handle
-
-
-def one_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def git_commit() -> str:

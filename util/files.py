@@ -1,0 +1,142 @@
+"""Files that are never half written, and files of a folder that may come from a stranger.
+
+Every file of this project is written under a temporary name, synced, and then renamed. A kill or a full disk
+therefore leaves either the old file or the new one. Temporary names end in PART, so that nothing else is ever
+taken for one. Files of a run directory are opened without following links (open_own).
+"""
+
+import contextlib
+import io
+import json
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+PART = ".alignclip-part"
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path):
+    """A binary file that takes the place of `path` when the block ends without an error.
+
+    Raises: OSError that names the file; `path` is then what it was before.
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    made = False
+    try:
+        try:
+            handle = os.open(part, flags, 0o666)
+        except FileExistsError:
+            part.unlink()  # of an earlier process with this number, which was killed
+            handle = os.open(part, flags, 0o666)
+        made = True
+        with open(handle, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        # the message of a full disk does not name a file
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if made:
+            with contextlib.suppress(OSError):
+                part.unlink()
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    with replacing(path) as file:
+        file.write(data)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | Path, content) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_image(path: str | Path, image) -> None:
+    """Writes a Pillow image in the format of the file's name.   Raises: ValueError for an unknown format."""
+    file = io.BytesIO()
+    file.name = str(path)  # Pillow takes the format from this name
+    image.save(file)
+    write_bytes(path, file.getvalue())
+
+
+def sync_folder(path: Path) -> None:
+    """Makes a rename survive a power cut, where the system can."""
+    with contextlib.suppress(OSError):  # Windows does not open folders
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def output_folder(path: str | Path) -> Path:
+    """Makes a folder and tries to write in it, so that a problem shows before the work and not after it.
+
+    Raises: OSError, one line.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"cannot write in {path}: it is a file, not a folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write in {path}: {error.strerror or error}") from error
+    return path
+
+
+def open_own(path: str | Path, flags: int):
+    """Opens a regular file for writing; never through a link, and never a pipe or a device.
+
+    Args:   flags of os.open beside O_CREAT, as os.O_RDWR or os.O_WRONLY | os.O_APPEND
+    Raises: ValueError if there is something else under this name.
+    """
+    # O_NONBLOCK: opening a pipe that nobody reads would wait for ever
+    flags |= os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        handle = os.open(path, flags, 0o666)
+    except OSError as error:
+        if os.path.islink(path) or (os.path.exists(path) and not os.path.isfile(path)):
+            raise ValueError(f"{path} is a link, a pipe or a device: remove it") from error
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError(f"{path} is a pipe or a device: remove it")
+    return open(handle, "a" if flags & os.O_APPEND else "r+b")
+
+
+def lock(file, wait: bool = False, waiting=None) -> bool:
+    """Locks an open file until the process ends, however it ends.
+
+    TRAP: lockf, not flock: loader workers would inherit a lock of flock, outlive a killed run by seconds, and
+    keep its successor out.
+    Args:    wait for a lock that another process holds, after calling waiting()
+    Returns: False where the disk or the system has no locks.
+    Raises:  BlockingIOError if another process holds the lock and wait is False.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return False
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        if not wait:
+            raise BlockingIOError(str(error)) from error
+        if waiting:
+            waiting()
+        fcntl.lockf(file, fcntl.LOCK_EX)
+    except OSError:  # some network disks
+        return False
+    return True

@@ -1,0 +1,74 @@
+"""What every program of this project does at its edges: errors become one line and an exit status.
+
+status 0    done
+status 1    another process of the run was lost
+status 2    a value, a file or a flag is wrong; one line on stderr says which and what to do
+status 130  stopped by Ctrl-C
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+
+# what torch says when another rank or a loader worker was killed, mostly because memory ran out
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout")
+LOST += ("DataLoader worker",)
+
+
+def program(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | None], int]:
+    """Decorator of main(argv). The result takes argv (default: the command line) and returns a status.
+
+    ValueError and OSError are about what the user gave: their message is the one line. Any other error is a
+    fault of ours and keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")  # a cp1252 or ascii terminal lacks most characters
+        try:
+            status = main(sys.argv[1:] if argv is None else list(argv)) or 0
+            sys.stdout.flush()
+            return status
+        except KeyboardInterrupt as stop:
+            fail(str(stop) or "stopped")
+            return 130
+        except BrokenPipeError:  # `program | head`: whoever reads has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except torch.cuda.OutOfMemoryError:
+            fail("error: out of GPU memory: try a smaller --batch-size")
+            return 2
+        except (ValueError, OSError) as error:
+            fail(f"error{rank()}: {error}")
+            return 2
+        except RuntimeError as error:
+            words = [words for words in LOST if words in str(error)]
+            if not words:
+                raise
+            fail(f"error{rank()}: another process was lost ({words[0]}); --resume auto continues a run")
+            return 1
+
+    return run
+
+
+def rank() -> str:
+    """The rank for messages; empty for rank 0 and for a single process."""
+    number = os.environ.get("RANK", "0")
+    return f" on rank {number}" if number != "0" else ""
+
+
+def fail(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def leave(status: int) -> None:
+    """Ends the program. TRAP: under torchrun gloo's destructor can hang when the interpreter exits."""
+    sys.stdout.flush()
+    if "WORLD_SIZE" in os.environ:
+        os._exit(status)
+    sys.exit(status)

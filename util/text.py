@@ -1,0 +1,34 @@
+"""How names, numbers and errors are printed. Names come from strangers' files."""
+
+import math
+import sys
+
+
+def printable(text: str) -> str:
+    """The text without what could break a line or command a terminal: such characters become "?"."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type, in at most 200 characters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def warn(text: str) -> None:
+    """Prints one line on stderr, "warning: ...": the work goes on, and the user should know something."""
+    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def number(x: float) -> str:
+    """1,234 or 0.123: at least three digits."""
+    if not math.isfinite(x):
+        return str(x)
+    return f"{x:,.0f}" if abs(x) >= 100 or x == int(x) else f"{x:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """8.4 s, 3:05 min, 2:07 h"""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, unit = (seconds / 60, "min") if seconds < 3600 else (seconds / 3600, "h")
+    return f"{int(minutes)}:{int(minutes % 1 * 60):02} {unit}"
