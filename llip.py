@@ -33,7 +33,7 @@ def mixture_tokens(visual: VisionTransformer, images: Tensor, all_tokens: bool =
     One LayerNorm (ln_post) serves all of them.
     """
     used = None if all_tokens else visual.tokens
-    return visual.ln_post(visual.transformer(visual.embed(images), pick=lambda x: x[:, :used]))
+    return visual.ln_post(visual.transformer(visual.embed(images), keep_tokens=lambda x: x[:, :used]))
 
 
 def project_each(x: Tensor, weight: Tensor) -> Tensor:

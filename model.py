@@ -96,13 +96,13 @@ class Block(nn.Module):
         kind: str = "qkv",
         mask: Tensor | str | None = None,
         need_weights: bool = False,
-        pick: Callable[[Tensor], Tensor] | None = None,
+        keep_tokens: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         y = self.attn(self.ln_1(x), kind, mask, need_weights)
         y, attn = y if need_weights else (y, None)
         x = x + y
-        if pick:  # the tokens that are used after the last block; its MLP acts on each token alone
-            x = pick(x)
+        if keep_tokens:  # the tokens that are used after the last block; its MLP acts on each token alone
+            x = keep_tokens(x)
         x = x + self.mlp(self.ln_2(x))  # (B, L, D)
         return (x, attn) if need_weights else x
 
@@ -110,8 +110,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks; grad_checkpointing recomputes each block in the backward pass.
 
-    SPEED: forward(x, mask, pick) is pick(forward(x, mask)) for a pick of tokens, x[:, 0] for one, without
-    the last MLP of the others: a twentieth less in a tower of twelve blocks.
+    SPEED: forward(x, mask, keep_tokens) is keep_tokens(forward(x, mask)) without the last MLP of the
+    other tokens: a twentieth less in a tower of twelve blocks.
     """
 
     def __init__(self, width: int, layers: int, heads: int, mlp: int, activation: str):
@@ -120,15 +120,18 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(Block(width, heads, mlp, activation) for _ in range(layers))
 
     def forward(
-        self, x: Tensor, mask: Tensor | str | None = None, pick: Callable[[Tensor], Tensor] | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | str | None = None,
+        keep_tokens: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         for block in self.resblocks:
-            last = pick if block is self.resblocks[-1] else None
+            last = keep_tokens if block is self.resblocks[-1] else None
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, "qkv", mask, False, last, use_reentrant=False)
             else:
-                x = block(x, mask=mask, pick=last)
-        return x  # (B, L, D), or what was picked
+                x = block(x, mask=mask, keep_tokens=last)
+        return x  # (B, L, D), or the tokens that keep_tokens selected
 
 
 def resize_positions(
@@ -191,7 +194,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, E), the class token's projection."""
-        return self.head(self.transformer(self.embed(images), pick=lambda x: x[:, 0]))
+        return self.head(self.transformer(self.embed(images), keep_tokens=lambda x: x[:, 0]))
 
 
 class DualEncoder(nn.Module):
@@ -237,13 +240,14 @@ class DualEncoder(nn.Module):
         x = self.transformer(x, "causal", lambda x: x[row, end])  # (B, D) no looking ahead
         return self.ln_final(x)
 
-    def forward(self, images: Tensor, tokens: Tensor, between: Callable | None = None) -> tuple:
+    def forward(self, images: Tensor, tokens: Tensor, after_text: Callable | None = None) -> tuple:
         """Both sides of a batch; DistributedDataParallel wraps this call.
 
-        between(text side), if given, replaces it and may start something that runs while images are encoded.
+        after_text(text features) replaces the text features; it may start work that runs while images
+        are encoded.
         """
         text = self.encode_text(tokens)
-        text = between(text) if between else text
+        text = after_text(text) if after_text else text
         return self.encode_image(images), text
 
     def class_templates(self, templates: tuple[str, ...]) -> tuple[str, ...]:

@@ -325,20 +325,20 @@ def run_blocks(
     x: Tensor,
     prompts: list[Tensor],
     place: int,
-    pick: Callable[[Tensor], Tensor],
+    keep_tokens: Callable[[Tensor], Tensor],
     mask: Tensor | str | None = None,
 ) -> Tensor:
     """All blocks over x (B, L, D), tokens from place on set to prompts[j - 1] (n, D) before block j.
 
-    As model.Transformer with a pick: the tokens that are used after the last block.
+    As model.Transformer; keep_tokens selects the tokens that are used after the last block.
     """
     for j, block in enumerate(transformer.resblocks):
         if 1 <= j <= len(prompts):
             new = prompts[j - 1].to(x.dtype).expand(len(x), -1, -1)  # (B, n, D)
             x = torch.cat([x[:, :place], new, x[:, place + new.shape[1] :]], 1)  # (B, L, D)
-        last = pick if block is transformer.resblocks[-1] else None
+        last = keep_tokens if block is transformer.resblocks[-1] else None
         if transformer.grad_checkpointing and torch.is_grad_enabled():
             x = checkpoint(block, x, "qkv", mask, False, last, use_reentrant=False)
         else:
-            x = block(x, mask=mask, pick=last)
-    return x  # what was picked
+            x = block(x, mask=mask, keep_tokens=last)
+    return x  # the tokens that keep_tokens selected

@@ -95,7 +95,7 @@ class TeS(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, D), the class token after ln_post."""
         visual = self.clip.visual
-        x = visual.transformer(visual.embed(images), pick=lambda x: x[:, 0])
+        x = visual.transformer(visual.embed(images), keep_tokens=lambda x: x[:, 0])
         return visual.ln_post(x)  # (B, D)
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

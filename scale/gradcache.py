@@ -76,16 +76,16 @@ def training_step(
     wrapped = isinstance(model, DistributedDataParallel)
     inner = model.module if wrapped else model
 
-    def encode(through, x, t, *between):
+    def encode(through, x, t, *after_text):
         with autocast():
-            image_side, text_side = through(x, t, *between)
-        return float_side(image_side), text_side if between else float_side(text_side)
+            image_side, text_side = through(x, t, *after_text)
+        return float_side(image_side), text_side if after_text else float_side(text_side)
 
     if chunks == 1:
         # SPEED: texts travel while the images are encoded, their gradients while the images' go back
-        between = [lambda side: distributed.start_gather(float_side(side))]
-        between *= distributed.world_size() > 1 and isinstance(inner, DualEncoder)
-        loss = contrastive_loss(inner, *encode(model, images, tokens, *between), objective)
+        after_text = [lambda side: distributed.start_gather(float_side(side))]
+        after_text *= distributed.world_size() > 1 and isinstance(inner, DualEncoder)
+        loss = contrastive_loss(inner, *encode(model, images, tokens, *after_text), objective)
         loss.backward()
         return loss.detach()
 

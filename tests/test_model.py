@@ -69,16 +69,16 @@ def test_tower_flops_of_the_recordings():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_picking_tokens_before_the_last_mlp_changes_nothing(checkpointing):
-    """SPEED: values and gradients of the plain twin, pick(forward(x)), at a fraction of the last MLP."""
+def test_keeping_tokens_before_the_last_mlp_changes_nothing(checkpointing):
+    """SPEED: the values and gradients equal those of keep_tokens(forward(x))."""
     torch.manual_seed(0)
     tower = CLIP(SMALL).double().transformer
     x = torch.randn(3, 7, tower.width, dtype=torch.double, requires_grad=True)
     row, end = torch.arange(3), torch.tensor([6, 2, 4])
     tower.grad_checkpointing = checkpointing
-    for pick in (lambda x: x[:, 0], lambda x: x[:, :3], lambda x: x[row, end]):
+    for keep_tokens in (lambda x: x[:, 0], lambda x: x[:, :3], lambda x: x[row, end]):
         results = []
-        for y in (tower(x, "causal", pick), pick(tower(x, "causal"))):
+        for y in (tower(x, "causal", keep_tokens), keep_tokens(tower(x, "causal"))):
             weights = torch.linspace(-1, 1, y.numel(), dtype=torch.double).view_as(y)
             results.append((y, *torch.autograd.grad((y * weights).sum(), (x, *tower.parameters()))))
         for a, b in zip(*results):
@@ -122,7 +122,7 @@ def broken_eps(model):
 
 def broken_mask(model):
     run = model.transformer.forward
-    model.transformer.forward = lambda x, mask=None, pick=None: run(x, None, pick)
+    model.transformer.forward = lambda x, mask=None, keep_tokens=None: run(x, None, keep_tokens)
 
 
 def broken_end(model):

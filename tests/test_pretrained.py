@@ -98,7 +98,7 @@ def epsilon(model):
 
 def looks_ahead(model):
     forward = model.transformer.forward
-    model.transformer.forward = lambda x, mask=None, pick=None: forward(x, None, pick)
+    model.transformer.forward = lambda x, mask=None, keep_tokens=None: forward(x, None, keep_tokens)
 
 
 def last_token(model):
