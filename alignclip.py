@@ -33,6 +33,7 @@ never published, so the branch is inferred.
     PAPER: the shaded band of Fig. 3c (aligned layers) is random.uniform(0.5, 1) in the authors' notebook.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -70,21 +71,35 @@ def guidance(similarity: Tensor, labels: Tensor, temperature: float = 1.0) -> Te
     return (own / temperature).softmax(-1)
 
 
+def default_blocks(depth: int) -> tuple[int, int]:
+    """Index of the first block of the second branch, and number of the first blocks that are aligned.
+
+    The branch has the last six blocks, as in CLIP Surgery, but at most two thirds of the stack. The released
+    code aligns five blocks; a tower whose branch starts earlier aligns the blocks before the branch.
+    """
+    first = depth - min(6, depth - depth // 3)
+    return first, max(1, min(5, first))
+
+
 def dual_block(
-    block: Block, x: Tensor, branch: str | None, need_row: bool
+    block: Block, x: Tensor, branch: str | Callable | None, need_row: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """One block of the plain path, and what the second branch takes from it.
 
-    Args:    x (B, L, D) plain path;  branch: the second attention structure, or None before it starts
+    Args:    x (B, L, D) plain path;  branch: the second attention structure, or None before it starts. A
+             function (q, k, v, LN1 x) -> (B, H, L, K) computes a structure that is not in attention.KINDS
     Returns: the plain path after the block (B, L, D), the branch's attention output (B, L, D) or None,
              the class token's attention averaged over heads (B, 1, L) or None.
     Cost:    beside the block's own: one output projection for dv, 2 L D^2; vvv, qqv, kkv 4 L^2 D more.
     """
     attn = block.attn
     # SPEED: LN1, queries, keys and values once for both paths; calling block.attn twice is the same
-    q, k, v = attn.project(block.ln_1(x), "qkv")  # (B, H, L, K) each
-    y = attn.merge(attend(q, k, v, branch)) if branch else None  # (B, L, D)
-    row = None
+    normed = block.ln_1(x)  # (B, L, D)
+    q, k, v = attn.project(normed, "qkv")  # (B, H, L, K) each
+    y = row = None
+    if branch:
+        y = branch(q, k, v, normed) if callable(branch) else attend(q, k, v, branch)  # (B, H, L, K)
+        y = attn.merge(y)  # (B, L, D)
     if need_row:
         # SPEED: only the class token's query; all (L, L) weights would leave the fused kernel
         row = attend(q[:, :, :1], k, v, need_weights=True)[1].mean(1)  # (B, 1, L)
@@ -93,13 +108,13 @@ def dual_block(
 
 
 def two_paths(
-    visual: VisionTransformer, images: Tensor, branch: str, dual_from: int, layers: int
+    visual: VisionTransformer, x: Tensor, branch: str | Callable, dual_from: int, layers: int
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """The image tower with its second branch, before the head.
 
     z = x^(dual_from) + sum over the blocks from there on of attn_branch(LN1(x)), x from the plain path.
-    Args:    images (B, 3, S, S);  dual_from: index of the branch's first block;  layers: whose class
-             token attention is wanted, the first ones
+    Args:    x (B, 1 + P, D) from visual.embed;  dual_from: index of the branch's first block
+             layers: number of the first blocks whose class token attention is returned
     Returns: x (B, 1 + P, D) plain path, z (B, 1 + P, D) or None without a block left for it, and the
              attention rows, layers times (B, 1, 1 + P).
     """
@@ -107,7 +122,6 @@ def two_paths(
     run = dual_block
     if transformer.grad_checkpointing and torch.is_grad_enabled():
         run = partial(checkpoint, dual_block, use_reentrant=False)
-    x = visual.embed(images)  # (B, 1 + P, D)
     for i, block in enumerate(transformer.resblocks):
         z = x if i == dual_from else z
         x, y, row = run(block, x, branch if i >= dual_from else None, i < layers)
@@ -158,7 +172,7 @@ class AlignCLIP(FineTune):
     ):
         super().__init__(clip, text, smoothing=smoothing, epsilon=epsilon, scale=scale, margin=margin)
         depth = len(clip.visual.transformer.resblocks)
-        dual_from = depth - min(6, depth - depth // 3) if dual_from is None else dual_from
+        dual_from = default_blocks(depth)[0] if dual_from is None else dual_from
         layers = max(1, min(5, dual_from)) if layers is None else layers
         if branch not in BRANCHES:
             raise ValueError(f"branch {branch!r}: expected one of {', '.join(BRANCHES)}")
@@ -175,7 +189,7 @@ class AlignCLIP(FineTune):
         if not self.attention and self.similarity == "none":
             return super().loss(images, labels)
         visual, layers = self.clip.visual, self.layers if self.attention else 0
-        x, z, rows = two_paths(visual, images, self.branch, self.dual_from, layers)
+        x, z, rows = two_paths(visual, visual.embed(images), self.branch, self.dual_from, layers)
         image = unit(visual.head(x if self.similarity != "none" else x[:, :1]))  # (B, 1 + P, E)
         guide = unit(visual.head(z[:, 1:]))  # (B, P, E)
         # REF: the margin moves the class token's feature only; the maps are of unmoved features

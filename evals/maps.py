@@ -74,8 +74,8 @@ def early_attention(model: nn.Module, images: Tensor) -> Tensor:
     """
     visual, (height, width) = model.visual, images.shape[-2:]
     depth = len(visual.transformer.resblocks)
-    layers = max(1, min(5, depth // 2))
-    _, _, rows = alignclip.two_paths(visual, images, "dv", depth, layers)  # no block has two paths
+    layers = alignclip.default_blocks(depth)[1]
+    _, _, rows = alignclip.two_paths(visual, visual.embed(images), "dv", depth, layers)  # no second path
     maps = alignclip.cls_attention(rows)[..., None]  # (B, P, 1)
     return surgery.as_grid(maps, (height // visual.patch_size, width // visual.patch_size))
 

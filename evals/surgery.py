@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from alignclip import default_blocks, two_paths
 from attention import KINDS, attend
 from model import DualEncoder, VisionTransformer
 from util.files import write_image
@@ -83,26 +84,6 @@ def gem_attention(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
     return y / 3
 
 
-def two_paths(visual: VisionTransformer, x: Tensor, kind: str, blocks: int) -> Tensor:
-    """The Q-K-V path, and beside it the sum of the other attention over the last blocks: (B, 1 + P, D).
-
-    Args: kind of the other attention: one of attention.KINDS, or gem
-    """
-    stack = visual.transformer.resblocks
-    for block in stack[: len(stack) - blocks]:
-        x = block(x)
-    z = x
-    for block in stack[len(stack) - blocks :]:
-        attn, y = block.attn, block.ln_1(x)
-        q, k, v = attn.project(y, "qkv")  # one projection serves both paths
-        other = gem_attention(q, k, v, y) if kind == "gem" else attend(q, k, v, kind)
-        z = z + attn.merge(other)
-        x = x + attn.merge(attend(q, k, v))
-        x = x + block.mlp(block.ln_2(x))
-    # REF: CLIP Surgery's class token is the Q-K-V path's, GEM keeps its own
-    return z if kind == "gem" else torch.cat([x[:, :1], z[:, 1:]], 1)
-
-
 def last_block(visual: VisionTransformer, x: Tensor, method: str) -> Tensor:
     """The ordinary path, with the method's attention in the last block: (B, 1 + P, D)."""
     *stack, block = visual.transformer.resblocks
@@ -142,7 +123,7 @@ def dense_features(
              MLP, of width F).  4 L E bytes an image come out
     """
     depth = len(visual.transformer.resblocks)
-    blocks = min(6, depth - depth // 3) if blocks is None else blocks
+    blocks = depth - default_blocks(depth)[0] if blocks is None else blocks
     if method not in METHODS:
         raise ValueError(f"method {method!r}: expected one of {', '.join(METHODS)}")
     if kind is not None and (method != "surgery" or kind not in KINDS):
@@ -161,8 +142,10 @@ def dense_features(
         raise ValueError(f"images of {width}x{height} are smaller than a patch, {visual.patch_size}")
     x = embed(visual, images, method)
     if method in TWO_PATHS:
-        kind = kind or {"surgery": "vvv", "alignclip": "dv", "gem": "gem"}[method]
-        return visual.head(two_paths(visual, x, kind, blocks))
+        branch = kind or {"surgery": "vvv", "alignclip": "dv", "gem": gem_attention}[method]
+        x, z, _ = two_paths(visual, x, branch, depth - blocks, 0)
+        # REF: CLIP Surgery's class token is the Q-K-V path's, GEM keeps its own
+        return visual.head(z if method == "gem" else torch.cat([x[:, :1], z[:, 1:]], 1))
     return visual.head(last_block(visual, x, method))
 
 

@@ -479,7 +479,7 @@ def inference(lab, seed: int) -> dict:
         with evaluate.evaluating(net):
             plain, change = net.encode_image(images), 0.0
             for branch in ("dv", "vvv"):
-                x, _, _ = alignclip.two_paths(net.visual, images, branch, 1, 1)
+                x, _, _ = alignclip.two_paths(net.visual, net.visual.embed(images), branch, 1, 1)
                 beside = net.visual.head(x[:, 0])
                 change = max(change, (beside - plain).abs().max().item() / plain.abs().max().item())
         rows[arm] = {

@@ -157,7 +157,7 @@ def test_branch_is_the_one_of_clip_surgery(golden_arrays, kind, recorded):
     prefix = "w.visual."
     visual.load_state_dict({k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)})
     with torch.no_grad():
-        x, z, _ = two_paths(visual, g["in.image"], kind, dual_from=2, layers=0)
+        x, z, _ = two_paths(visual, visual.embed(g["in.image"]), kind, dual_from=2, layers=0)
         expected = g["out." + recorded]
         torch.testing.assert_close(visual.head(z[:, 1:]), expected[:, 1:], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(visual.head(x[:, 0]), expected[:, 0], rtol=1e-4, atol=1e-4)
@@ -171,7 +171,7 @@ def test_branch_is_the_one_of_clip_surgery(golden_arrays, kind, recorded):
 @pytest.mark.parametrize("dual_from, layers", [(2, 2), (0, 4), (3, 1)])
 def test_shared_values_equal_two_plain_passes(clip, batch, kind, dual_from, layers):
     images, visual = batch[0], clip.visual
-    x, z, rows = two_paths(visual, images, kind, dual_from, layers)
+    x, z, rows = two_paths(visual, visual.embed(images), kind, dual_from, layers)
     x1, z1, weights = plain_twin(visual, images, kind, dual_from, layers)
     torch.testing.assert_close(x, x1, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(z, z1, rtol=1e-5, atol=1e-5)
@@ -202,13 +202,13 @@ def test_dv_branch_in_closed_form(clip, batch):
         fused = attn.out_proj.weight @ attn.in_proj_weight[2 * D :]  # (D, D)
         shift = attn.out_proj.weight @ attn.in_proj_bias[2 * D :] + attn.out_proj.bias
         expected = expected + block.ln_1(x) @ fused.t() + shift
-    z = two_paths(visual, images, "dv", 2, 1)[1]
+    z = two_paths(visual, visual.embed(images), "dv", 2, 1)[1]
     torch.testing.assert_close(z, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_dv_branch_is_attention_under_an_identity_mask(clip, batch):
     visual, images = clip.visual, batch[0]
-    x, z, _ = two_paths(visual, images, "dv", 3, 1)
+    x, z, _ = two_paths(visual, visual.embed(images), "dv", 3, 1)
     block, before = visual.transformer.resblocks[3], visual.embed(images)
     for earlier in visual.transformer.resblocks[:3]:
         before = earlier(before)
@@ -242,7 +242,7 @@ def test_gradient_of_the_attention_alignment_path():
     labels, weight = torch.tensor([1]), visual.transformer.resblocks[0].attn.in_proj_weight
 
     def loss(images, _):
-        _, z, rows = two_paths(visual, images, "dv", 1, 2)
+        _, z, rows = two_paths(visual, visual.embed(images), "dv", 1, 2)
         maps = F.normalize(visual.head(z[:, 1:]), dim=-1) @ names.t()
         g, a = guidance(maps, labels, 0.1), cls_attention(rows)
         kl = (g * (g.log() - a.log())).sum()
@@ -281,7 +281,7 @@ def test_loss_is_the_sum_of_its_parts(clip, text, batch):
 def test_similarity_of_all_classes_is_another_loss(clip, text, batch):
     """REF of the released code: all C maps are summed, not the label's alone."""
     value = {s: AlignCLIP(clip, text, similarity=s)(*batch)[1] for s in ("label", "all")}
-    x, z, _ = two_paths(clip.visual, batch[0], "dv", 1, 0)
+    x, z, _ = two_paths(clip.visual, clip.visual.embed(batch[0]), "dv", 1, 0)
     maps, guides = (unit(clip.visual.head(t[:, 1:])) @ text.t() for t in (x, z))
     expected = similarity_alignment(maps, guides)
     torch.testing.assert_close(value["all"]["similarity"], expected, rtol=1e-4, atol=1e-6)
@@ -311,7 +311,7 @@ def test_inference_is_plain_clip(clip, text, batch, branch):
         "clip." + k: shape for k, shape in names.items()
     }
     plain = clip.visual.transformer(clip.visual.embed(batch[0]))
-    assert torch.equal(two_paths(clip.visual, batch[0], branch, 2, 4)[0], plain)
+    assert torch.equal(two_paths(clip.visual, clip.visual.embed(batch[0]), branch, 2, 4)[0], plain)
 
 
 def test_every_trained_weight_exists_before_the_first_step(clip, text, batch):
@@ -361,7 +361,7 @@ def test_detach_stops_the_branchs_gradient_and_nothing_else(clip, text, batch):
 def test_alignment_reaches_the_attention_of_the_first_layers(clip, text, batch):
     """With a detached guide AAL moves queries and keys of the aligned blocks, and no later block."""
     method = AlignCLIP(clip, text, layers=2, similarity="none", detach=True, guidance_temperature=0.1)
-    _, z, rows = two_paths(clip.visual, batch[0], "dv", 2, 2)
+    _, z, rows = two_paths(clip.visual, clip.visual.embed(batch[0]), "dv", 2, 2)
     guide = unit(clip.visual.head(z[:, 1:]))
     loss = method.alignment(guide, guide, rows, batch[1])["attention"]
     grads = gradients(clip, loss)
@@ -413,7 +413,7 @@ def test_maps_show_the_branch_that_was_trained(text, depth, first):
     clip = CLIP(Config(16, 8, 4, 8, depth, 2, 8, 8, 16, 8, 1, 2, 8))
     method, images = AlignCLIP(clip, text), torch.randn(2, 3, 8, 8)
     with torch.no_grad():
-        _, z, _ = two_paths(clip.visual, images, "dv", method.dual_from, 0)
+        _, z, _ = two_paths(clip.visual, clip.visual.embed(images), "dv", method.dual_from, 0)
         drawn = dense_features(clip.visual, images, "alignclip")
         torch.testing.assert_close(clip.visual.head(z)[:, 1:], drawn[:, 1:])
     assert method.dual_from == first

@@ -12,6 +12,7 @@ from PIL import Image
 
 import evaluate
 import pretrained
+from alignclip import AlignCLIP
 from evals import maps, surgery
 from llip import Llip, PooledTokens
 from model import CLIP, Config
@@ -91,7 +92,21 @@ def test_attention_maps_are_the_class_tokens_rows():
         rows.append((row / row.sum(1, keepdim=True)).view(2, 4, 4, 1))
     torch.testing.assert_close(maps.raw_maps(model, IMAGES, "cls", None), rows[-1])
     early = maps.raw_maps(model, IMAGES, "cls-early", None)
-    torch.testing.assert_close(early, (rows[0] + rows[1]) / 2)  # two of four, as AlignCLIP aligns
+    torch.testing.assert_close(early, rows[0])  # one of four blocks
+
+
+@pytest.mark.parametrize("depth", range(1, 25))
+def test_maps_use_the_blocks_that_alignclip_aligns(depth):
+    torch.manual_seed(0)
+    model = CLIP(replace(SIZES, vision_layers=depth)).eval()
+    x, rows = model.visual.embed(IMAGES), []
+    for block in model.visual.transformer.resblocks:
+        x, attn = block(x, need_weights=True)
+        row = attn.mean(1)[:, 0, 1:]  # (B, P)
+        rows.append(row / row.sum(1, keepdim=True))
+    layers = AlignCLIP(model, torch.eye(3, 16)).layers
+    early = maps.raw_maps(model, IMAGES, "cls-early", None)
+    torch.testing.assert_close(early.flatten(1), sum(rows[:layers]) / layers)
 
 
 def test_an_llips_maps():

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from alignclip import two_paths
 from attention import attend
 from evals import surgery
 from evals.surgery import METHODS, dense_features, feature_surgery, map_scores, similarity_map
@@ -205,7 +206,7 @@ def test_maskclip_is_the_dv_branch_of_one_block_followed_by_its_mlp(images):
     visual = clip().visual
     x = visual.embed(images)
     block = visual.transformer.resblocks[-1]
-    z = surgery.two_paths(visual, x, "dv", 1)[:, 1:]
+    z = two_paths(visual, x, "dv", 3, 0)[1][:, 1:]
     z = z + block.mlp(block.ln_2(z))
     got = dense_features(visual, images, "maskclip")[:, 1:]
     torch.testing.assert_close(got, visual.head(z), rtol=1e-12, atol=1e-12)
