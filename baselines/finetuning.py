@@ -5,7 +5,7 @@
     labelsmooth  clipood.FineTune                        uniform    0       -
     clipood      clipood.FineTune                        none       0.3     Beta(0.5, 0.5)
     alignclip    alignclip.AlignCLIP                     mixture    0.3     Beta(0.5, 0.5)
-    flyp         clipood.FLYP, both towers               -          -       -
+    flyp         flyp.FLYP,    both towers               -          -       -
     coop         prompt_learning.CoOp, prompts only      -          -       -
     cocoop       prompt_learning.CoCoOp, prompts only    -          -       -
     maple        prompt_learning.MaPLe, prompts only     -          -       -
@@ -50,9 +50,10 @@ import data
 import evaluate
 import pretrained
 from alignclip import AlignCLIP
+from baselines.flyp import FLYP
 from baselines.prompt_learning import CoCoOp, CoOp, MaPLe
 from baselines.tes import TeS
-from clipood import FLYP, BetaMovingAverage, FineTune, average_of_patches, require_clip
+from clipood import BetaMovingAverage, FineTune, average_of_patches, require_clip
 from evals import open_world as openworld
 from model import CLIP
 from readers import templates as prompts

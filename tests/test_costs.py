@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import losses
 from alignclip import AlignCLIP
 from attention import flops as attention_flops
+from baselines.flyp import FLYP
 from baselines.prompt_learning import CoCoOp, CoOp, MaPLe
 from baselines.tes import TeS
-from clipood import FLYP, FineTune
+from clipood import FineTune
 from evals import surgery
 from lab import bench
 from llip import Llip, PooledTokens

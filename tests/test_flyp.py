@@ -1,0 +1,121 @@
+"""baselines/flyp.py: the loss is pre-training on prompts, on one process and on several."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from baselines import flyp
+from baselines.flyp import FLYP
+from clipood import unit
+from llip import Llip
+from losses import info_nce
+from model import CLIP, Config
+
+CONFIG = Config(16, 16, 4, 32, 4, 2, 64, 12, 40, 16, 2, 2, 32)
+
+
+@pytest.fixture
+def clip():
+    torch.manual_seed(0)
+    return CLIP(CONFIG)
+
+
+@pytest.fixture
+def batch():
+    g = torch.Generator().manual_seed(2)
+    return torch.randn(6, 3, 16, 16, generator=g), torch.tensor([0, 3, 1, 0, 4, 2])
+
+
+def class_tokens(n=5):
+    g = torch.Generator().manual_seed(3)
+    tokens = torch.randint(1, 38, (n, 12), generator=g)
+    tokens[:, 0], tokens[:, 8], tokens[:, 9:] = 38, 39, 0  # start, end, padding
+    return tokens
+
+
+def test_flyp_is_pretraining_on_prompts(clip, batch):
+    images, labels = batch
+    tokens = class_tokens()
+    method = FLYP(clip, tokens)
+    loss, logs = method(images, labels)
+    loss.backward()
+    got = {k: p.grad.clone() for k, p in clip.named_parameters()}
+    clip.zero_grad()
+    expected = info_nce(clip.pair_logits(*clip(images, tokens[labels])))  # class 0 encoded twice
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for name, parameter in clip.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
+    assert got["logit_scale"] != 0 and 0 <= logs["accuracy"] <= 1
+
+
+def test_flyp_cuts_the_columns_behind_the_longest_prompt(clip, batch):
+    """SPEED: the loss, every gradient and the features are those of the padded prompts."""
+    tokens = class_tokens()
+    tokens[2, 5:] = torch.tensor([39, 0, 0, 0, 0, 0, 0])  # a shorter one keeps its padding
+    cut = FLYP(clip, tokens)
+    assert tokens.shape[1] == 12 and torch.equal(cut.class_tokens, tokens[:, :9])
+    found = []
+    for kept in (cut.class_tokens, tokens):
+        cut.class_tokens, cut.text = kept, None
+        clip.zero_grad()
+        loss, _ = cut.loss(*batch)
+        loss.backward()
+        grads = [p.grad.clone() for p in clip.parameters()]
+        found.append([loss.detach(), cut.predict(batch[0]).detach(), *grads])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_flyp_counts_repeated_classes_as_negatives(clip):
+    """Two equal prompts share the probability: their rows cannot fall below ln 2."""
+    labels = torch.zeros(2, dtype=torch.long)
+    loss, _ = FLYP(clip, class_tokens()).loss(torch.randn(2, 3, 16, 16), labels)
+    assert loss >= math.log(2) / 2
+
+
+def test_flyp_over_ranks_is_flyp_of_the_global_batch(clip, batch, monkeypatch):
+    images, labels = batch
+    method = FLYP(clip, class_tokens())
+    whole, _ = method.loss(images, labels)
+    image, text = clip(images, class_tokens()[labels])
+    columns = clip.pair_logits(image, text).t()  # (texts, images)
+    parts = []
+    for r in range(3):
+        mine = slice(2 * r, 2 * r + 2)
+        monkeypatch.setattr(flyp, "rank", lambda r=r: r)
+        monkeypatch.setattr(flyp, "gather", lambda _: unit(text))
+        monkeypatch.setattr(flyp, "transpose", lambda _, mine=mine: columns[mine])
+        parts.append(method.loss(images[mine], labels[mine])[0])
+    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+
+
+def test_flyp_encodes_classes_again_when_weights_change(clip, batch, monkeypatch):
+    images, calls, encode = batch[0], [], clip.encode_text
+    monkeypatch.setattr(clip, "encode_text", lambda tokens: calls.append(1) or encode(tokens))
+    method = FLYP(clip, class_tokens())
+
+    def current():
+        image, text = clip.encode_image(images), encode(class_tokens())
+        return F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).t()
+
+    torch.testing.assert_close(method.predict(images), current())
+    torch.testing.assert_close(method.predict(images[:2]), current()[:2])
+    assert len(calls) == 1
+    with torch.no_grad():
+        clip.ln_final.bias[3] += 1.0  # any weight, by anybody
+    torch.testing.assert_close(method.predict(images), current())
+    assert len(calls) == 2
+    with torch.no_grad():
+        clip.visual.proj.mul_(2.0)
+    method.predict(images)
+    assert len(calls) == 2  # an image weight says nothing about texts
+    others = F.normalize(torch.randn(3, 16), dim=-1)
+    assert method.predict(images, others).shape == (6, 3)
+
+
+def test_llip_is_refused():
+    with pytest.raises(ValueError, match="needs a CLIP, not a Llip"):
+        FLYP(Llip(CONFIG, 3, 2), class_tokens())
