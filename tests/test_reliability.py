@@ -1,4 +1,4 @@
-"""A little of what tests/reliability.py does; `pytest -m slow tests/test_reliability.py` does more."""
+"""A little of what tests/reliability/run.py does; `pytest -m slow tests/test_reliability.py` does more."""
 
 import os
 import signal
@@ -8,10 +8,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import fuzz
-import outputs
 import pytest
-import reliability
+from reliability import fuzz, outputs
+from reliability import run as reliability
 
 
 def held(jobs):

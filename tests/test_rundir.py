@@ -8,10 +8,10 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
-import outputs
 import pytest
 import torch
 from PIL import Image
+from reliability import outputs
 
 import pretrained
 from model import CLIP, Config

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 WRONG = """
 train.py --method clap
@@ -226,7 +226,7 @@ reproduce.py --list --device moon
 
 def make_place(root: Path) -> dict[str, str]:
     """The words of the table that stand for paths."""
-    from kills import make_data
+    from reliability.kills import make_data
 
     make_data(root)
     (root / "empty.csv").write_text("")

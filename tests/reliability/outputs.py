@@ -13,7 +13,7 @@ import signal
 import traceback
 from pathlib import Path
 
-import invocations
+from reliability import invocations
 
 MODEL = "--model START --device cpu --batch-size 16"
 BED = f"{MODEL} --data DATA/bed"

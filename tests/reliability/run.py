@@ -1,9 +1,9 @@
 """The reliability table: kills, lost ranks, full disks, hostile files, wrong commands. One command:
 
-    python tests/reliability.py                 50 kills of every kind of run, 2,000 inputs a format
-    python tests/reliability.py --quick         a few of each: some minutes
-    python tests/reliability.py --only fuzz     one part or some: PARTS
-    python tests/reliability.py --list          what there is, and minutes of one core for each
+    python tests/reliability/run.py              50 kills of every kind of run, 2,000 inputs a format
+    python tests/reliability/run.py --quick         a few of each: some minutes
+    python tests/reliability/run.py --only fuzz     one part or some: PARTS
+    python tests/reliability/run.py --list          what there is, and minutes of one core for each
 
 Jobs are tried side by side, as many as there are cores (--jobs). A line when one ends, how long is still
 to go, then the table; --json FILE writes it too. The status is 1 if anything did not end as it should, and
@@ -27,17 +27,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 for folder in (ROOT, ROOT / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-import fuzz  # noqa: E402
-import invocations  # noqa: E402
-import kills  # noqa: E402
-import outputs  # noqa: E402
 import torch  # noqa: E402
 
+from reliability import fuzz, invocations, kills, outputs  # noqa: E402
 from util.files import write_json  # noqa: E402
 from util.report import format_table  # noqa: E402
 from util.text import duration  # noqa: E402

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 for folder in (ROOT, ROOT / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
@@ -171,7 +171,7 @@ def note_samples(seen) -> None:
 def server():
     """Forks processes that have imported everything; it finds this file through the environment."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kills"])
+    context.set_forkserver_preload(["reliability.kills"])
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     os.environ["OMP_NUM_THREADS"] = "1"
     return context
