@@ -17,6 +17,7 @@ Written from the paper's equations. What the paper leaves open follows the relea
 Under several processes only queries and text features travel; an image's M keys and values never do.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -267,6 +268,54 @@ class LatentTextLlip(Llip):
         flat = tuple(part.flatten(0, 1) for part in text_side)  # (B_txt T, ...)
         logits = super().pair_logits(image_side, flat)  # (B_img, B_txt T)
         return logits.unflatten(1, (-1, len(self.text_tokens))).mean(-1)  # (B_img, B_txt)
+
+
+@torch.no_grad()
+def warm_start_llip(
+    clip: CLIP,
+    mixture_tokens: int,
+    heads: int,
+    temperature: float = 5.0,
+    norm: bool = False,
+    scale: float | None = None,
+    bias: float = -10.0,
+    noise: float = 0.1,
+    seed: int = 0,
+) -> Llip:
+    """A Llip that begins where a CLIP is: its towers, and tokens that all begin as its class token.
+
+    No equation: Llip was trained from scratch. Every mixture token starts as the class token with its
+    position, every v_proj[k] as visual.proj, W_O as the identity, W_K and W_Q at random. So z is a mean
+    of M near copies of CLIP's image feature, whatever the caption; with one token and without norm it
+    is CLIP's feature.
+    TRAP: equal tokens stay equal: noise, in standard deviations of the class token, sets them apart.
+    M class tokens also draw M times the attention of one, so z is near CLIP's feature, not equal to it.
+    Args: scale, bias: starts of exp(logit_scale), None for CLIP's own, and of logit_bias
+    """
+    if type(clip) is not CLIP:
+        raise ValueError(f"a warm start takes a CLIP, not a {type(clip).__name__}")
+    with torch.device("meta"):
+        model = Llip(clip.config, mixture_tokens, heads, temperature, norm)
+    generator = torch.Generator().manual_seed(seed)
+    state = {name: tensor.float().cpu().clone() for name, tensor in clip.state_dict().items()}
+    first, proj = state["visual.class_embedding"], state.pop("visual.proj")  # (D,), (D, E)
+    positions = state["visual.positional_embedding"]  # (1 + P, D)
+    jitter = torch.randn(mixture_tokens, len(first), generator=generator) * noise * first.std()
+    state["visual.class_embedding"] = first + jitter  # (M, D)
+    copies = positions[:1].expand(mixture_tokens, -1)
+    state["visual.positional_embedding"] = torch.cat([copies, positions[1:]])  # (M + P, D)
+    state["v_proj"] = proj.repeat(mixture_tokens, 1, 1)  # (M, D, E)
+    for name in ("k_proj", "q_proj"):
+        like = model.get_parameter(name)
+        state[name] = torch.randn(like.shape, generator=generator) * like.shape[-2] ** -0.5
+    state["pred.out_proj"] = torch.eye(proj.shape[1])
+    for name in ("K_norm", "V_norm", "Q_norm") if norm else ():
+        state |= {f"{name}.weight": torch.ones(len(proj[0])), f"{name}.bias": torch.zeros(len(proj[0]))}
+    if scale is not None:
+        state["logit_scale"] = torch.tensor(math.log(scale))
+    state["logit_bias"] = torch.tensor(float(bias))
+    model.load_state_dict(state, assign=True)
+    return model.to(clip.logit_scale.device).train(clip.training)
 
 
 def flops(config: Config, tokens: int, prompts: int = 0, all_tokens: bool = False) -> dict[str, int]:

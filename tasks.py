@@ -49,7 +49,7 @@ def build_model(c, config: Config) -> nn.Module:
         size = model.config.image_size
         raise ValueError(f"--image-size {c.image_size}, but {c.init} has {size}: leave it out")
     if c.method == "llip" and not isinstance(model, llip.Llip):
-        return pretrained.warm_start_llip(
+        return llip.warm_start_llip(
             model, c.mixture_tokens, c.mixture_heads, scale=scale, bias=bias, **mixing
         )
     if type(model) is CLIP and (model.logit_bias is None) == (c.objective == "siglip"):

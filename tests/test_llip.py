@@ -1,6 +1,7 @@
 """llip.py: official values and gradients, double loops, memory, and what the method promises."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import llip
 from llip import Llip, PooledTokens
 from losses import info_nce, siglip
-from model import CONFIGS, Config
+from model import CLIP, CONFIGS, Config
 from scale import llip_tiles as tiles
 
 SIZES = Config(16, 16, 8, 24, 2, 2, 48, 8, 50, 20, 1, 2, 40)
@@ -306,3 +307,49 @@ def test_latent_text_logits_are_the_mean_over_the_tokens():
     torch.testing.assert_close(logits, (each[0] + each[1]) / 2)
     classes = model.ensemble_text((queries, text), torch.tensor([0, 1, 1]))
     assert model.pair_logits(side, classes).shape == (4, 2)
+
+
+def some_clip(config=SIZES):
+    torch.manual_seed(0)
+    clip = CLIP(config).eval()
+    with torch.no_grad():
+        for parameter in clip.parameters():  # no zeros or ones that could be taken for each other
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    return clip
+
+
+def test_one_token_is_clip_exactly():
+    clip = some_clip()
+    model = llip.warm_start_llip(clip, 1, 2, noise=0.0).eval()
+    pixels, ids = images(3).float(), tokens(3)
+    with torch.no_grad():
+        keys, values = model.encode_image(pixels)
+        queries, text = model.encode_text(ids)
+        z = model.mix(keys, values, queries)
+        torch.testing.assert_close(text, clip.encode_text(ids))
+        torch.testing.assert_close(z, clip.encode_image(pixels)[:, None].expand_as(z))
+    assert model.logit_scale == clip.logit_scale and model.logit_bias == -10
+
+
+@pytest.mark.parametrize("norm, near", [(False, 0.95), (True, 0.8)])  # LayerNorm takes the mean out
+def test_several_tokens_are_near_clip(norm, near):
+    clip = some_clip(replace(SIZES, embed_dim=24, image_size=48, vision_width=192, vision_mlp=384))
+    model = llip.warm_start_llip(clip, 4, 3, norm=norm, scale=5.0, bias=-1.0)
+    pixels, ids = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1)), tokens(3)
+    with torch.no_grad():
+        keys, values = model.encode_image(pixels)
+        queries, _ = model.encode_text(ids)
+        z = model.mix(keys, values, queries)
+        cosine = torch.cosine_similarity(z, clip.encode_image(pixels)[:, None], dim=-1)
+    assert cosine.min() > near, cosine
+    assert torch.isclose(model.logit_scale.exp(), torch.tensor(5.0)) and model.logit_bias == -1
+    assert (values.std(2) > 1e-4).all(), "equal tokens would stay equal for ever"
+    again = llip.warm_start_llip(clip, 4, 3, norm=norm)
+    assert torch.equal(again.q_proj, model.q_proj), "seeded"
+    before = {k: v.clone() for k, v in clip.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert all(torch.equal(before[k], v) for k, v in clip.state_dict().items()), "no shared memory"
+    with pytest.raises(ValueError, match="takes a CLIP"):
+        llip.warm_start_llip(model, 4, 3)

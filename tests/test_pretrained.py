@@ -507,46 +507,6 @@ def test_a_description_without_what_it_needs():
         pretrained.describe(nn.Linear(1, 1))
 
 
-# ---- warm start
-
-
-def test_one_token_is_clip_exactly():
-    clip = make()
-    model = pretrained.warm_start_llip(clip, 1, 3, noise=0.0).eval()
-    images, tokens = inputs()
-    with torch.no_grad():
-        keys, values = model.encode_image(images)
-        queries, text = model.encode_text(tokens)
-        z = model.mix(keys, values, queries)
-        torch.testing.assert_close(text, clip.encode_text(tokens))
-        torch.testing.assert_close(z, clip.encode_image(images)[:, None].expand_as(z))
-    assert model.logit_scale == clip.logit_scale and model.logit_bias == -10
-
-
-@pytest.mark.parametrize("norm, near", [(False, 0.95), (True, 0.8)])  # LayerNorm takes the mean out
-def test_several_tokens_are_near_clip(norm, near):
-    clip = make(config=replace(CONFIG, image_size=48, vision_width=192, vision_mlp=384))
-    model = pretrained.warm_start_llip(clip, 4, 3, norm=norm, scale=5.0, bias=-1.0)
-    images, tokens = inputs(clip.config)
-    with torch.no_grad():
-        keys, values = model.encode_image(images)
-        queries, _ = model.encode_text(tokens)
-        z = model.mix(keys, values, queries)
-        cosine = torch.cosine_similarity(z, clip.encode_image(images)[:, None], dim=-1)
-    assert cosine.min() > near, cosine
-    assert torch.isclose(model.logit_scale.exp(), torch.tensor(5.0)) and model.logit_bias == -1
-    assert (values.std(2) > 1e-4).all(), "equal tokens would stay equal for ever"
-    again = pretrained.warm_start_llip(clip, 4, 3, norm=norm)
-    assert torch.equal(again.q_proj, model.q_proj), "seeded"
-    before = {k: v.clone() for k, v in clip.state_dict().items()}
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    assert all(torch.equal(before[k], v) for k, v in clip.state_dict().items()), "no shared memory"
-    with pytest.raises(ValueError, match="takes a CLIP"):
-        pretrained.warm_start_llip(model, 4, 3)
-
-
 # ---- writing
 
 
