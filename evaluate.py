@@ -23,6 +23,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 import data
 import pretrained
+from clipood import Classes
 from evals import maps
 from evals import open_world as openworld
 from readers import scenes
@@ -43,6 +45,14 @@ from util.files import output_folder, write_json, write_text
 from util.metrics import KS, Recall, Relevance, accuracy, classification_metrics, no_nan, places, recall_at_k
 from util.report import Progress, format_table
 from util.text import duration, number, warn
+from weights import archive
+
+try:
+    from baselines.methods import METHODS
+except ImportError:  # until the list of methods exists
+    METHODS = {}
+
+LOAD_OPTIONS = ("quick_gelu", "vision_heads", "text_heads", "mixture_heads", "temperature", "pooling")
 
 # Sides: what encoders return, a tensor (CLIP) or a tuple of tensors (Llip) --------------------------------
 
@@ -388,24 +398,123 @@ def read_classes(path: str, folders: list[str]) -> list:
     return names
 
 
-def open_model(args, device: torch.device) -> tuple:
-    """The model on its device, and its tokenizer."""
-    told = {name: getattr(args, name) for name in LOAD_OPTIONS}
-    model = pretrained.load(args.model, **told).to(device)
-    return model, pretrained.tokenizer_for(args.model, args.vocab)
+# What every evaluation program shares: flags, the model, the data set ---------------------------------------
 
 
-def open_data(args, model: nn.Module, kind: str):
-    """--data as a data set with labels or captions."""
-    if args.data == "scenes":
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """Flags of a program that evaluates a model."""
+
+    model: str  # a run directory of train.py, a checkpoint, or a name
+    vocab: str = ""  # vocabulary (default: the run's own, else OpenAI's)
+    batch_size: int = 256  # images, or texts, at a time on each rank
+    workers: int = 0  # loader processes on each rank
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    precision: str = "fp32"  # of the towers, fp32 or bf16; pairs are scored in fp32
+    out: str = ""  # write results.json and pictures to this folder
+    # what a checkpoint from elsewhere may not contain (pretrained.py)
+    quick_gelu: bool | None = None  # the activation
+    vision_heads: int | None = None  # attention heads of the image tower
+    text_heads: int | None = None  # attention heads of the text tower
+    mixture_heads: int | None = None  # heads of Llip's pooling
+    temperature: float | None = None  # of Llip's pooling
+    pooling: str | None = None  # of several tokens: register, average or learned
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFlags:
+    """Flags of a program that reads a data set."""
+
+    data: str  # scenes (embedded), a folder, a list, or tar shards
+    split: str = ""  # of data with splits (default: test)
+    image_root: str = ""  # folder of the images of a list (default: the list's own)
+    allow_outside: bool = False  # read images that a list names outside of that folder
+    limit: int | None = None  # only so many images, evenly spaced (scenes: how many to draw, 1024)
+
+
+def load_options(flags) -> dict:
+    """Arguments of pretrained.load that the flags give."""
+    return {name: getattr(flags, name) for name in LOAD_OPTIONS}
+
+
+def where_of(flags) -> dict:
+    """Arguments of data.open_dataset about the files that may be read."""
+    return {"image_root": flags.image_root or None, "allow_outside": flags.allow_outside}
+
+
+def run_config(source: str) -> dict:
+    """config.json of a run of train.py, given its folder or its checkpoint; {} for any other model."""
+    path = Path(source).expanduser()
+    if not path.is_dir() and not path.name.startswith("checkpoint."):
+        return {}
+    path = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); restore it, or copy the checkpoint alone") from None
+    return config if isinstance(config, dict) and "method" in config else {}
+
+
+def open_model(source: str, vocab: str = "", *, towers: bool = False, **load_options) -> tuple:
+    """The dual encoder of a checkpoint, on the CPU, and its tokenizer.
+
+    For a fine-tuned run whose answer is not CLIP's own (prompts, TeS, average pooling), this is the dual
+    encoder of its method with all that it learned.
+    Args:    source: a run directory of train.py, a checkpoint, or a name;  vocab: a vocabulary, empty for
+             the run's own, else OpenAI's;  towers: the caller uses the towers themselves;
+             load_options: arguments of pretrained.load
+    Raises:  ValueError in one line, also for towers=True where the towers alone are not the method.
+    """
+    model = pretrained.load(source, **load_options)
+    tokenizer = pretrained.tokenizer_for(source, vocab)
+    config, task = run_config(source), saved_task(source)
+    name, pooling = config.get("method", "its method"), config.get("image_pooling", "cls")
+    if not task.get("learned") and pooling == "cls":
+        return model, tokenizer
+    reason = f"{source}: {name} learned more than the weights of a CLIP"
+    if not task.get("learned"):
+        reason = f"{source}: {name} was trained with --image-pooling {pooling}"
+    if towers:
+        raise ValueError(f"{reason}, so its towers alone are not what it learned: choose another run")
+    if name not in METHODS or "classes" not in task:
+        raise ValueError(f"{reason} and this checkpoint cannot be rebuilt; its figures are in results.json")
+    return rebuild(model, tokenizer, METHODS[name].module, config, task), tokenizer
+
+
+def saved_task(source: str) -> dict:
+    """The "task" entry of a run's checkpoint, tensors included; {} for any other model."""
+    if not Path(source).expanduser().exists():
+        return {}  # a name to download
+    checkpoint = archive.read(pretrained.locate(source))
+    task = checkpoint.content.get("task") if isinstance(checkpoint.content, dict) else None
+    if not isinstance(task, dict):
+        return {}
+    learned = task.get("learned")
+    return task | {"learned": checkpoint.tensors(learned) if isinstance(learned, dict) else {}}
+
+
+def rebuild(clip: nn.Module, tokenizer, module, config: dict, task: dict) -> nn.Module:
+    """The dual encoder of a fine-tuned run: its method around its CLIP, with what it learned."""
+    names = {field.name for field in fields(module.Settings)}
+    settings = module.Settings(**{name: value for name, value in config.items() if name in names})
+    with evaluating(clip):
+        text = encode_classes(clip, tokenizer, task["classes"], tuple(task["templates"]))  # (C, E)
+    method = module.build(settings, clip, Classes(task["classes"], tuple(task["templates"]), tokenizer, text))
+    method.load_learned(task["learned"])
+    return method.dual_encoder().eval()
+
+
+def open_data(flags, model: nn.Module, kind: str):
+    """--data as a data set that has `kind`: "labels", "captions", or "image" for any."""
+    if flags.data == "scenes":
         drawn = scenes.Objects if kind == "labels" else scenes.Scenes
         size = model.config.image_size
-        return drawn(args.split or "test", args.limit or 1024, image_size=size)
-    dataset = data.open_dataset(args.data, args.split, default_split="test", **where_of(args))
+        return drawn(flags.split or "test", flags.limit or 1024, image_size=size)
+    dataset = data.open_dataset(flags.data, flags.split or None, default_split="test", **where_of(flags))
     if not hasattr(dataset, kind):
-        raise ValueError(f"{args.data} has no {kind}, which {args.task} needs")
-    if args.limit:
-        N, n = len(dataset), min(args.limit, len(dataset))
+        raise ValueError(f"{flags.data} has no {kind}, which this evaluation needs")
+    if flags.limit:
+        N, n = len(dataset), min(flags.limit, len(dataset))
         dataset = data.Subset(dataset, [k * N // n for k in range(n)])  # folders are sorted by class
     return dataset
 
@@ -425,6 +534,12 @@ def finish(args, result: dict, **more) -> None:
         print(f"written to {Path(args.out) / 'results.json'}")
 
 
+def open_on(args, device: torch.device) -> tuple:
+    """The model of --model on its device, and its tokenizer."""
+    model, tokenizer = open_model(args.model, args.vocab or "", **load_options(args))
+    return model.to(device), tokenizer
+
+
 def zeroshot_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--templates",
@@ -442,7 +557,7 @@ def zeroshot_arguments(parser: argparse.ArgumentParser) -> None:
 
 def zeroshot_command(args, device: torch.device) -> None:
     """Accuracy, per class and per domain; a confusion matrix."""
-    model, tokenizer = open_model(args, device)
+    model, tokenizer = open_on(args, device)
     dataset = open_data(args, model, "labels")
     own = scenes.TEMPLATES if args.data == "scenes" else prompts.PHOTO
     templates = read_templates(args.templates) if args.templates else own
@@ -466,7 +581,7 @@ def zeroshot_command(args, device: torch.device) -> None:
 
 def retrieval_command(args, device: torch.device) -> None:
     """Recall of images and captions."""
-    model, tokenizer = open_model(args, device)
+    model, tokenizer = open_on(args, device)
     dataset = open_data(args, model, "captions")
     result = retrieval(model, dataset, tokenizer, **options_of(args))
     if distributed.rank() == 0:
@@ -494,11 +609,6 @@ def training_of(source: str) -> dict:
     return config if config.get("method") in openworld.METHODS else {}
 
 
-def where_of(args) -> dict:
-    """Where the images of --data may lie."""
-    return dict(image_root=args.image_root, allow_outside=args.allow_outside)
-
-
 def asked_of(args, source: str, config: dict) -> tuple[str, list[str]]:
     """Task and target domains for a model.
 
@@ -524,7 +634,7 @@ def open_world_command(args, device: torch.device) -> None:
     for source in [args.model, *args.more]:
         args.model, config = source, training_of(source)
         task, targets = asked_of(args, source, config)
-        model, tokenizer = open_model(args, device)
+        model, tokenizer = open_on(args, device)
         about = {"model": source, "task": task, "method": config.get("method", "zero-shot")}
         about["seed"] = config.get("seed", source)
         given = args.templates or list(filter(None, [config.get("template")]))
@@ -555,7 +665,7 @@ def map_command(args, device: torch.device) -> None:
 
     def opened(source: str) -> tuple:
         args.model = source
-        model, tokenizer = open_model(args, device)
+        model, tokenizer = open_on(args, device)
         check_vocabulary(model, tokenizer)
         return model, tokenizer
 
@@ -611,7 +721,7 @@ def speed_command(args, device: torch.device) -> None:
     """Images, texts and pairs a second."""
     if distributed.world_size() > 1:
         raise ValueError("speed runs in one process: start it without torchrun")
-    model, _ = open_model(args, device)
+    model, _ = open_on(args, device)
     dataset = open_data(args, model, "image")
     found = speed(model, dataset, args.batch_size, args.precision, args.workers)
     print(format_table([{"what": k, "per second": number(v)} for k, v in found.items()]))
@@ -625,7 +735,6 @@ def speed_command(args, device: torch.device) -> None:
         print(f"written to {Path(args.out) / 'results.json'}")
 
 
-LOAD_OPTIONS = ("quick_gelu", "vision_heads", "text_heads", "mixture_heads", "temperature", "pooling")
 COMMANDS = {  # name: (what it does, its own arguments or None, function of (args, device))
     "zeroshot": ("classify images by the names of the classes", zeroshot_arguments, zeroshot_command),
     "retrieval": ("find captions by image and images by caption", None, retrieval_command),

@@ -316,7 +316,7 @@ def linear_probe_command(args, device: torch.device) -> None:
     alone(args)
     if args.seeds < 1 or args.epochs < 1:
         raise ValueError(f"--seeds {args.seeds} and --epochs {args.epochs}: must be at least 1")
-    model, _ = evaluate.open_model(args, device)
+    model, _ = evaluate.open_on(args, device)
     sets, options = probe_data(args, model), evaluate.options_of(args)
     classes = next(iter(sets.values())).classes
     for name, dataset in sets.items():
@@ -415,7 +415,7 @@ def spectrum_command(args, device: torch.device) -> None:
     rows, curves, models = [], {}, [args.model, *args.more]
     for source in models:
         args.model = source
-        model, _ = evaluate.open_model(args, device)
+        model, _ = evaluate.open_on(args, device)
         dataset = evaluate.open_data(args, model, "image")
         options = evaluate.options_of(args) | {"progress": f"{args.task} {source}"}
         tokens = features(source, model, dataset, args.cache, **options)
@@ -578,7 +578,7 @@ def typographic_command(args, device: torch.device) -> None:
     rows, results, models, pictures = [], {}, [args.model, *args.more], {}
     for n, source in enumerate(models):
         args.model = source
-        model, tokenizer = evaluate.open_model(args, device)
+        model, tokenizer = evaluate.open_on(args, device)
         dataset = evaluate.open_data(args, model, "labels")
         templates = openworld.templates(args.data)
         if args.templates:

@@ -576,7 +576,7 @@ def test_command_line_errors_are_one_line_and_status_2(run, tmp_path, capsys):
         (tmp_path / "set" / name).mkdir(parents=True)
         Image.new("RGB", (40, 36)).save(tmp_path / "set" / name / "0.png")
     assert evaluate.main(["retrieval", *common, "--data", str(tmp_path / "set")]) == 2
-    assert "has no captions, which retrieval needs" in capsys.readouterr().err
+    assert "has no captions, which this evaluation needs" in capsys.readouterr().err
 
 
 def test_templates_by_name_as_text_and_from_a_file(tmp_path):
