@@ -455,6 +455,24 @@ def run_config(source: str) -> dict:
     return config if isinstance(config, dict) and "method" in config else {}
 
 
+def labels_run(config: dict) -> bool:
+    """Whether a run was fine-tuned on classes."""
+    name = config.get("method")
+    if not METHODS:  # until the list of methods exists
+        return name in (
+            "finetune",
+            "labelsmooth",
+            "clipood",
+            "alignclip",
+            "flyp",
+            "coop",
+            "cocoop",
+            "maple",
+            "tes",
+        )
+    return name in METHODS and METHODS[name].module.TASK == "labels"
+
+
 def open_model(source: str, vocab: str = "", *, towers: bool = False, **load_options) -> tuple:
     """The dual encoder of a checkpoint, on the CPU, and its tokenizer.
 
@@ -606,7 +624,7 @@ def training_of(source: str) -> dict:
             f"{source}: what {config['method']} learned lies beside CLIP's weights and would not be asked;"
             " its figures are in its results.json"
         )
-    return config if config.get("method") in openworld.METHODS else {}
+    return config if labels_run(config) else {}
 
 
 def asked_of(args, source: str, config: dict) -> tuple[str, list[str]]:

@@ -14,32 +14,20 @@ splits, any list of images with labels, and the embedded scenes, which serve all
     REF: under domain shift only DomainBed's 20 % hold-out of the target is asked; whole=True asks all of it.
     REF: in the wild the base classes are the first floor(C/2) and the target is asked whole; open-class
     takes ceil(C/2). Folders under open-class are not in the papers: all domains, asked on their hold-outs.
-
-    python openworld.py --scenes                           pre-train, fine-tune with each method, the tables
-    python openworld.py --data PACS --init CHECKPOINT      the same on your data, each domain left out once
 """
 
-import contextlib
 import functools
-import json
 import os
 import statistics
-import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import data
 from readers import scenes
 from readers import templates as prompts
-from util import flags as options
-from util.files import output_folder, write_json
 from util.report import format_table
-from util.text import duration
 
 TASKS = ("domain-shift", "open-class", "in-the-wild")
-METHODS = ("finetune", "labelsmooth", "clipood", "alignclip", "flyp")
-OTHERS = ("coop", "cocoop", "maple", "tes")  # on request: prompts, and TeS
 FIGURES = ("val", "target", "base", "new", "H")
 HELD_OUT = 960  # scenes to validate on, and for each test
 
@@ -297,153 +285,3 @@ def table(rows: list[dict]) -> str:
         if shown:
             texts.append(f"{task}, %\n{format_table(shown)}")
     return "\n\n".join(texts)
-
-
-# The comparison: every method, task, target domain and seed ----------------------------------------------
-
-
-# fmt: off
-@dataclass(frozen=True)
-class Comparison:
-    """Flags of this file; the runs themselves are train.py's, one directory each, and can be resumed."""
-
-    # what is compared
-    scenes: bool = False  # the embedded data, on which a small CLIP is pre-trained first
-    data: str = ""  # a DomainBed folder, a CoOp split, or a list with labels
-    init: str = ""  # the CLIP to fine-tune; for --scenes instead of pre-training
-    tasks: str = ",".join(TASKS)  # separated by commas
-    methods: str = ",".join(METHODS)  # separated by commas; zero-shot is always there
-    targets: str = ""  # domains, separated by commas; empty: every one in turn, for scenes cartoon
-    seeds: int = 3  # runs of each: seeds 0, 1, ...
-    # training
-    quick: bool = False  # a tenth of the steps and one seed: only to see that it works
-    pretrain_steps: int = 1000  # of the small CLIP
-    steps: int = 0  # of each fine-tuning; 0: train.py's, for scenes 150
-    lr: float = 0.0  # 0: train.py's
-    batch_size: int = 0  # images over all source domains; 0: train.py's
-    bias: float = 0.0  # scenes: how often a background is the class's own in training
-    # running
-    device: str = "auto"  # cpu, cuda or auto
-    threads: int = 0  # CPU threads; 0: torch's choice
-    workers: int = 0  # loader processes
-    image_root: str = ""  # where the images of a list are; empty: beside it
-    allow_outside: bool = False  # read what a list names, or links to, outside of there
-    out: str = ""  # empty: runs/open-world-SCENES_OR_DATA
-# fmt: on
-
-
-def plan(c: Comparison, init: str, out: Path) -> list[dict]:
-    """The flags of every run of train.py."""
-    source = "scenes" if c.scenes else c.data
-    passed = ("lr", "batch_size", "bias", "threads", "image_root", "allow_outside")
-    optional = {k: getattr(c, k) for k in passed}
-    common = {k: v for k, v in optional.items() if v} | {"device": c.device, "workers": c.workers}
-    steps = c.steps or (150 if c.scenes else 0)
-    if c.quick:
-        steps = max(1, (steps or 300) // 10)
-    common |= {"steps": steps} if steps else {}
-    runs = []
-    for task in choose("task", c.tasks, TASKS):
-        where = dict(image_root=c.image_root or None, allow_outside=c.allow_outside)
-        targets = domains_of(source, task, **where)
-        if task != "open-class" and (c.targets or c.scenes):
-            targets = choose("domain", c.targets or "cartoon", targets)
-        for target in targets:
-            for seed in range(1 if c.quick else c.seeds):
-                for method in choose("method", c.methods, (*METHODS, *OTHERS)):
-                    name = "-".join(x for x in (task, target, method, str(seed)) if x)
-                    run = dict(method=method, init=init, train_data=source, open_task=task)
-                    run |= dict(target_domain=target, seed=seed, out=str(out / name))
-                    runs.append(run | common)
-    return runs
-
-
-def choose(what: str, wanted: str, known) -> list[str]:
-    names = [name.strip() for name in wanted.split(",")]
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{what} {name!r}: there are {', '.join(known)}")
-    return names
-
-
-def finished(flags: dict, log) -> dict:
-    """Results of a run of train.py: read if it is done, gone on with if it was cut off, else started."""
-    import train  # here and not above: train.py builds on this file
-    from util.run import check_same_run
-
-    out = Path(flags["out"])
-    if (out / "checkpoint.pt").exists():
-        flags = flags | {"resume": "auto"}
-    c = train.resolve(train.TrainConfig(**flags), set(flags))
-    if (out / "results.json").exists():
-        check_same_run(json.loads((out / "config.json").read_text()), asdict(c))
-        return json.loads((out / "results.json").read_text())
-    with contextlib.redirect_stdout(log):
-        return train.train(c)
-
-
-def records_of(flags: dict, results: dict) -> list[dict]:
-    """The reported model's record (the averaged one where there is one), zero-shot's and chance."""
-    about = {"task": flags["open_task"], "domain": flags["target_domain"], "seed": flags["seed"]}
-    reported = results.get("averaged", results["fine-tuned"])
-    found = {"chance": reported["chance"], "zero-shot": results["zero-shot"]}
-    found[flags["method"]] = reported
-    if "averaged" in results:
-        found[f"{flags['method']}, last step"] = results["fine-tuned"]
-    return [
-        {**about, "method": name, **{f: result[f] for f in FIGURES if f in result}}
-        for name, result in found.items()
-    ]
-
-
-def compare(c: Comparison, say=print) -> list[dict]:
-    """Runs what is not there yet, prints the tables, writes results.json.   Returns: summarise's rows."""
-    if c.scenes == bool(c.data):
-        raise ValueError("give --scenes, or --data with --init: exactly one of them")
-    if not c.scenes and not c.init:
-        raise ValueError(f"--data {c.data} needs --init: the CLIP to fine-tune")
-    if c.seeds < 1:
-        raise ValueError(f"--seeds {c.seeds}: must be at least 1")
-    if not 0 <= c.bias <= 1:
-        raise ValueError(f"--bias {c.bias}: must lie in [0, 1]")
-    name = ("scenes" if c.scenes else Path(c.data).stem) + ("-quick" if c.quick else "")
-    out = Path(c.out or f"runs/open-world-{name}")
-    init, began, records = c.init or str(out / "clip"), time.time(), {}
-    runs = plan(c, init, out)
-    output_folder(out)
-    with open(out / "log.txt", "a") as log:
-        if c.scenes and not c.init:
-            steps = max(1, c.pretrain_steps // (10 if c.quick else 1))
-            flags = dict(method="clip", train_data="broad", steps=steps, out=init)
-            flags |= dict(device=c.device, threads=c.threads)
-            say(f"pre-training a small CLIP on broad scenes, {steps} steps -> {init}", flush=True)
-            finished(flags, log)
-            say(f"  {duration(time.time() - began)}", flush=True)
-        began = time.time()
-        for n, flags in enumerate(runs, 1):
-            for r in records_of(flags, finished(flags, log)):
-                records[r["task"], r["method"], r["domain"], r["seed"]] = r  # zero-shot once a seed
-            left = duration((time.time() - began) / n * (len(runs) - n))
-            say(f"{n} of {len(runs)}  {Path(flags['out']).name}  ETA {left}", flush=True)
-    rows = summarise(list(records.values()))
-    say(f"\n{table(rows)}\n\nval: held out of the source domains. written to {out / 'results.json'}")
-    content = {"comparison": asdict(c), "rows": rows, "records": list(records.values())}
-    write_json(out / "results.json", content)
-    return rows
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = options.parser(Comparison, __doc__).parse_args(argv)
-    try:
-        compare(Comparison(**vars(args)))
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -51,9 +51,9 @@ from pathlib import Path
 import torch
 
 import pretrained
-from evals import open_world as openworld
 from lab import claims
 from lab.claims import ARMS, BY_NAME, CLAIMS, SETTINGS, Claim
+from lab.compare import finished
 from model import CONFIGS
 from scale import distributed
 from util import flags as options
@@ -307,7 +307,7 @@ class Lab:
             flags["init"] = self.request.init or str(self.path(start, seed))
         began = time.process_time()
         with open(path / "log.txt", "a") as log:
-            openworld.finished(flags, log)
+            finished(flags, log)
         write_json(path / "cpu-seconds.json", time.process_time() - began)
 
     def results(self, arm: str, seed: int) -> dict:

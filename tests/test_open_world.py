@@ -1,5 +1,6 @@
-"""openworld.py: exact splits, label spaces, no leaks, hand-made answers, tables, and the comparison."""
+"""openworld.py: exact splits, label spaces, no leaks, hand-made answers and tables."""
 
+import io
 import json
 from dataclasses import replace
 
@@ -12,9 +13,9 @@ from torch import nn
 import data
 import evaluate
 import pretrained
-import train
 from evals import open_world as openworld
-from evals.open_world import Comparison, harmonic, protocol, summarise
+from evals.open_world import harmonic, protocol, summarise
+from lab.compare import finished
 from model import CLIP, Config
 from readers import scenes
 from readers import templates as prompts
@@ -328,77 +329,6 @@ def test_templates_of_papers():
 # Command lines -------------------------------------------------------------------------------------------
 
 
-def compare(out, clip, **more):
-    lines = []
-    c = dict(
-        scenes=True,
-        init=str(clip),
-        out=str(out),
-        steps=2,
-        device="cpu",
-        threads=1,
-        seeds=2,
-        tasks="in-the-wild",
-        methods="finetune,clipood",
-    )
-    rows = openworld.compare(Comparison(**c | more), lambda text, **_: lines.append(text))
-    return rows, "\n".join(lines)
-
-
-def test_comparison_runs_and_goes_on(tmp_path, clip, monkeypatch):
-    rows, said = compare(tmp_path / "out", clip)
-    methods = ["chance", "zero-shot", "finetune", "clipood", "clipood, last step"]
-    assert [row["method"] for row in rows] == methods and all(row["runs"] == 2 for row in rows)
-    assert rows[0]["H"] == pytest.approx((1 / 16, 0.0)) and "cartoon" in said and "clipood" in said
-    saved = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert len(saved["records"]) == 10 and saved["comparison"]["steps"] == 2
-    assert (tmp_path / "out" / "in-the-wild-cartoon-clipood-1" / "checkpoint.pt").exists()
-
-    def forbidden(c):
-        raise AssertionError("trained again")
-
-    whole = train.train
-    monkeypatch.setattr(train, "train", forbidden)
-    again, _ = compare(tmp_path / "out", clip)
-    assert again == rows
-    with pytest.raises(ValueError, match="steps 2 -> 3"):
-        compare(tmp_path / "out", clip, steps=3)
-    # killed between the checkpoint and the results: evaluated, not trained
-    monkeypatch.setattr(train, "train", whole)
-    (tmp_path / "out" / "in-the-wild-cartoon-finetune-0" / "results.json").unlink()
-    again, _ = compare(tmp_path / "out", clip)
-    assert again == rows
-
-
-def test_plan_has_every_run_once(folder):
-    c = Comparison(data=str(folder), init="x", seeds=2, lr=0.5)
-    runs = openworld.plan(c, "x", tmp := folder.parent)
-    assert len(runs) == 2 * 5 * (3 + 1 + 3) == len({r["out"] for r in runs})
-    assert {r["target_domain"] for r in runs if r["open_task"] == "domain-shift"} == set(DOMAINS)
-    assert all(r["lr"] == 0.5 and "steps" not in r for r in runs)
-    some = openworld.plan(replace(c, targets="art", tasks="domain-shift", quick=True), "x", tmp)
-    assert len(some) == 5 and {r["target_domain"] for r in some} == {"art"}
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ([], "exactly one of them"),
-        (["--scenes", "--data", "x"], "exactly one of them"),
-        (["--data", "x"], "--data x needs --init"),
-        (["--scenes", "--init", "x", "--methods", "erm"], "method 'erm': there are finetune"),
-        (["--scenes", "--init", "x", "--targets", "clipart"], "domain 'clipart': there are photo"),
-        (["--scenes", "--seeds", "0"], "--seeds 0: must be at least 1"),
-        (["--data", "nowhere", "--init", "x"], "nowhere: no such file or folder"),
-    ],
-)
-def test_comparison_mistakes(flags, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert openworld.main(flags) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
-
-
 def test_evaluate_command(tmp_path, clip, folder, capsys):
     common = ["open-world", "--data", str(folder), "--device", "cpu"]
     out = ["--out", str(tmp_path / "zero")]
@@ -411,9 +341,9 @@ def test_evaluate_command(tmp_path, clip, folder, capsys):
     runs = []
     for seed in "01":
         runs.append(str(tmp_path / f"run{seed}"))
-        flags = ["--method", "clipood", "--init", str(clip), "--train-data", str(folder)]
-        flags += ["--target-domain", "art", "--steps", "2", "--batch-size", "4", "--seed", seed]
-        assert train.main([*flags, "--device", "cpu", "--out", runs[-1]]) == 0
+        flags = dict(method="clipood", init=str(clip), train_data=str(folder), target_domain="art", steps=2)
+        flags |= dict(batch_size=4, seed=int(seed), device="cpu", out=runs[-1])
+        finished(flags, io.StringIO())
     own = json.loads((tmp_path / "run0" / "results.json").read_text())
     capsys.readouterr()
     both = [*common, "--model", runs[0], "--more", runs[1], "--out", str(tmp_path / "both")]
@@ -445,6 +375,3 @@ def test_a_list_may_lead_outside_of_its_folder_only_if_asked(tmp_path):
         openworld.protocol(source, "domain-shift", "x")
     found = openworld.protocol(source, "domain-shift", "x", whole=True, allow_outside=True)
     assert len(found.tests["target"][0]) == 4
-    flags = openworld.Comparison(data=str(source), init="c", allow_outside=True, tasks="in-the-wild")
-    runs = openworld.plan(flags, "c", tmp_path)
-    assert runs and all(run["allow_outside"] for run in runs)
