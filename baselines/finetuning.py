@@ -6,9 +6,9 @@
     clipood      clipood.FineTune                        none       0.3     Beta(0.5, 0.5)
     alignclip    alignclip.AlignCLIP                     mixture    0.3     Beta(0.5, 0.5)
     flyp         flyp.FLYP,    both towers               -          -       -
-    coop         prompt_learning.CoOp, prompts only      -          -       -
-    cocoop       prompt_learning.CoCoOp, prompts only    -          -       -
-    maple        prompt_learning.MaPLe, prompts only     -          -       -
+    coop         coop.CoOp, prompts only      -          -       -
+    cocoop       coop.CoCoOp, prompts only    -          -       -
+    maple        coop.MaPLe, prompts only     -          -       -
     tes          tes.TeS, the image tower and two heads  -          -       -
 
 LabelTask is to these what pairs.PairTask is to pre-training: all that train.py's loop knows of them. What is
@@ -50,8 +50,8 @@ import data
 import evaluate
 import pretrained
 from alignclip import AlignCLIP
+from baselines.coop import CoCoOp, CoOp, MaPLe
 from baselines.flyp import FLYP
-from baselines.prompt_learning import CoCoOp, CoOp, MaPLe
 from baselines.tes import TeS
 from clipood import BetaMovingAverage, FineTune, average_of_patches, require_clip
 from evals import open_world as openworld

@@ -32,7 +32,7 @@ import data
 import evaluate
 import llip
 import model as towers
-from baselines.prompt_learning import CoCoOp, CoOp, MaPLe
+from baselines.coop import CoCoOp, CoOp, MaPLe
 from baselines.tes import TeS
 from clipood import FineTune
 from evals import linear_probe as probes

@@ -1,4 +1,4 @@
-"""prompt_learning.py: official numbers, prompts of real words, hooks on a plain CLIP, and the protocol."""
+"""Prompt learning: official numbers, prompts of real words, hooks on a plain CLIP, and the protocol."""
 
 import copy
 import math
@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from baselines.prompt_learning import CoCoOp, CoOp, MaPLe, PromptLearner
+from baselines.coop import CoCoOp, CoOp, MaPLe, PromptLearner
 from llip import Llip
 from model import CLIP, Config
 
