@@ -537,6 +537,27 @@ def open_data(flags, model: nn.Module, kind: str):
     return dataset
 
 
+def start(flags, one_process: bool = False) -> torch.device:
+    """Device of an evaluation program, after its flags are checked and its output folder is made."""
+    for name in ("batch_size", "limit"):
+        if (value := getattr(flags, name, None)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    device = distributed.setup(flags.device)
+    if one_process and distributed.world_size() > 1:
+        raise ValueError("this program runs in one process: start it without torchrun")
+    if flags.out:
+        output_folder(flags.out)
+    return device
+
+
+def write_results(flags, content: dict) -> None:
+    """Writes results.json to the folder --out, if there is one."""
+    if flags.out:
+        path = Path(flags.out) / "results.json"
+        write_json(path, content)
+        print(f"written to {path}")
+
+
 def options_of(args) -> dict:
     names = ("batch_size", "precision", "workers")
     return {name: getattr(args, name) for name in names} | {"progress": args.task}
@@ -547,9 +568,7 @@ def finish(args, result: dict, **more) -> None:
     about = {"task": args.task, "model": args.model, "data": args.data, "split": args.split}
     print(results_table({args.task: result}))
     print("  ".join(f"{k.replace('_', ' ')} {v:,}" for k, v in result.items() if isinstance(v, int)))
-    if args.out:
-        write_json(Path(args.out) / "results.json", about | result | more)
-        print(f"written to {Path(args.out) / 'results.json'}")
+    write_results(args, about | result | more)
 
 
 def open_on(args, device: torch.device) -> tuple:
@@ -670,10 +689,7 @@ def open_world_command(args, device: torch.device) -> None:
         return
     rows = openworld.summarise(records)
     print(openworld.table(rows))
-    if args.out:
-        content = {"task": args.task, "data": args.data, "rows": rows, "records": records}
-        write_json(Path(args.out) / "results.json", content)
-        print(f"written to {Path(args.out) / 'results.json'}")
+    write_results(args, {"task": args.task, "data": args.data, "rows": rows, "records": records})
 
 
 def map_command(args, device: torch.device) -> None:
@@ -748,9 +764,7 @@ def speed_command(args, device: torch.device) -> None:
     print(f"{device} ({name}), batches of {batch}, {args.precision}")
     about = {"task": args.task, "model": args.model, "batch_size": batch, "threads": threads}
     about |= {"precision": args.precision, "device": str(device)}
-    if args.out:
-        write_json(Path(args.out) / "results.json", about | {"per_second": found})
-        print(f"written to {Path(args.out) / 'results.json'}")
+    write_results(args, about | {"per_second": found})
 
 
 COMMANDS = {  # name: (what it does, its own arguments or None, function of (args, device))
@@ -816,13 +830,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments(sub)
     args = parser.parse_args(argv)
     try:
-        for name in ("batch_size", "limit"):
-            if (value := getattr(args, name)) is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
-        device = distributed.setup(args.device)
-        if args.out:
-            output_folder(args.out)
-        commands[args.task][2](args, device)
+        commands[args.task][2](args, start(args))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

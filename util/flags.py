@@ -7,6 +7,7 @@ class Flags:
     batch_size: int = 32  # images            --batch-size; the comment is the help
     gelu: bool | None = None  # activation    --gelu / --no-gelu, None where neither is given
     texts: tuple[str, ...] = ()  # prompts    --texts A B C
+    kind: Literal["a", "b"] = "a"  # kind     --kind a or --kind b
 """
 
 import argparse
@@ -48,6 +49,14 @@ def documented(cls: type) -> list[tuple[str, Field, str]]:
     return found
 
 
+def kind_of(hint) -> tuple:
+    """Type of one value, and whether there are several: tuple[str, ...] -> str, True."""
+    parts = typing.get_args(hint)
+    if not parts or typing.get_origin(hint) is typing.Literal:
+        return hint, False
+    return next(t for t in parts if t is not type(None)), typing.get_origin(hint) is tuple
+
+
 def add_flags(
     parser: argparse.ArgumentParser, cls: type, positional: tuple[str, ...] = (), **defaults
 ) -> None:
@@ -63,15 +72,15 @@ def add_flags(
         options = dict(help=text.replace("%", "%%"))
         if default is not MISSING and default not in (None, ()) and default != "":
             options["help"] += f" [{default}]"
-        kinds = [
-            t for t in (typing.get_args(types[field.name]) or (types[field.name],)) if t is not type(None)
-        ]
-        if typing.get_origin(types[field.name]) is tuple:
-            options |= dict(nargs="+", type=kinds[0], metavar=kinds[0].__name__.upper())
-        elif kinds[0] is bool:
-            options |= dict(action=argparse.BooleanOptionalAction)
+        kind, several = kind_of(types[field.name])
+        if several:
+            options["nargs"] = "+"
+        if typing.get_origin(kind) is typing.Literal:
+            options["choices"] = typing.get_args(kind)
+        elif kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
         else:
-            options |= dict(type=kinds[0], metavar=kinds[0].__name__.upper())
+            options |= dict(type=kind, metavar=kind.__name__.upper())
         if field.name in positional:
             options["metavar"] = field.name.upper()
             if default is not MISSING:
