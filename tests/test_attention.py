@@ -1,4 +1,4 @@
-"""attention.py: the fused kernel against the formula, the structures, the cost against torch's counter."""
+"""attention.py: the fused kernel against the formula, every structure, and FLOPs against torch's counter."""
 
 import pytest
 import torch
@@ -65,21 +65,21 @@ def test_unknown_kind():
 def test_equals_torch_multihead_attention():
     """The same parameter names and the same numbers, weights included."""
     torch.manual_seed(0)
-    ours, theirs = MultiheadAttention(24, 3), nn.MultiheadAttention(24, 3, batch_first=True)
-    theirs.load_state_dict(ours.state_dict())
+    layer, reference = MultiheadAttention(24, 3), nn.MultiheadAttention(24, 3, batch_first=True)
+    reference.load_state_dict(layer.state_dict())
     x = torch.randn(2, 9, 24)
-    expected, weights = theirs(x, x, x, average_attn_weights=False)
-    y, attn = ours(x, need_weights=True)
+    expected, weights = reference(x, x, x, average_attn_weights=False)
+    y, attn = layer(x, need_weights=True)
     torch.testing.assert_close(y, expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(attn, weights, atol=1e-6, rtol=1e-5)
     blocked = ~causal(9)
-    expected = theirs(x, x, x, attn_mask=blocked, need_weights=False)[0]
-    torch.testing.assert_close(ours(x, mask=~blocked), expected, atol=1e-6, rtol=1e-5)
+    expected = reference(x, x, x, attn_mask=blocked, need_weights=False)[0]
+    torch.testing.assert_close(layer(x, mask=~blocked), expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_share_the_weights(kind):
-    """A kind computes only its projections, and they are slices of the one in_proj_weight."""
+    """A kind computes only the projections that it uses; they are slices of one in_proj_weight."""
     torch.manual_seed(0)
     layer = MultiheadAttention(24, 3).double()
     nn.init.normal_(layer.in_proj_bias)

@@ -1,4 +1,4 @@
-"""losses.py: official recordings, fp64 double loops, gradient checks, and closed forms."""
+"""losses.py: official recordings, double loops in fp64, gradient checks, and closed forms."""
 
 import math
 
@@ -69,6 +69,8 @@ def test_gradcheck_of_the_fine_tuning_losses():
     text = unit(3, 8)
     targets = smoothing_targets(text)[torch.tensor([0, 2])]
     assert torch.autograd.gradcheck(lambda z: soft_cross_entropy(z, targets), leaf(random(2, 3)))
+    for form in ("mixture", "released", "uniform", "none"):
+        assert smoothing_targets(text, form=form).dtype == torch.float64
 
 
 @pytest.mark.parametrize("name", ["openclip_losses_a.npz", "openclip_losses_b.npz"])
@@ -112,7 +114,7 @@ def test_siglip_far_from_zero_is_finite():
 
 @pytest.mark.parametrize("cuts", [(0, 2, 6), (0, 1, 3, 6)])
 def test_blocks_of_rows_add_up(cuts):
-    """Local rows, global columns: the losses of the blocks, weighted by rows, are the loss of the whole."""
+    """Local rows, global columns: the mean of the block losses, weighted by rows, is the loss of the batch."""
     s = random(6, 6)
     for loss in (info_nce, siglip):
         total = 0
@@ -123,14 +125,14 @@ def test_blocks_of_rows_add_up(cuts):
 
 
 def test_blocks_that_do_not_fit():
-    with pytest.raises(ValueError, match="needs logits_t"):
+    with pytest.raises(ValueError, match="not square: logits_t is needed"):
         info_nce(random(2, 6))
     with pytest.raises(ValueError, match="2 rows from column 5 do not fit into 6 columns"):
         siglip(random(2, 6), offset=5)
 
 
 def test_margin_is_added_to_the_other_classes():
-    """CLIPood's two forms: subtracting the class's text, and adding margin * (1 - cos) to the others."""
+    """Subtracting the label's text feature equals adding margin * (1 - cos) to the other classes."""
     image, text, y = unit(5, 8), unit(4, 8, seed=1), torch.tensor([0, 3, 1, 1, 2])
     cosine = image @ text.t()
     added = 30.0 * (cosine + 0.3 * (1 - text[y] @ text.t()))
@@ -140,7 +142,7 @@ def test_margin_is_added_to_the_other_classes():
 
 
 def test_smoothing_forms():
-    # class names resemble each other: random unit vectors would be too far apart to smooth anything
+    # text features of class names are similar to each other; random unit vectors would not be smoothed
     text, eps = F.normalize(unit(1, 8) + 0.3 * unit(5, 8, seed=1), dim=-1).float(), 0.8
     D = torch.stack([torch.exp(35 * text @ t) / torch.exp(35 * text @ t).sum() for t in text])
     eye = torch.eye(5)
@@ -150,7 +152,8 @@ def test_smoothing_forms():
     torch.testing.assert_close(make("uniform"), eps * eye + (1 - eps) / 5)
     assert torch.equal(make("none"), eye) and torch.equal(make("mixture", 1.0), eye)
     torch.testing.assert_close(make("mixture").sum(-1), torch.ones(5))
-    assert not torch.allclose(make("released", 1.0), eye)  # eps = 1 still smooths in the released form
+    # eps = 1 still smooths in the released form
+    assert not torch.allclose(make("released", 1.0), eye)
     with pytest.raises(ValueError, match="epsilon 1.5"):
         make("mixture", 1.5)
     with pytest.raises(ValueError, match="form 'soft'"):
