@@ -1,12 +1,12 @@
-"""CLIP written out by hand: a vision transformer, a text transformer, and the two of them as CLIP.
+"""CLIP: a vision transformer, a text transformer, and the dual encoder that contains both.
 
 Radford et al. 2021 (arXiv:2103.00020), sections 2.4-2.5; Dosovitskiy et al. 2021 (arXiv:2010.11929).
-Parameters and submodules carry the names of OpenAI's state dict, so weights load without a map.
-This file never learns the name of a method: Llip and the fine-tuning methods wrap it from outside.
+Parameters and submodules have the names of OpenAI's state dict, so its weights load without renaming.
+This file does not depend on any method: Llip subclasses DualEncoder, fine-tuning methods wrap a CLIP.
 
-Every dual encoder offers   encode_image(images) -> image side     encode_text(tokens) -> text side
-                            pair_logits(image_side, text_side)     ensemble_text(text_side, group)
-For CLIP a side is a tensor, for Llip a tuple of tensors.
+Every dual encoder has   encode_image(images) -> image features    encode_text(tokens) -> text features
+                         pair_logits(image_side, text_side)        ensemble_text(text_side, group)
+image_side and text_side are these features: one tensor each for CLIP, a tuple of tensors each for Llip.
 """
 
 import math
@@ -19,13 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import MultiheadAttention
+from attention import Mask, MultiheadAttention
 from attention import flops as attention_flops
+from losses import at_least_fp32
+
+KeepTokens = Callable[[Tensor], Tensor] | None  # selects tokens: (B, L, D) -> (B, L', D) or (B, D)
 
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of a dual encoder. Heads and the activation are not in the shapes of a checkpoint."""
+    """The sizes of a dual encoder. The shapes in a checkpoint show neither the heads nor the activation."""
 
     embed_dim: int = 512  # joint embedding E
     image_size: int = 224  # pixels, square
@@ -40,25 +43,23 @@ class Config:
     text_layers: int = 12
     text_heads: int = 8
     text_mlp: int = 2048
-    activation: str = "quick_gelu"  # or "gelu": TRAP: the wrong one loads without a murmur
+    activation: str = "quick_gelu"  # or "gelu". TRAP: a checkpoint loads with either one
 
     @property
     def patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
 
-def _clip(embed, size, patch, vision, text, vision_mlp=None, activation="quick_gelu") -> Config:
-    """Config from (width, layers, heads) of either tower; the MLP is 4 times as wide unless given."""
-    return Config(
-        embed, size, patch, *vision, vision_mlp or 4 * vision[0], 77, 49408, *text, 4 * text[0], activation
-    )
+def _clip(embed, size, patch, vision, text, vision_mlp=None) -> Config:
+    """Builds a Config from (width, layers, heads) of each tower; an MLP is 4 times as wide by default."""
+    return Config(embed, size, patch, *vision, vision_mlp or 4 * vision[0], 77, 49408, *text, 4 * text[0])
 
 
-# Heads: width // 64 in OpenAI's files, but 80 wide in ViT-H and 104 wide in bigG (open_clip model_configs).
+# A head is 64 wide in OpenAI's models, 80 in ViT-H and 104 in ViT-bigG (open_clip model_configs).
 CONFIGS = {
-    # a laptop learns it in two minutes; the vocabulary is learned from the captions, vocab_size is replaced
+    # trains on a laptop in two minutes; the size of the tokenizer learned from the captions replaces 1024
     "tiny": Config(64, 32, 8, 64, 3, 4, 256, 32, 1024, 64, 2, 4, 256),
-    # Flickr8k and the like on a CPU
+    # for data sets as large as Flickr8k, on a CPU
     "small": Config(128, 64, 8, 128, 3, 4, 512, 32, 4096, 128, 2, 4, 512),
     "ViT-S-16": _clip(384, 224, 16, (384, 12, 6), (384, 12, 6)),
     "ViT-B-32": _clip(512, 224, 32, (768, 12, 12), (512, 12, 8)),
@@ -71,10 +72,10 @@ CONFIGS = {
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), OpenAI's approximation of GELU. Differs by 0.02 at most: silently wrong."""
+    """x * sigmoid(1.702 x), OpenAI's approximation of GELU; the two differ by at most 0.02."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # SPEED: the same number by one fused kernel: half the time, and one tensor less for autograd to keep
+        # SPEED: silu is one fused kernel: half the time, and autograd keeps one tensor less
         return F.silu(1.702 * x) * (1 / 1.702)
 
 
@@ -91,27 +92,24 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(
-        self,
-        x: Tensor,
-        kind: str = "qkv",
-        mask: Tensor | str | None = None,
-        need_weights: bool = False,
-        keep_tokens: Callable[[Tensor], Tensor] | None = None,
+        self, x: Tensor, kind="qkv", mask: Mask = None, need_weights=False, keep_tokens: KeepTokens = None
     ) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, L, D) -> (B, L, D), or the selected tokens; with need_weights also (B, H, L, L)."""
         y = self.attn(self.ln_1(x), kind, mask, need_weights)
         y, attn = y if need_weights else (y, None)
         x = x + y
-        if keep_tokens:  # the tokens that are used after the last block; its MLP acts on each token alone
+        # SPEED: the MLP treats every token separately, so it only needs the tokens that are used later
+        if keep_tokens:
             x = keep_tokens(x)
         x = x + self.mlp(self.ln_2(x))  # (B, L, D)
         return (x, attn) if need_weights else x
 
 
 class Transformer(nn.Module):
-    """A stack of blocks; grad_checkpointing recomputes each block in the backward pass.
+    """A stack of blocks. With grad_checkpointing each block is recomputed in the backward pass.
 
-    SPEED: forward(x, mask, keep_tokens) is keep_tokens(forward(x, mask)) without the last MLP of the
-    other tokens: a twentieth less in a tower of twelve blocks.
+    SPEED: forward(x, mask, keep_tokens) equals keep_tokens(forward(x, mask)) but omits the last MLP for the
+    other tokens, which is 5 % of the FLOPs of a tower of twelve blocks.
     """
 
     def __init__(self, width: int, layers: int, heads: int, mlp: int, activation: str):
@@ -119,46 +117,41 @@ class Transformer(nn.Module):
         self.width, self.grad_checkpointing = width, False
         self.resblocks = nn.ModuleList(Block(width, heads, mlp, activation) for _ in range(layers))
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | str | None = None,
-        keep_tokens: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask = None, keep_tokens: KeepTokens = None) -> Tensor:
         for block in self.resblocks:
             last = keep_tokens if block is self.resblocks[-1] else None
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, "qkv", mask, False, last, use_reentrant=False)
             else:
                 x = block(x, mask=mask, keep_tokens=last)
-        return x  # (B, L, D), or the tokens that keep_tokens selected
+        return x  # (B, L, D), or the selected tokens
 
 
 def resize_positions(
     positions: Tensor, extra: int, size: tuple[int, int], mode: str = "bicubic", antialias: bool = True
 ) -> Tensor:
-    """Interpolates the patch rows of a position embedding to another grid; the parameter is not touched.
+    """Interpolates the patch positions of a position embedding to another grid of patches.
 
-    No equation. Codes differ: open_clip bicubic with antialias (the default here), Hugging Face without,
-    OpenAI's own ViT-L/14@336 and CLIP Surgery bilinear; 4 to 23 % apart on a smooth grid.
-    Args:    positions (extra + P, D), P a square;  extra: rows that belong to no patch, kept as they are
+    No equation. open_clip uses bicubic interpolation with antialias, the default here; Hugging Face bicubic
+    without; OpenAI's ViT-L/14@336 and CLIP Surgery bilinear. They differ by 4 to 23 % on a smooth grid.
+    Args:    positions (extra + P, D), P a square number;  extra: first rows, which are copied
              size: (rows, columns) of the new grid
-    Returns: (extra + rows * columns, D); the given tensor itself when the grid does not change.
+    Returns: (extra + rows * columns, D); `positions` itself if the grid has this size already
     """
     side = math.isqrt(len(positions) - extra)
     if size == (side, side):
         return positions
-    grid = positions[extra:].float().t().reshape(1, -1, side, side)  # (1, D, side, side)
+    grid = at_least_fp32(positions[extra:]).t().reshape(1, -1, side, side)  # (1, D, side, side)
     grid = F.interpolate(grid, size, mode=mode, align_corners=False, antialias=antialias)
     grid = grid.flatten(2)[0].t().to(positions.dtype)  # (rows * columns, D)
     return torch.cat([positions[:extra], grid])  # (extra + rows * columns, D)
 
 
 class VisionTransformer(nn.Module):
-    """ViT of CLIP: class token(s) before the patches, ln_pre, blocks, ln_post, projection.
+    """The ViT of CLIP: class token and patches, ln_pre, blocks, ln_post, projection.
 
-    tokens = 1 is CLIP's class token, class_embedding (D,). Several are Llip's mixture tokens,
-    class_embedding (tokens, D), each with a position of its own. proj (D, E), or None without projection.
+    Args: tokens: None for one class token with class_embedding (D,); M for Llip's mixture tokens, which have
+          class_embedding (M, D) and one position each;  project: False leaves out the projection proj (D, E)
     """
 
     def __init__(self, config: Config, tokens: int | None = None, project: bool = True):
@@ -175,10 +168,7 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(torch.empty(D, c.embed_dim)) if project else None
 
     def embed(self, images: Tensor, mode: str = "bicubic", antialias: bool = True) -> Tensor:
-        """Images (B, 3, height, width) to the first residual stream (B, tokens + P, D), ln_pre included.
-
-        Any height and width of at least one patch: positions are interpolated for another grid.
-        """
+        """The input of the first block: images of any size (B, 3, height, width) -> (B, tokens + P, D)."""
         x = self.conv1(images)  # (B, D, rows, columns)
         size = (x.shape[-2], x.shape[-1])
         x = x.flatten(2).transpose(1, 2)  # (B, P, D)
@@ -188,23 +178,23 @@ class VisionTransformer(nn.Module):
         return self.ln_pre(x)
 
     def head(self, x: Tensor) -> Tensor:
-        """ln_post and projection of any tokens: (..., D) -> (..., E)."""
+        """Applies ln_post and the projection to tokens: (..., D) -> (..., E)."""
         x = self.ln_post(x)
         return x if self.proj is None else x @ self.proj.to(x.dtype)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, E), the class token's projection."""
+        """The projected class token: (B, 3, S, S) -> (B, E)."""
         return self.head(self.transformer(self.embed(images), keep_tokens=lambda x: x[:, 0]))
 
 
 class DualEncoder(nn.Module):
-    """What CLIP, SigLIP and Llip share: the text tower, the scale, and the call that DDP wraps.
+    """The shared part of CLIP, SigLIP and Llip: text tower, logit scale, and the forward pass.
 
-    conditional      whether an image's embedding depends on the caption (Llip)
-    takes_captions   whether any text can be scored; learned prompts score names of classes only
+    conditional      True if the image embedding depends on the caption (Llip)
+    takes_captions   True if every text can be scored; learned prompts only score class names
 
-    The text tower's parts are attributes of the model itself and not of a submodule: OpenAI's names.
-    logit_scale is the log of the inverse temperature; logit_bias exists only where bias is not None.
+    The parts of the text tower are attributes of this module because OpenAI's parameter names require it.
+    Args: scale: initial exp(logit_scale);  bias: initial logit_bias, or None for a model without logit_bias
     """
 
     conditional, takes_captions = False, True
@@ -222,36 +212,30 @@ class DualEncoder(nn.Module):
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
 
     def text_features(self, tokens: Tensor) -> Tensor:
-        """Token ids (B, L) to the end token's feature (B, D) after ln_final, before any projection.
+        """The end token's features after ln_final, before any projection: (B, L) -> (B, D).
 
-        The end token has the highest id of the vocabulary, and the first one found counts.
-        Raises: ValueError for more tokens than the context; fewer are the cheaper way to the same number.
+        The end token is the first one with the highest id. Raises ValueError if L exceeds the context length.
         """
-        if tokens.shape[-1] > self.config.context_length:
-            raise ValueError(
-                f"texts of {tokens.shape[-1]} tokens, but the context is {self.config.context_length}"
-            )
+        L, context = tokens.shape[-1], self.config.context_length
+        if L > context:
+            raise ValueError(f"texts of {L} tokens, but the context is {context}")
         return self.text_features_of(self.token_embedding(tokens), tokens.argmax(-1))
 
     def text_features_of(self, x: Tensor, end: Tensor) -> Tensor:
-        """Token embeddings (B, L, D) and the place of each end token (B,) to features (B, D)."""
+        """As text_features, from token embeddings (B, L, D) and the index of each end token (B,)."""
         x = x + self.positional_embedding[: x.shape[1]].to(x.dtype)
         row = torch.arange(len(x), device=x.device)
-        x = self.transformer(x, "causal", lambda x: x[row, end])  # (B, D) no looking ahead
+        x = self.transformer(x, "causal", lambda x: x[row, end])  # (B, D)
         return self.ln_final(x)
 
     def forward(self, images: Tensor, tokens: Tensor, after_text: Callable | None = None) -> tuple:
-        """Both sides of a batch; DistributedDataParallel wraps this call.
-
-        after_text(text features) replaces the text features; it may start work that runs while images
-        are encoded.
-        """
+        """Image and text features. after_text is applied to the text features before images are encoded."""
         text = self.encode_text(tokens)
         text = after_text(text) if after_text else text
         return self.encode_image(images), text
 
     def class_templates(self, templates: tuple[str, ...]) -> tuple[str, ...]:
-        """The prompt templates to evaluate with; learned prompts replace the given ones."""
+        """The prompt templates for evaluation. A model with learned prompts returns its own."""
         return templates
 
     def scale_logits(self, cosines: Tensor) -> Tensor:
@@ -260,16 +244,15 @@ class DualEncoder(nn.Module):
         return logits if self.logit_bias is None else logits + self.logit_bias
 
     def set_grad_checkpointing(self, enabled: bool = True) -> None:
-        """Recompute every block in the backward pass: one third more FLOPs, 1/layers of the memory."""
+        """Recomputes every block in the backward pass: 1/3 more FLOPs, memory of one block per tower."""
         self.visual.transformer.grad_checkpointing = enabled
         self.transformer.grad_checkpointing = enabled
 
 
 class CLIP(DualEncoder):
-    """CLIP; with a bias, the same towers under SigLIP's sigmoid loss.
+    """CLIP, or with a bias SigLIP.
 
-    Radford et al. 2021, Fig. 3:  logits = exp(t) * cos(image, text)
-    Args: scale: start of exp(logit_scale), 1/0.07 as Radford et al.;  bias: start of logit_bias or None
+    Radford et al. 2021, Fig. 3:  logits = exp(logit_scale) * cos(image, text); the initial scale is 1/0.07
     """
 
     def __init__(self, config: Config, scale: float = 1 / 0.07, bias: float | None = None):
@@ -289,23 +272,20 @@ class CLIP(DualEncoder):
         return x @ self.text_projection.to(x.dtype)  # (B, E)
 
     def pair_logits(self, image_side: Tensor, text_side: Tensor) -> Tensor:
-        """exp(logit_scale) * cos (+ logit_bias) of every pair: (B_img, E), (B_txt, E) -> (B_img, B_txt)."""
+        """exp(logit_scale) * cos (+ logit_bias) of all pairs: (B_img, E), (B_txt, E) -> (B_img, B_txt)."""
         image, text = F.normalize(image_side, dim=-1), F.normalize(text_side, dim=-1)
         return self.scale_logits(image @ text.t())  # (B_img, B_txt)
 
     def ensemble_text(self, text_side: Tensor, group: Tensor) -> Tensor:
-        """Prompts to classes: (N, E) and the class of each prompt (N,) -> (C, E) unit norm.
+        """Averages the prompts of each class: (N, E) and the class of each prompt (N,) -> (C, E) unit norm.
 
-        Radford et al. 2021, section 3.1.4: normalise, average over the class's prompts, normalise.
+        Radford et al. 2021, section 3.1.4: normalise, average over the prompts of a class, normalise.
         """
         return F.normalize(group_mean(F.normalize(text_side, dim=-1), group), dim=-1)
 
 
 def group_mean(x: Tensor, group: Tensor) -> Tensor:
-    """Mean of the rows of x (N, ...) that share a group (N,) in 0..C-1: (C, ...).
-
-    Raises: ValueError if a group between 0 and the largest has no row.
-    """
+    """Averages the rows of x (N, ...) that have the same group (N,), a number in 0..C-1: (C, ...)."""
     count = torch.bincount(group)  # (C,)
     if (count == 0).any():
         raise ValueError(f"class {int((count == 0).nonzero()[0, 0])} has no prompt")
@@ -315,16 +295,9 @@ def group_mean(x: Tensor, group: Tensor) -> Tensor:
 
 @torch.no_grad()
 def initialize(model: DualEncoder) -> None:
-    """Random start of every parameter, in one place.
+    """Initialises every parameter as in OpenAI's clip/model.py, with normal distributions.
 
-    | parameter                              | distribution                       | source                 |
-    | token_embedding                        | N(0, 0.02)                         | OpenAI clip/model.py   |
-    | positional_embedding (text)            | N(0, 0.01)                         | OpenAI                 |
-    | text blocks: in_proj, out_proj         | N(0, D^-1/2), N(0, (2 L D)^-1/2)   | OpenAI; L = layers     |
-    | text blocks: c_fc, c_proj              | N(0, (2 D)^-1/2), N(0, (2 L D)^-1/2)| OpenAI                |
-    | class and image position embeddings    | N(0, D^-1/2)                       | OpenAI                 |
-    | projections (any (..., D, E))          | N(0, D^-1/2)                       | OpenAI; Llip           |
-    | image blocks, conv1, every LayerNorm   | PyTorch's defaults                 | OpenAI                 |
+    conv1, the image blocks and every LayerNorm keep PyTorch's defaults, as in OpenAI's code.
     """
     nn.init.normal_(model.token_embedding.weight, std=0.02)
     nn.init.normal_(model.positional_embedding, std=0.01)
@@ -343,22 +316,19 @@ def initialize(model: DualEncoder) -> None:
 
 
 def tower_flops(config: Config, tokens: int = 1, used: int | None = None) -> dict[str, int]:
-    """FLOPs of one forward pass of one image and one text (two per multiply-add; LayerNorm, softmax no).
+    """FLOPs of a forward pass of one image and of one text, counted as in attention.flops.
 
-    Equals torch's FlopCounterMode. tokens: class or mixture tokens;  used: image tokens that leave the tower,
-    these unless given; only they go through the last block's MLP, and the head projects them.
+    Args: tokens: class or mixture tokens;  used: image tokens that leave the tower, default `tokens`. Only
+          these go through the last MLP and the projection.
     """
     c, used = config, used or tokens
 
-    def tower(length, layers, width, heads, mlp, used):
-        attention, each = attention_flops("qkv", length, width, heads), 2 * 2 * width * mlp
-        mlps = (layers - 1) * length + used  # tokens through one
-        return layers * attention + mlps * each + 2 * used * width * c.embed_dim
+    def tower(length, used, layers, width, heads, mlp):
+        attention = layers * attention_flops("qkv", length, width, heads)
+        mlps = ((layers - 1) * length + used) * 2 * 2 * width * mlp
+        return attention + mlps + 2 * used * width * c.embed_dim
 
     patchify = 2 * c.patches * 3 * c.patch_size**2 * c.vision_width
-    vision = (c.vision_layers, c.vision_width, c.vision_heads, c.vision_mlp)
-    text = (c.text_layers, c.text_width, c.text_heads, c.text_mlp)
-    return {
-        "image": patchify + tower(tokens + c.patches, *vision, used),
-        "text": tower(c.context_length, *text, 1),
-    }
+    image = tower(tokens + c.patches, used, c.vision_layers, c.vision_width, c.vision_heads, c.vision_mlp)
+    text = tower(c.context_length, 1, c.text_layers, c.text_width, c.text_heads, c.text_mlp)
+    return {"image": patchify + image, "text": text}

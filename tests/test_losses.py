@@ -114,7 +114,7 @@ def test_siglip_far_from_zero_is_finite():
 
 @pytest.mark.parametrize("cuts", [(0, 2, 6), (0, 1, 3, 6)])
 def test_blocks_of_rows_add_up(cuts):
-    """Local rows, global columns: the mean of the block losses, weighted by rows, is the loss of the batch."""
+    """Local rows, global columns: the mean of block losses, weighted by rows, is the batch loss."""
     s = random(6, 6)
     for loss in (info_nce, siglip):
         total = 0

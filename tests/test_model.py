@@ -1,4 +1,4 @@
-"""model.py: exact sizes, OpenAI's names, and every number against a re-statement or a recording."""
+"""model.py: exact sizes, OpenAI's names, and every number against a second implementation or a recording."""
 
 import math
 
@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from losses import info_nce
 from model import CLIP, CONFIGS, Config, QuickGELU, group_mean, resize_positions, tower_flops
 
-SMALL = Config(32, 32, 8, 64, 2, 1, 256, 20, 200, 128, 1, 2, 512)  # of the goldens clip_train_step
+SMALL = Config(32, 32, 8, 64, 2, 1, 256, 20, 200, 128, 1, 2, 512)  # as in tests/golden/clip_train_step.npz
 
 # Radford et al. 2021 (B, L: OpenAI's files) and open_clip's table for H and bigG
 PARAMETERS = {
@@ -62,7 +62,7 @@ def test_flops_equal_torchs_counter(name):
 
 
 def test_tower_flops_of_the_recordings():
-    """They were taken where every token goes through the last MLP."""
+    """The recordings count the last MLP for every token."""
     image, text = (tower_flops(CONFIGS["ViT-B-16"])["image"], tower_flops(CONFIGS["ViT-B-32"])["text"])
     assert image + 196 * 4 * 768 * 3072 == 35_126_906_880
     assert text + 76 * 4 * 512 * 2048 == 5_959_540_736
@@ -132,7 +132,7 @@ def broken_end(model):
 
 @pytest.mark.parametrize("mutate", [broken_gelu, broken_eps, broken_mask, broken_end])
 def test_parity_sees_mutants(golden_arrays, mutate):
-    """A comparison of probabilities lets these pass; one of features must not."""
+    """A comparison of probabilities does not find these errors; a comparison of features must."""
     g = golden_arrays("clip_train_step.npz")
     model, mutant = golden_model(g), golden_model(g)
     mutate(mutant)
@@ -152,7 +152,7 @@ def test_quick_gelu():
 
 
 def test_text_after_the_end_token_changes_nothing():
-    """Causal mask and pooling at the first end token."""
+    """The mask is causal, and the features are those of the first end token."""
     model, tokens = CLIP(SMALL), tokens_for(SMALL)
     changed = tokens.clone()
     for i in range(3):
@@ -183,6 +183,14 @@ def test_ensemble_text(golden_arrays):
     torch.testing.assert_close(uneven[0], F.normalize(prompts[1], dim=-1))
     with pytest.raises(ValueError, match="class 1 has no prompt"):
         group_mean(prompts[:2], torch.tensor([0, 2]))
+
+
+def test_fp64_at_another_resolution():
+    model, image = CLIP(SMALL).double(), torch.rand(1, 3, 40, 40, dtype=torch.float64)
+    precise = resize_positions(model.visual.positional_embedding, 1, (5, 5))
+    rounded = resize_positions(model.visual.positional_embedding.float(), 1, (5, 5))
+    assert 0 < (precise - rounded).abs().max() < 1e-6
+    assert model.encode_image(image).dtype == torch.float64
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 64), (16, 32), (40, 24)])
