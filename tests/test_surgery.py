@@ -293,7 +293,7 @@ def test_position_interpolation_of_the_others(method, mode, antialias):
     positions = torch.randn(17, 1, generator=torch.Generator().manual_seed(0)).expand(17, 32)
     grid = positions[1:, :1].reshape(1, 1, 4, 4)
     for size in ((3, 2), (7, 5)):
-        expected = F.interpolate(grid, size, mode=mode, antialias=antialias)[0, 0].double()
+        expected = F.interpolate(grid.double(), size, mode=mode, antialias=antialias)[0, 0]
         got = bare_positions(method, *size, positions)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
