@@ -4,14 +4,16 @@ import hashlib
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import ImageDraw
+from PIL import Image
 
-from readers import scenes
-from readers.scenes import COLOURS, DOMAINS, GROUPS, KINDS, PATTERNS, PLACES, Objects, Scenes, draw
+from readers import scene_captions, scenes
+from readers.scenes import COLOURS, DOMAINS, GROUPS, KINDS, PLACES, Objects, Scenes, draw
 
+ROOT = Path(__file__).resolve().parent.parent
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
 GROUND = {
     "on grass": "grass",
@@ -42,8 +44,7 @@ def picture_facts(data, i):
             continue
         kind = KINDS[f["kind"][i, n]]
         y, x = divmod(int(f["place"][i, n]), 2)
-        words = {kind, COLOURS[f["colour"][i, n]], PATTERNS[f["pattern"][i, n]]}
-        words |= {"large", "big"} if f["side"][i, n] > 28 else {"small", "little"}
+        words = {kind, COLOURS[f["colour"][i, n]]}
         words |= {group for group, kinds in GROUPS.items() if kind in kinds}
         things.append((words, ("top", "bottom")[y] + " " + ("left", "right")[x], y, x))
     return things, scenes.BACKGROUNDS[f["background"][i]], DOMAINS[f["domain"][i]]
@@ -93,8 +94,8 @@ def is_true(text, facts):
     for a in things:
         for b in things:
             side = {LEFT: a[3] < b[3], RIGHT: a[3] > b[3], ABOVE: a[2] < b[2], BELOW: a[2] > b[2]}
-            fits = a is not b and matches(first, a) and matches(second, b)
-            if fits and (joint == "and" or side[SPOKEN[joint]]):
+            both = a is not b and matches(first, a) and matches(second, b)
+            if both and (joint == "and" or side[SPOKEN[joint]]):
                 return True
     return False
 
@@ -114,13 +115,12 @@ def test_pixels_and_captions_depend_on_seed_split_and_index_only():
 
 def test_another_process_draws_the_same_bytes():
     code = (
-        "import scenes, hashlib; d = scenes.Scenes('test', 40, seed=5);"
+        "from readers import scenes; import hashlib; d = scenes.Scenes('test', 40, seed=5);"
         "print(hashlib.sha256(d.pixels.tobytes() + repr(d.captions).encode()).hexdigest())"
     )
     data = Scenes("test", 40, seed=5)
     here = hashlib.sha256(data.pixels.tobytes() + repr(data.captions).encode()).hexdigest()
-    root = scenes.__file__.rpartition("/")[0]
-    there = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    there = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert there.stdout.strip() == here
 
 
@@ -132,9 +132,9 @@ def test_chance_is_the_same_on_every_machine():
     assert hashlib.sha256(texts.encode()).hexdigest()[:16] == "e6c6bad836e117e3"
 
 
-@pytest.mark.parametrize("form", scenes.FORMS)
+@pytest.mark.parametrize("form", scene_captions.FORMS)
 def test_every_caption_is_true(form):
-    data = Scenes("train", 300, captions=form, varied=True)
+    data = Scenes("train", 300, captions=form)
     for i, texts in enumerate(data.captions):
         facts = picture_facts(data, i)
         assert len(texts) >= 5
@@ -142,60 +142,37 @@ def test_every_caption_is_true(form):
             assert is_true(text, facts), (text, facts)
 
 
-def test_relevance_is_what_an_independent_reader_finds():
-    data = Scenes("test", 40, captions="single", varied=True)
+@pytest.mark.parametrize("form", scene_captions.FORMS)
+def test_relevance_is_what_an_independent_reader_finds(form):
+    data = Scenes("test", 40, captions=form)
     facts = [picture_facts(data, i) for i in range(len(data))]
     texts = [text for written in data.captions for text in written]
     read = np.array([[is_true(text, fact) for text in texts] for fact in facts])
     relevance = data.relevance()
     assert relevance.shape == (40, len(texts))
     assert np.array_equal(relevance, read)
-    assert relevance.any(0).all() and 0.02 < relevance.mean() < 0.5
+    assert relevance.any(0).all() and (0.02 if form != "full" else 0.01) < relevance.mean() < 0.5
 
 
-def test_relations_hold_exactly_where_the_corners_say():
-    data = Scenes("test", 2000)
-    corner = [
-        {k: divmod(p, 2) for k, p in zip(kinds, places) if k >= 0}
-        for kinds, places in zip(data.facts["kind"].tolist(), data.facts["place"].tolist())
-    ]
-    for a, b in ((0, 1), (5, 2), (9, 14)):
-        both = [(c[a], c[b]) if a in c and b in c else None for c in corner]
-        for how, (axis, sign) in enumerate(((1, -1), (1, 1), (0, -1), (0, 1))):
-            true = [pair is not None and sign * (pair[0][axis] - pair[1][axis]) > 0 for pair in both]
-            assert data.holds(scenes.Relation(a, how, b)).tolist() == true
-            assert any(true)
+def test_relations_are_true_exactly_where_the_corners_say():
+    data = Scenes("test", 500)
+    for i, picture in enumerate(data.pictures):
+        corner = {k: divmod(p, 2) for k, p in zip(data.facts["kind"][i], data.facts["place"][i]) if k >= 0}
+        true = {claim for claim in scene_captions.truths(picture) if claim[0] in scene_captions.RELATIONS}
+        expected = set()
+        for a, (y, x) in corner.items():
+            for b, (v, u) in corner.items():
+                sides = {"left": x < u, "right": x > u, "above": y < v, "below": y > v}
+                expected |= {(how, KINDS[a], KINDS[b]) for how, holds in sides.items() if holds}
+        assert true == expected
 
 
-def test_a_pattern_replaces_the_colour_of_a_thing():
-    data = Scenes("train", 60, domains=("cartoon",), varied=True)
-    striped = draw({**data.facts, "pattern": np.ones_like(data.facts["pattern"])}, np.arange(60), 32)
-    plain = draw({**data.facts, "pattern": np.zeros_like(data.facts["pattern"])}, np.arange(60), 32)
-    for c, rgb in enumerate(scenes.RGB):
-        drawn = np.flatnonzero((data.facts["colour"] == c).any(1))
-        was, now = ((x[drawn].reshape(-1, 3)) for x in (plain, striped))
-        solid = (was == rgb).all(1)  # pixels that are all of the thing's colour
-        inked = (now[solid] == (rgb + 5 * 250) // 6).all(1)
-        kept = (now[solid] == rgb).all(1)
-        assert (inked | kept).all() and 0.3 < inked.mean() < 0.7
-
-
-@pytest.mark.parametrize("aspect", scenes.QUERIES)
-def test_queries_are_what_an_independent_reader_finds(aspect):
-    data = Scenes("test", 40, varied=True)
-    texts, true = data.queries(aspect)
-    assert len(set(texts)) == len(texts) == true.shape[1]
-    facts = [picture_facts(data, i) for i in range(len(data))]
-    assert np.array_equal(true, [[is_true(text, fact) for text in texts] for fact in facts])
-    assert true.any(1).all()
-
-
-def test_full_captions_identify_their_picture_and_single_ones_do_not():
+def test_full_captions_identify_their_picture_and_aspects_do_not():
     unique = {
         form: (Scenes("test", 300, captions=form).relevance().sum(0) == 1).mean()
-        for form in ("full", "single")
+        for form in ("full", "aspects")
     }
-    assert unique["full"] > 0.9 and unique["single"] < 0.2, unique
+    assert unique["full"] > 0.9 and unique["aspects"] < 0.2, unique
 
 
 def test_captions_of_a_picture_differ_and_wording_varies():
@@ -203,7 +180,7 @@ def test_captions_of_a_picture_differ_and_wording_varies():
     assert np.mean([len(set(texts)) for texts in data.captions]) > 7
     distinct = {text for texts in data.captions for text in texts}
     assert len(distinct) > 0.3 * 400 * 8
-    words = set(scenes.vocabulary(data))
+    words = {word for text in distinct for word in text.split()}
     names = {*COLOURS, *KINDS, "sketch", "photo", "cartoon", "painting", "animal", "vehicle"}
     assert names <= words and len(words) < 100
     assert max(len(text.split()) for text in distinct) <= 28
@@ -213,12 +190,12 @@ def test_no_picture_is_in_two_splits():
     """With so few pictures possible, splits drawn without the rule share dozens."""
     seen = {}
     for n, split in enumerate(scenes.SPLITS):
-        data = Objects(split, 4000, seed=n, kinds=("dog",), varied=True)
-        names = ("colour", "pattern", "side", "top", "left")
+        data = Objects(split, 4000, seed=n, kinds=("dog",))
+        names = ("colour", "side", "top", "left")
         table = np.stack([data.facts[name][:, 0] for name in names], 1)
         table = np.column_stack([table, data.facts["background"]])
         seen[split] = {tuple(row) for row in table.tolist()}
-    assert all(len(rows) > 1000 for rows in seen.values())
+    assert all(len(rows) > 500 for rows in seen.values())
     assert not seen["train"] & seen["test"]
     assert not seen["train"] & seen["val"]
     assert not seen["val"] & seen["test"]
@@ -332,19 +309,11 @@ def test_kinds_are_told_apart_by_shape():
         (lambda: Scenes(size=0), "size 0"),
         (lambda: Scenes(kinds=KINDS[:3]), "3 kinds are too few"),
         (lambda: Scenes(captions="long"), "unknown captions 'long'"),
-        (lambda: Scenes(size=4).queries("mood"), "unknown aspect 'mood'"),
     ],
 )
 def test_mistakes_are_named(make, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         make()
-
-
-def test_lists_name_every_thing():
-    data = Scenes("train", 100, captions="single")
-    for i, texts in enumerate(data.captions):
-        kinds = {KINDS[k] for k in data.facts["kind"][i] if k >= 0}
-        assert set(KINDS) & set(texts[1].replace(",", "").split()) == kinds
 
 
 def test_indices_out_of_range_fail():
@@ -355,39 +324,21 @@ def test_indices_out_of_range_fail():
             read(4)
 
 
-def test_a_caption_cut_on_the_sheet_ends_in_three_dots(monkeypatch):
-    drawn, pictures = [], Scenes(size=2)
-    pictures.captions = [["a red dog"], ["a red dog and so on " * 9]]
-    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda pen, where, text, **_: drawn.append(text))
-    scenes.contact_sheet(pictures, 2, 4)
-    assert drawn[0].replace("\n", " ").endswith(": a red dog")
-    assert drawn[1].count("\n") == 2 and drawn[1].endswith(" ...")
-
-
 def test_command_line(tmp_path, capsys):
     out = tmp_path / "sheet.png"
     assert scenes.main(["--show", "--count", "9", "--domain", "sketch", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert out.exists() and str(out) in printed and "words:" in printed
+    assert str(out) in printed and "words:" in printed
+    data = Scenes(size=9, domains=("sketch",))
+    first = np.asarray(Image.open(out).crop((0, 2, 8 * 32, 2 + 4 * 32)))[2::4, 2::4]  # zoom 4
+    assert np.array_equal(first[:, :32], data.pixels[0])
+    assert np.array_equal(first[:, 32:, 0] == 255, data.mask(0))
     assert scenes.main(["--objects", "--count", "9", "--out", str(out)]) == 0
     assert "16 classes" in capsys.readouterr().out
     assert scenes.main(["--split", "dev", "--out", str(out)]) == 2
     assert capsys.readouterr().err.startswith("error: unknown split")
     with pytest.raises(SystemExit):
         scenes.main(["--nonsense"])
-
-
-def test_plain_scenes_say_nothing_of_sizes_and_patterns():
-    """Only what differs between pictures is told of."""
-    plain, varied = (
-        Scenes("train", 200, captions="single"),
-        Scenes("train", 200, captions="single", varied=True),
-    )
-    words = [{w for texts in d.captions for t in texts for w in t.split()} for d in (plain, varied)]
-    assert {"striped", "spotted", "small", "large"} <= words[1]
-    assert not {"striped", "spotted", "small", "little", "large", "big"} & words[0]
-    there = plain.facts["kind"] >= 0
-    assert set(plain.facts["size"][there]) == {1} and set(plain.facts["pattern"][there]) == {0}
 
 
 def test_broad_is_half_scenes_and_half_single_things_with_true_names():
