@@ -26,13 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses import margin_metric_logits, smoothing_targets, soft_cross_entropy
+from losses import at_least_fp32, margin_metric_logits, smoothing_targets, soft_cross_entropy
 from model import CLIP
 
 
 def unit(x: Tensor) -> Tensor:
-    """Unit length along the last axis, in fp32: (..., E) -> (..., E)."""
-    return F.normalize(x.float(), dim=-1)
+    """Normalises the last axis to unit length, in fp32 or fp64: (..., E) -> (..., E)."""
+    return F.normalize(at_least_fp32(x), dim=-1)
 
 
 def full_precision(x: Tensor) -> torch.autocast:

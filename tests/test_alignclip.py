@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -253,6 +254,23 @@ def test_gradient_of_the_attention_alignment_path():
 
 
 # ------------------------------------------------------------------------------------------ the method
+
+
+@pytest.mark.parametrize("similarity", ["label", "all"])
+@pytest.mark.parametrize(
+    "name", ["visual.class_embedding", "visual.transformer.resblocks.0.attn.in_proj_bias"]
+)
+def test_gradcheck_of_the_loss(clip, text, batch, name, similarity):
+    """The gradient of the whole loss equals finite differences, in fp64."""
+    method = AlignCLIP(clip.double(), text.double(), similarity=similarity)
+    images, labels = batch[0].double(), batch[1]
+    parameter = clip.visual.get_parameter(name).detach().clone().requires_grad_()
+
+    def loss(x):
+        return functional_call(method, {f"clip.visual.{name}": x}, (images, labels))[0]
+
+    assert loss(parameter).dtype == torch.float64
+    assert torch.autograd.gradcheck(loss, parameter)
 
 
 def test_loss_is_the_sum_of_its_parts(clip, text, batch):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import checkpoint
 from PIL import Image
 
@@ -13,6 +14,11 @@ import llip
 import losses
 import tasks as pairs
 import train
+from alignclip import AlignCLIP
+from baselines.coop import CoCoOp, CoOp, MaPLe
+from baselines.flyp import FLYP
+from baselines.tes import TeS
+from clipood import FineTune
 from model import CLIP, Config
 from tokenizer import Tokenizer
 
@@ -53,6 +59,42 @@ def test_bf16_stays_near_fp32(method):
     drift = (exact - rough).abs().max().item() / scale  # in units of a cosine
     assert exact.dtype == rough.dtype == torch.float32
     assert 0 < drift < 0.02, drift
+
+
+METHODS = {
+    "finetune": lambda clip, text, tokens: FineTune(clip, text),
+    "labelsmooth": lambda clip, text, tokens: FineTune(clip, text, smoothing="uniform"),
+    "alignclip": lambda clip, text, tokens: AlignCLIP(clip, text),
+    "flyp": lambda clip, text, tokens: FLYP(clip, tokens),
+    "coop": lambda clip, text, tokens: CoOp(clip, tokens, 2),
+    "cocoop": lambda clip, text, tokens: CoCoOp(clip, tokens, 2),
+    "maple": lambda clip, text, tokens: MaPLe(clip, tokens, 2, 2),
+    "tes": lambda clip, text, tokens: TeS(clip, text),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_works_in_fp64(name):
+    """Loss, gradients and predictions of an fp64 model are fp64, and no step of them is rounded to fp32."""
+    torch.manual_seed(0)
+    tokens = torch.randint(1, 598, (3, 16))
+    tokens[:, 0], tokens[:, 5], tokens[:, 6:] = 598, 599, 0
+    text = F.normalize(torch.randn(3, 16, dtype=torch.float64), dim=-1)
+    method = METHODS[name](CLIP(CONFIG).double(), text, tokens).double()
+    images, labels = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 2, 1, 1])
+    losses = []
+    # fp32 would round the change of the loss to 0 or to at least 6e-8
+    for offset in (0.0, 1e-9):
+        with torch.no_grad():
+            method.clip.visual.positional_embedding += offset * torch.randn(17, 32, dtype=torch.float64)
+        loss, _ = method.loss(images, labels)
+        losses.append(loss.item())
+    loss.backward()
+    trained = [p for p in method.parameters() if p.requires_grad]
+    gradients = [p.grad for p in trained if p.grad is not None]
+    assert loss.dtype == method.predict(images).dtype == torch.float64
+    assert gradients and all(g.dtype == torch.float64 for g in gradients)
+    assert 0 < abs(losses[1] - losses[0]) < 3e-8
 
 
 def test_training_in_bf16_stays_near_fp32(tmp_path):
