@@ -83,11 +83,17 @@ class LabelMethod(nn.Module):
         return self.clip if clip is None else clip
 
     def learned(self) -> dict[str, Tensor]:
-        """What was learned beside CLIP's weights: part of the checkpoint, and all that load_learned needs."""
-        return {}
+        """What was learned apart from CLIP's weights, for the checkpoint."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("clip.")}
 
     def load_learned(self, state: dict[str, Tensor]) -> None:
         """Takes up learned().   Raises: ValueError if names or shapes are not those of this module."""
+        own, saved = ({k: tuple(v.shape) for k, v in s.items()} for s in (self.learned(), state))
+        if own != saved:
+            name = min(k for k, _ in own.items() ^ saved.items())
+            found, expected = saved.get(name, "absent"), own.get(name, "absent")
+            raise ValueError(f"{name}: {found} in the state, {expected} in this {type(self).__name__}")
+        self.load_state_dict(self.state_dict() | state)
 
 
 def average_of_patches(visual: nn.Module, images: Tensor) -> Tensor:
@@ -236,3 +242,10 @@ def wise_ft(
             f"{shapes[1].get(name, 'absent')} in the fine-tuned ones"
         )
     return {k: torch.lerp(v, fine_tuned[k].to(v), alpha) for k, v in zero_shot.items()}
+
+
+DEFAULTS = dict(
+    lr=5e-6, steps=5000, batch_size=36, warmup=0, weight_decay=0.1, beta2=0.999, eps=1e-8, crop_scale=0.7
+)
+DEFAULTS |= dict(train_size=2048)  # scenes to draw
+TINY = dict(lr=5e-4, steps=300)

@@ -7,8 +7,8 @@
     alignclip    alignclip.AlignCLIP                     mixture    0.3     Beta(0.5, 0.5)
     flyp         flyp.FLYP,    both towers               -          -       -
     coop         coop.CoOp, prompts only      -          -       -
-    cocoop       coop.CoCoOp, prompts only    -          -       -
-    maple        coop.MaPLe, prompts only     -          -       -
+    cocoop       cocoop.CoCoOp, prompts only    -          -       -
+    maple        maple.MaPLe, prompts only     -          -       -
     tes          tes.TeS, the image tower and two heads  -          -       -
 
 LabelTask is to these what pairs.PairTask is to pre-training: all that train.py's loop knows of them. What is
@@ -42,7 +42,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -50,8 +49,10 @@ import data
 import evaluate
 import pretrained
 from alignclip import AlignCLIP
-from baselines.coop import CoCoOp, CoOp, MaPLe
+from baselines.cocoop import CoCoOp
+from baselines.coop import CoOp, start_words
 from baselines.flyp import FLYP
+from baselines.maple import MaPLe
 from baselines.tes import TeS
 from clipood import BetaMovingAverage, FineTune, average_of_patches, require_clip
 from evals import open_world as openworld
@@ -149,41 +150,24 @@ def defaults(c, given: set[str]):
     return c
 
 
-def prompt_start(c, tokenizer) -> tuple[list[int] | None, str]:
-    """Ids of the words that the context starts as (None: random), and the template of what follows it.
-
-    Raises: ValueError if the words are too few, or one of them is several tokens.
-    """
-    words = c.context_words.split()
-    if not words:
-        return None, "{}."
-    ids = tokenizer.encode(" ".join(words[: c.context]))
-    if len(ids) != c.context:
-        raise ValueError(
-            f"--context {c.context}, but --context-words {c.context_words!r} has {len(words)} words, and"
-            f" the first {c.context} are {len(ids)} tokens: the two must agree"
-        )
-    return ids, " ".join([*words[c.context :], "{}."])
-
-
 def build_method(
-    c, clip: CLIP, text: Tensor, class_tokens: Tensor, words: list[int] | None = None
+    c, clip: CLIP, text: Tensor, class_tokens: Tensor, words: list[int] | None = None, rest: str = ""
 ) -> nn.Module:
     """The module of c.method around clip.
 
-    Args: text (C, E) unit norm and class_tokens (C, L) of its classes;  words of prompt_start
+    Args: text (C, E) unit norm and class_tokens (C, L) of its classes;  words and rest of start_words
     """
     if c.method == "flyp":
         return FLYP(clip, class_tokens)
     if c.method == "coop":
-        start = dict(position=c.context_position, words=words)
+        start = dict(position=c.context_position, words=words, template=rest)
         return CoOp(clip, class_tokens, c.context, c.class_context, **start)
     if c.method == "cocoop":
-        return CoCoOp(clip, class_tokens, c.context, words=words)
+        return CoCoOp(clip, class_tokens, c.context, words=words, template=rest)
     if c.method == "maple":
         # PAPER: depth 9 of 12 blocks; all of a shallower tower
         depth = c.prompt_depth or min(9, clip.config.vision_layers, clip.config.text_layers)
-        return MaPLe(clip, class_tokens, c.context, depth, words=words)
+        return MaPLe(clip, class_tokens, c.context, depth, words=words, template=rest)
     if c.method == "tes":
         shares = dict(lambda_v=c.tes_share, lambda_t=c.tes_weight)
         return TeS(clip, text, tau=c.tes_temperature, **shares)
@@ -224,46 +208,6 @@ class AveragePooled(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         return average_of_patches(self.clip.visual, images)  # (B, E)
-
-
-class Prompted(nn.Module):
-    """A prompt learner as the dual encoder that evaluate.py asks.
-
-    What an image is may hang on the prompts and what a prompt is on the image (CoCoOp), so the sides are
-    the images and the tokens themselves, and only a pair of them is worth a score.
-    Args: method with predict(images, tokens or None);  known: the side of the classes it was trained on
-    """
-
-    def __init__(self, method: nn.Module, known: Tensor):
-        super().__init__()
-        self.method, self.config, self.known = method, method.clip.config, known
-        self.train(method.training)
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        return images
-
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        return F.pad(tokens, (0, self.config.context_length - tokens.shape[1]))  # (B, context)
-
-    def ensemble_text(self, side: Tensor, group: Tensor) -> Tensor:
-        """Each class has one prompt: the learned one."""
-        return side
-
-    def pair_logits(self, images: Tensor, side: Tensor) -> Tensor:
-        """Scores (B, C); classes trained on are asked as such, since a method may know more of them."""
-        side = side.to(self.known.dtype)
-        same = side.shape == self.known.shape and torch.allclose(side, self.known, atol=1e-5)
-        return self.method.predict(images, None if same else side)
-
-
-class TextSupervised(Prompted):
-    """TeS likewise: its classifier for the classes it knows, its projection for any others."""
-
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        return self.method.clip.encode_text(tokens)
-
-    def ensemble_text(self, side: Tensor, group: Tensor) -> Tensor:
-        return self.method.clip.ensemble_text(side, group)
 
 
 class LabelTask:
@@ -314,17 +258,16 @@ class LabelTask:
         classes, length = self.train.classes, self.config.context_length
         with evaluate.evaluating(clip) as device:
             text = evaluate.encode_classes(clip, self.tokenizer, classes, self.templates)  # (C, E)
-        words, self.asked_with = None, self.templates
+        words, rest, self.asked_with = None, "", self.templates
         if c.method in ("coop", "cocoop", "maple"):
-            words, rest = prompt_start(c, self.tokenizer)
+            default = METHODS[c.method].get("context_words", "")
+            words, rest = start_words(c.context_words, default, c.context, self.tokenizer)
             self.asked_with = (rest,)
         tokens = [prompts.fill(self.asked_with[0], name) for name in classes]
         tokens = self.tokenizer(tokens, length).to(device)  # (C, L)
-        self.model, self.known = build_method(c, clip, text, tokens, words), tokens
-        if c.method == "tes":
-            self.known = self.model.text
-            if distributed.world_size() > 1:
-                raise ValueError("TeS has a BatchNorm, which must see the whole batch: one process")
+        self.model = build_method(c, clip, text, tokens, words, rest)
+        if c.method == "tes" and distributed.world_size() > 1:
+            raise ValueError("TeS has a BatchNorm, which must see the whole batch: one process")
         self.autocast = contextlib.nullcontext
 
     def begin(self, c) -> None:
@@ -381,8 +324,7 @@ class LabelTask:
         if self.average is not None:
             more |= {"clip": self.clip.state_dict(), "average": self.average.state_dict()}
         if self.c.method in BESIDE:
-            learned = self.model.state_dict().items()
-            more["learned"] = {k: v for k, v in learned if not k.startswith("clip.")}
+            more["learned"] = self.model.learned()
         model = pretrained.describe(reported)
         return {"state_dict": reported.state_dict(), "model": model, "task": more}
 
@@ -392,7 +334,7 @@ class LabelTask:
         self.clip.load_state_dict(more.get("clip", saved["state_dict"]))
         self.sums = dict(more["sums"])
         if self.c.method in BESIDE:
-            self.model.load_state_dict(self.model.state_dict() | more["learned"])
+            self.model.load_learned(more["learned"])
         if self.average is not None:
             self.average.load_state_dict(more["average"])
 
@@ -436,7 +378,7 @@ class LabelTask:
         """The dual encoder whose answers are this method's."""
         if self.c.method not in BESIDE:
             return self.pooled(self.clip)
-        return (TextSupervised if self.c.method == "tes" else Prompted)(self.model, self.known)
+        return self.model.dual_encoder()
 
     def score(self, model: nn.Module, templates: tuple[str, ...] = ()) -> dict:
         templates = templates or self.templates

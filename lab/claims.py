@@ -32,7 +32,9 @@ import data
 import evaluate
 import llip
 import model as towers
-from baselines.coop import CoCoOp, CoOp, MaPLe
+from baselines.cocoop import CoCoOp
+from baselines.coop import CoOp
+from baselines.maple import MaPLe
 from baselines.tes import TeS
 from clipood import FineTune
 from evals import linear_probe as probes

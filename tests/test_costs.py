@@ -13,8 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import losses
 from alignclip import AlignCLIP
 from attention import flops as attention_flops
-from baselines.coop import CoCoOp, CoOp, MaPLe
+from baselines.cocoop import CoCoOp
+from baselines.coop import CoOp
 from baselines.flyp import FLYP
+from baselines.maple import MaPLe
 from baselines.tes import TeS
 from clipood import FineTune
 from evals import surgery

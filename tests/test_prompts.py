@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from baselines.coop import CoCoOp, CoOp, MaPLe, PromptLearner
+from baselines.cocoop import CoCoOp
+from baselines.coop import CoOp, PromptLearner
+from baselines.maple import MaPLe
 from llip import Llip
 from model import CLIP, Config
 
@@ -111,7 +113,7 @@ def compare(model, g, prefix, gradient, **limits):
 def test_coop_is_the_official_one(golden_arrays, variant, n, options):
     g = golden_arrays("coop.npz")
     model = CoOp(*official(g), n, **options)
-    model.load_prompt_state({"ctx": g[f"in.ctx.{variant}"]})
+    model.load_learned({"ctx": g[f"in.ctx.{variant}"]})
     ctx = model.ctx if model.ctx.dim() == 3 else model.ctx.expand(5, -1, -1)
     x, _ = model.prompts(ctx, model.class_tokens)
     seen = g[f"out.{variant}.prompts_first20"][:, : x.shape[1]]
@@ -125,14 +127,14 @@ def test_cocoop_is_the_official_one(golden_arrays):
     weights, g = golden_arrays("coop.npz"), golden_arrays("cocoop.npz")
     model = CoCoOp(*official(weights), 4, chunk=7)
     state = {k[3:]: v for k, v in g.items() if k.startswith(("in.ctx", "in.meta_net"))}
-    model.load_prompt_state(state)
+    model.load_learned(state)
     compare(model, g, "", "grad.")
 
 
 @pytest.mark.parametrize("variant, n, depth", [("j1", 2, 1), ("j3", 2, 3)])
 def test_maple_is_the_official_one(golden_arrays, variant, n, depth):
     model, g, state = official_maple(golden_arrays, variant, n, depth)
-    model.load_prompt_state(state)
+    model.load_learned(state)
     compare(model, g, variant + ".", "grad.")
 
 
@@ -140,7 +142,7 @@ def test_maple_deeper_than_its_network_is_maple_as_deep_as_it(golden_arrays):
     """The official J = 6 over 4 blocks: two of its prompts have no gradient, and we refuse to make them."""
     variant = "j6_deeper_than_net"
     model, g, state = official_maple(golden_arrays, variant, 3, 4)
-    model.load_prompt_state({k: v for k, v in state.items() if k.split(".")[1:2] not in (["3"], ["4"])})
+    model.load_learned({k: v for k, v in state.items() if k.split(".")[1:2] not in (["3"], ["4"])})
     compare(model, g, variant + ".", "grad.")
     for j in "34":
         assert not g[f"out.{variant}.grad.compound_prompts_text.{j}"].any()
@@ -280,7 +282,7 @@ def test_maple_is_clip_with_its_tokens_replaced(clip, tokens, batch, depth):
     torch.testing.assert_close(logits, expected)
     F.cross_entropy(expected, labels).backward()
     expected = gradients(model)
-    assert set(found) == set(expected) == set(model.prompt_state())
+    assert set(found) == set(expected) == set(model.learned())
     for name in found:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
 
@@ -328,7 +330,7 @@ def test_only_prompts_learn(model, batch):
         | {f"compound_prompt_projections.{j}.{n}" for j in (0, 1) for n in ("weight", "bias")},
     }[type(model)]
     assert {k for k, p in model.named_parameters() if p.requires_grad} == expected
-    assert set(model.prompt_state()) == expected
+    assert set(model.learned()) == expected
     model.loss(*batch)[0].backward()
     assert set(gradients(model)) == expected  # DistributedDataParallel needs a gradient for each
 
@@ -371,7 +373,7 @@ def test_scores_classes_never_trained_on(clip, tokens, batch):
         model = randomize(METHODS[name](clip, tokens))
         new = rows([[30, 31, STOP], [32, 12, 13, 14, 15, STOP]])
         expected = METHODS[name](clip, new)
-        expected.load_prompt_state(model.prompt_state())
+        expected.load_learned(model.learned())
         own = model.predict(batch[0])
         torch.testing.assert_close(model.predict(batch[0], new), expected.predict(batch[0]))
         assert torch.equal(model.predict(batch[0]), own)
@@ -400,24 +402,24 @@ def test_class_features_are_kept_until_something_changes(clip, tokens, batch):
         assert model(batch[0]).requires_grad
 
 
-def test_prompt_state_goes_into_another_module_and_nothing_else_does(model, clip, tokens, batch):
+def test_learned_goes_into_another_module_and_nothing_else_does(model, clip, tokens, batch):
     randomize(model)
-    state = {k: v.clone() for k, v in model.prompt_state().items()}
+    state = {k: v.clone() for k, v in model.learned().items()}
     expected = model.predict(batch[0])
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
                 p.zero_()
-    model.load_prompt_state(state)
+    model.load_learned(state)
     assert torch.equal(model.predict(batch[0]), expected)
-    with pytest.raises(ValueError, match="prompt extra: .* in the state, absent in this"):
-        model.load_prompt_state({**state, "extra": torch.zeros(2)})
-    with pytest.raises(ValueError, match="prompt ctx: absent in the state"):
-        model.load_prompt_state({k: v for k, v in state.items() if k != "ctx"})
-    with pytest.raises(ValueError, match=r"prompt ctx: \(7,\) in the state, \("):
-        model.load_prompt_state({**state, "ctx": torch.zeros(7)})
-    with pytest.raises(ValueError, match="prompt clip.ln_final.weight"):
-        model.load_prompt_state({**state, "clip.ln_final.weight": torch.zeros(24)})
+    with pytest.raises(ValueError, match="extra: .* in the state, absent in this"):
+        model.load_learned({**state, "extra": torch.zeros(2)})
+    with pytest.raises(ValueError, match="ctx: absent in the state"):
+        model.load_learned({k: v for k, v in state.items() if k != "ctx"})
+    with pytest.raises(ValueError, match=r"ctx: \(7,\) in the state, \("):
+        model.load_learned({**state, "ctx": torch.zeros(7)})
+    with pytest.raises(ValueError, match="clip.ln_final.weight"):
+        model.load_learned({**state, "clip.ln_final.weight": torch.zeros(24)})
 
 
 def test_bf16_towers_and_fp32_cosines(model, batch):

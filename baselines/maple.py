@@ -1,0 +1,114 @@
+"""MaPLe: prompts in J blocks of both towers; the image tower's are linear functions of the text tower's.
+
+Khattak et al. 2023 (arXiv:2210.03117), section 3.2; code muzairkhattak/multimodal-prompt-learning@69bce21.
+Before block j < J the n prompt tokens are set to
+
+    P_j          in the text tower, directly after the start token;  P_0 is ctx
+    F_j(P_j)     in the image tower, after all patches;              F_0 is proj
+
+    REF: depth J counts the prompts at the input: J - 1 more replace them before blocks 1 ... J - 1.
+    REF: for a J deeper than a tower, the official code keeps prompts that are never used; here J is checked.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from baselines import coop
+from baselines.coop import PromptLearner
+from clipood import Classes, unit
+from model import CLIP, Transformer
+
+
+class MaPLe(PromptLearner):
+    """Multi-modal prompt learning.
+
+    Args:   depth: J, from 1 (prompts at the input only) to the number of blocks of the shorter tower.
+            The rest as in PromptLearner
+    Raises: ValueError, beyond those of PromptLearner, for another depth.
+    Cost:   forward: as CoOp, with n tokens more in the image tower and J products 2 n D D' into its width D'.
+            4 bytes of gradient for each of J (n D + D D' + D') numbers
+    """
+
+    def __init__(self, clip: CLIP, class_tokens: Tensor, context: int = 2, depth: int = 9, **start):
+        super().__init__(clip, class_tokens, context, **start)
+        c = clip.config
+        if not 1 <= depth <= min(c.vision_layers, c.text_layers):
+            raise ValueError(
+                f"depth {depth}: the towers have {c.vision_layers} (image) and {c.text_layers} (text) blocks"
+            )
+        D, deeper = c.text_width, range(depth - 1)
+        self.proj = nn.Linear(D, c.vision_width)
+        self.compound_prompts_text = nn.ParameterList(
+            nn.Parameter(0.02 * torch.randn(context, D)) for _ in deeper
+        )
+        self.compound_prompt_projections = nn.ModuleList(nn.Linear(D, c.vision_width) for _ in deeper)
+
+    def encode_prompts(self, ctx: Tensor, tokens: Tensor) -> Tensor:
+        """Context (C, n, D) and tokens (C, L) through the text tower: (C, E) unit norm."""
+        clip, (x, end) = self.clip, self.prompts(ctx, tokens)
+        # the deeper prompts replace P_0 together with its positions
+        x = x + clip.positional_embedding[: x.shape[1]].to(x.dtype)  # (C, n + L, D)
+        deeper, row = list(self.compound_prompts_text), torch.arange(len(x), device=x.device)
+        x = run_blocks(clip.transformer, x, deeper, 1, lambda x: x[row, end], "causal")  # (C, D)
+        return unit(clip.ln_final(x) @ clip.text_projection.to(x.dtype))  # (C, E)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, E) unit norm."""
+        visual = self.clip.visual
+        x = visual.embed(images)  # (B, 1 + P, D')
+        first = visual.ln_pre(self.proj(self.ctx)).to(x.dtype)  # (n, D') after ln_pre, without positions
+        pairs = zip(self.compound_prompt_projections, self.compound_prompts_text)
+        deeper = [project(p) for project, p in pairs]  # (n, D') each
+        place = x.shape[1]
+        x = torch.cat([x, first.expand(len(x), -1, -1)], 1)  # (B, 1 + P + n, D')
+        x = run_blocks(visual.transformer, x, deeper, place, lambda x: x[:, 0])  # (B, D')
+        return unit(visual.head(x))  # (B, E)
+
+
+def run_blocks(
+    transformer: Transformer,
+    x: Tensor,
+    prompts: list[Tensor],
+    place: int,
+    keep_tokens: Callable[[Tensor], Tensor],
+    mask: Tensor | str | None = None,
+) -> Tensor:
+    """As model.Transformer; before block j the tokens of x (B, L, D) from place on become prompts[j - 1]."""
+    for j, block in enumerate(transformer.resblocks):
+        if 1 <= j <= len(prompts):
+            new = prompts[j - 1].to(x.dtype).expand(len(x), -1, -1)  # (B, n, D)
+            x = torch.cat([x[:, :place], new, x[:, place + new.shape[1] :]], 1)  # (B, L, D)
+        last = keep_tokens if block is transformer.resblocks[-1] else None
+        if transformer.grad_checkpointing and torch.is_grad_enabled():
+            x = checkpoint(block, x, "qkv", mask, False, last, use_reentrant=False)
+        else:
+            x = block(x, mask=mask, keep_tokens=last)
+    return x  # the tokens that keep_tokens selected
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Flags of maple."""
+
+    context: int = 2  # learned vectors
+    context_words: str = "a photo of a"  # words that they and the next words start as; empty: random
+    prompt_depth: int = 0  # blocks with prompts; 0: 9, or all blocks of a shallower tower
+
+
+DEFAULTS = coop.DEFAULTS | dict(lr=3.5e-3, batch_size=4, epochs=5.0)
+TINY = coop.TINY | dict(context=2)
+PRESETS = {"maple-cross-dataset": dict(lr=2.6e-3, epochs=2.0, prompt_depth=3)}
+TASK = "labels"
+
+
+def build(settings: Settings, clip: CLIP, classes: Classes) -> MaPLe:
+    """The module that is trained."""
+    s = settings
+    words, rest = coop.start_words(s.context_words, Settings.context_words, s.context, classes.tokenizer)
+    tokens = classes.tokens(rest, clip.config.context_length)
+    depth = s.prompt_depth or min(9, clip.config.vision_layers, clip.config.text_layers)
+    return MaPLe(clip, tokens, s.context, depth, words=words, template=rest)
