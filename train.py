@@ -447,9 +447,9 @@ def resolve(c: TrainConfig, given: set[str]) -> TrainConfig:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    args = options.parser(TrainConfig, __doc__).parse_args(argv)
+    flags = options.parse(TrainConfig, argv, __doc__)
     try:
-        c = resolve(TrainConfig(**vars(args)), options.given(argv))
+        c = resolve(flags, options.explicit(argv))
         if c.dry_run:
             from scale import costs as dryrun
 
