@@ -67,7 +67,7 @@ def gradients(model):
     return {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
 
 
-# ------------------------------------------------------------------------------ the official numbers
+# The official numbers -------------------------------------------------------------------------------------
 
 
 def golden_clip(g, config):
@@ -160,7 +160,7 @@ def official_maple(golden_arrays, variant, n, depth):
     return MaPLe(clip, rest, n, depth), g, state
 
 
-# ------------------------------------------------------------------- words in the place of the context
+# Words in the place of the context ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_padding_changes_nothing(clip, batch):
     assert b.class_tokens.shape == (4, 6)  # SPEED: start, three words, full stop, end
 
 
-# ------------------------------------------------------------------------------------------- CoCoOp
+# CoCoOp ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 20, 100])
@@ -239,7 +239,7 @@ def test_cocoop_encodes_no_more_than_a_chunk_at_once(clip, tokens, batch):
     assert sorted(sizes[3:]) == [6, 7, 7]
 
 
-# -------------------------------------------------------------------------------------------- MaPLe
+# MaPLe ----------------------------------------------------------------------------------------------------
 
 
 def hooked_maple(clip, model, images, tokens):
@@ -313,7 +313,7 @@ def test_maple_with_recomputed_blocks_is_the_same(clip, tokens, batch):
         torch.testing.assert_close(grad, expected[name])
 
 
-# ---------------------------------------------------------------------------------------- the protocol
+# The protocol ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=METHODS)
@@ -431,7 +431,7 @@ def test_bf16_towers_and_fp32_cosines(model, batch):
     torch.testing.assert_close(loss, model.loss(*batch)[0], rtol=0, atol=0.1)
 
 
-# -------------------------------------------------------------------------------------------- mistakes
+# Mistakes -------------------------------------------------------------------------------------------------
 
 
 def test_a_name_too_long_for_the_context_is_named(clip, tokens, batch):

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from baselines import tes
 from baselines.tes import TeS, tes_loss
+from clipood import Classes
 from llip import Llip
 from losses import smoothing_targets, soft_cross_entropy
 from model import CLIP, Config
@@ -166,3 +168,40 @@ def test_mistakes_are_named(clip, text):
         TeS(clip, text[0])
     with pytest.raises(ValueError, match="needs a CLIP, not a Llip"):
         TeS(Llip(CONFIG, 4, 2), text)
+
+
+def test_flags_reach_the_method(clip, text):
+    classes = Classes(["a", "b", "c", "d"], ("{}",), None, text)
+    method = tes.build(tes.Settings(tes_temperature=0.1, tes_share=0.3, tes_weight=0.5), clip, classes)
+    assert (method.tau, method.lambda_v, method.lambda_t) == (0.1, 0.3, 0.5)
+    assert method.loss_terms == "the classifier's + 0.5 x the projection's cross-entropy"
+    assert method.whole_batch and method.one_process
+
+
+def test_the_dual_encoder_answers_for_any_classes(clip, text, batch):
+    """The classifier for the classes of training, known by their text features; the projection for others."""
+    method = TeS(clip, text).eval()
+    dual = method.dual_encoder()
+    assert method.dual_encoder(clip) is clip and dual.takes_captions and not dual.conditional
+    assert dual.class_templates(("a {}",)) == ("a {}",) and dual.config is clip.config
+    tokens = torch.randint(1, 39, (6, 12))
+    assert torch.equal(dual.encode_text(tokens), clip.encode_text(tokens))
+    group = torch.tensor([0, 0, 1, 1, 2, 2])
+    other = dual.ensemble_text(dual.encode_text(tokens), group)
+    assert torch.equal(other, clip.ensemble_text(clip.encode_text(tokens), group))
+    images = dual.encode_image(batch[0])
+    assert torch.equal(dual.pair_logits(images, text), method.predict(batch[0]))
+    for features in (other, text[:3], text.flip(0)):
+        assert torch.equal(dual.pair_logits(images, features), method.predict(batch[0], features))
+
+
+def test_what_was_learned_holds_the_buffers_of_batchnorm(clip, text, batch):
+    method = TeS(clip, text)
+    method.loss(*batch)
+    state = method.learned()
+    assert "projection.1.running_mean" in state and not any(k.startswith("clip.") for k in state)
+    other = TeS(clip, text)
+    other.load_learned(state)
+    assert torch.equal(other.eval().predict(batch[0], text[:2]), method.eval().predict(batch[0], text[:2]))
+    with pytest.raises(ValueError, match=r"classifier.bias: \(4,\) in the state, \(3,\) in this TeS"):
+        TeS(clip, text[:3]).load_learned(state)
