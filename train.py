@@ -27,13 +27,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import evaluate
+import tasks
 from baselines import finetuning
 from model import CONFIGS
-from scale import distributed
+from scale import costs, distributed
 from scale.gradcache import training_step  # noqa: F401  (train.training_step is public)
 from tasks import PairTask
 from util import files, plots, text
 from util import flags as options
+from util.report import format_table
 from util.run import Run, StopSignal, check_same_run, git_commit
 
 OBJECTIVES = {"clip": "infonce", "siglip": "siglip", "llip": "siglip"}
@@ -445,15 +447,31 @@ def resolve(c: TrainConfig, given: set[str]) -> TrainConfig:
     return c
 
 
+def describe_costs(c: TrainConfig) -> str:
+    """The report of --dry-run. The model is built on the meta device, without memory for its weights."""
+    if c.init or c.epochs or c.text_tokens:
+        raise ValueError(
+            "--dry-run counts a model of --model over --steps: leave out --init, --epochs, --text-tokens"
+        )
+    config = CONFIGS[c.model]
+    if c.image_size:
+        config = replace(config, image_size=c.image_size)
+    with torch.device("meta"):
+        model = tasks.build_model(c, config)
+    title = f"{c.preset or c.method} {c.model}"
+    half, checkpointed = c.precision != "fp32", c.grad_checkpointing
+    run = (c.steps, c.batch_size, c.objective, c.accumulate, half, checkpointed)
+    lines, rows = costs.report(model, title, *run)
+    return "\n".join([*lines, format_table(rows)])
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     flags = options.parse(TrainConfig, argv, __doc__)
     try:
         c = resolve(flags, options.explicit(argv))
         if c.dry_run:
-            from scale import costs as dryrun
-
-            print(dryrun.describe(c))
+            print(describe_costs(c))
         else:
             train(c)
     except KeyboardInterrupt:

@@ -48,8 +48,7 @@ from evals import surgery
 from lab import peers
 from model import CONFIGS
 from readers import images
-from scale import costs as dryrun
-from scale import distributed
+from scale import costs, distributed
 from scale import llip_tiles as tiles
 from scale.gradcache import training_step
 from tokenizer import Tokenizer
@@ -648,7 +647,7 @@ def memory(b: Bench) -> None:
         "checkpointed": partial(step_case, "clip", name, 8, b.c.precision, checkpointing=True),
     }
     b.compare(f"{name} training step, batch 8", steps, memory=True, repeats=2)
-    c = train.TrainConfig(method="llip", objective="siglip", mixture_tokens=64, mixture_heads=8)
+    net = build("llip", CONFIGS[name], "meta", tokens=64)
     slices = ((4, 1024), (64, 32)) if b.c.quick else ((16, 32768), (4096, 64))
     for rows, columns in slices:  # all the texts; all of a rank's images
         case = partial(objective_case, "tiles", rows, columns, 64)
@@ -659,12 +658,12 @@ def memory(b: Bench) -> None:
         inputs = 4 * (2 * rows * 64 * 512 + 2 * columns * 512 + 512 * 512)
         share = 1 if b.device.type == "cuda" else tiles.GPU_TILES
         tile = tiles.GPU_TILES * tiles.TILE_BYTES
-        model = dryrun.pair_bytes(c, CONFIGS[name], rows, columns) - tile + tile // share
+        model = costs.pair_bytes(net, "siglip", rows, columns) - tile + tile // share
         b.note(
             f"{rows:,} images x {columns:,} texts, 64 tokens: {spent:.1f} s, inputs and peak "
             f"{(measured + inputs) / 2**20:,.0f} MiB, by --dry-run's formula {model / 2**20:,.0f} MiB"
         )
-    whole = dryrun.pair_bytes(c, CONFIGS[name], 4096, 32768) / 2**30
+    whole = costs.pair_bytes(net, "siglip", 4096, 32768) / 2**30
     b.note(f"so a rank of 8 with 4,096 of 32,768 pairs takes {whole:.1f} GiB for its pairs on a GPU")
 
 
@@ -762,9 +761,8 @@ def wire(b: Bench) -> None:
                 raise ValueError(f"{world} processes: one ended with an error")
             found = json.loads(Path(folder, f"{world}.json").read_text())
         for kind, objective in RANKED.items():
-            c = train.TrainConfig(method=kind, objective=objective, batch_size=RANKED_PAIRS)
-            total = sum(p.numel() for p in build(kind, CONFIGS["tiny"], "meta", tokens=8).parameters())
-            formula = dryrun.wire_bytes(c, CONFIGS["tiny"], total, world)
+            net = build(kind, CONFIGS["tiny"], "meta", tokens=8)
+            formula = costs.wire_bytes(net, objective, RANKED_PAIRS, world)
             text = sum(formula.get(k, 0) for k in ("texts", "logits"))
             counted = found[kind]
             rows.append(
@@ -795,12 +793,10 @@ def ranks(b: Bench) -> None:
     own, plain = llip.flops(config, tokens), models.tower_flops(config)
     grown = (own["image"] + own["text"]) / (plain["image"] + plain["text"])
     per_pair = found["pairs"] / (32 * (256 if b.c.quick else 1024))
-    c = train.resolve(train.TrainConfig(preset="llip-B-32"), {"preset"})
-    with torch.device("meta"):
-        total = sum(p.numel() for p in llip.Llip(config, tokens, 8).parameters())
+    net = build("llip", config, "meta", tokens)
     rows = []
     for W in (2**k for k in range(11)):
-        wire = dryrun.wire_bytes(c, config, total, W)
+        wire = costs.wire_bytes(net, "siglip", N, W)
         sent = sum(wire.values()) / (b.c.bandwidth * 1e9) + (W > 1) * 4 * b.c.latency * 1e-6
         pieces = {"towers": grown * found["towers"] / batch * N / W, "pairs": per_pair * N * N / W}
         pieces["network"] = sent

@@ -18,7 +18,7 @@ import pretrained
 import tasks as pairs
 import train
 from model import CONFIGS
-from scale import costs as dryrun
+from scale import costs
 from train import PRESETS, TrainConfig, learning_rate, main, parameter_groups, resolve
 from util import flags as options
 from util.run import Run
@@ -340,9 +340,9 @@ def test_activation_estimate_is_close_to_what_autograd_keeps():
         return sum(x.untyped_storage().nbytes() for x in held.values())
 
     measured = (kept(12, False) - kept(4, False)) / 8
-    assert dryrun.activation_bytes(config, 1, False, False) == pytest.approx(measured, rel=0.05)
+    assert costs.activation_bytes(model, False, False) == pytest.approx(measured, rel=0.05)
     recomputed = (kept(12, True) - kept(4, True)) / 8
-    assert recomputed < 0.3 * measured and dryrun.activation_bytes(config, 1, False, True) < 0.5 * measured
+    assert recomputed < 0.3 * measured and costs.activation_bytes(model, False, True) < 0.5 * measured
 
 
 def test_time_is_not_in_the_metrics(tmp_path):
