@@ -38,7 +38,7 @@ class CoCoOp(PromptLearner):
         E, D = clip.config.embed_dim, clip.config.text_width
         hidden = max(E // 16, 1)
         layers = [("linear1", nn.Linear(E, hidden)), ("relu", nn.ReLU()), ("linear2", nn.Linear(hidden, D))]
-        self.meta_net = nn.Sequential(OrderedDict(layers))
+        self.meta_net = nn.Sequential(OrderedDict(layers)).to(self.ctx.dtype)
 
     def cosines(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Images (B, 3, S, S) against classes (C, L): (B, C).

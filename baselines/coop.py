@@ -60,7 +60,7 @@ class PromptLearner(LabelMethod):
         self.clip, self.context, self.template = clip.requires_grad_(False), context, template
         self.starts_as = f"the context starts {'at random' if words is None else 'as words'}"
         table = clip.token_embedding.weight
-        start = torch.empty(*rows, context, table.shape[1])  # (..., n, D)
+        start = torch.empty(*rows, context, table.shape[1], dtype=table.dtype)  # (..., n, D)
         if words is None:
             nn.init.normal_(start, std=0.02)
         else:

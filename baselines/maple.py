@@ -46,6 +46,7 @@ class MaPLe(PromptLearner):
             nn.Parameter(0.02 * torch.randn(context, D)) for _ in deeper
         )
         self.compound_prompt_projections = nn.ModuleList(nn.Linear(D, c.vision_width) for _ in deeper)
+        self.to(self.ctx.dtype)
 
     def encode_prompts(self, ctx: Tensor, tokens: Tensor) -> Tensor:
         """Context (C, n, D) and tokens (C, L) through the text tower: (C, E) unit norm."""

@@ -105,6 +105,7 @@ class TeS(LabelMethod):
         self.projection = nn.Sequential(
             nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, text.shape[1])
         )
+        self.to(clip.logit_scale.dtype)
         self.register_buffer("text", unit(text.detach()), persistent=False)  # (C, E)
 
     def features(self, images: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def class_tokens(n=5):
     return tokens
 
 
-def test_flyp_is_pretraining_on_prompts(clip, batch):
+def test_is_pretraining_on_prompts(clip, batch):
     images, labels = batch
     tokens = class_tokens()
     method = FLYP(clip, tokens)
@@ -51,7 +51,7 @@ def test_flyp_is_pretraining_on_prompts(clip, batch):
     assert got["logit_scale"] != 0 and 0 <= logs["accuracy"] <= 1
 
 
-def test_flyp_cuts_the_columns_behind_the_longest_prompt(clip, batch):
+def test_cuts_the_columns_behind_the_longest_prompt(clip, batch):
     """SPEED: the loss, every gradient and the features are those of the padded prompts."""
     tokens = class_tokens()
     tokens[2, 5:] = torch.tensor([39, 0, 0, 0, 0, 0, 0])  # a shorter one keeps its padding
@@ -69,14 +69,14 @@ def test_flyp_cuts_the_columns_behind_the_longest_prompt(clip, batch):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_flyp_counts_repeated_classes_as_negatives(clip):
+def test_counts_repeated_classes_as_negatives(clip):
     """Two equal prompts share the probability: their rows cannot fall below ln 2."""
     labels = torch.zeros(2, dtype=torch.long)
     loss, _ = FLYP(clip, class_tokens()).loss(torch.randn(2, 3, 16, 16), labels)
     assert loss >= math.log(2) / 2
 
 
-def test_flyp_over_ranks_is_flyp_of_the_global_batch(clip, batch, monkeypatch):
+def test_over_ranks_is_flyp_of_the_global_batch(clip, batch, monkeypatch):
     images, labels = batch
     method = FLYP(clip, class_tokens())
     whole, _ = method.loss(images, labels)
@@ -102,6 +102,11 @@ def test_predictions_follow_the_text_tower(clip, batch):
         with torch.no_grad():
             clip.ln_final.bias[3] += 1.0
     assert method.dual_encoder() is clip and method.learned() == {}
+
+
+def test_works_in_fp64(clip, batch):
+    loss, _ = FLYP(clip.double(), class_tokens()).loss(batch[0].double(), batch[1])
+    assert loss.dtype == torch.float64
 
 
 def test_llip_is_refused():

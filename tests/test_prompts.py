@@ -422,6 +422,25 @@ def test_learned_goes_into_another_module_and_nothing_else_does(model, clip, tok
         model.load_learned({**state, "clip.ln_final.weight": torch.zeros(24)})
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_gradients_are_finite_differences_in_fp64(clip, tokens, batch, name):
+    method = randomize(METHODS[name](clip.double(), tokens))
+    images, labels = batch[0].double(), batch[1]
+    loss, _ = method.loss(images, labels)
+    loss.backward()
+    assert loss.dtype == torch.float64
+    step, losses = 1e-6, []
+    parameters = [p for p in method.parameters() if p.requires_grad]
+    directions = [torch.randn_like(p) for p in parameters]
+    slope = sum((p.grad * d).sum() for p, d in zip(parameters, directions))
+    for sign in (1, -2):
+        with torch.no_grad():
+            for p, d in zip(parameters, directions):
+                p += sign * step * d
+        losses.append(method.loss(images, labels)[0].detach())
+    torch.testing.assert_close((losses[0] - losses[1]) / (2 * step), slope, rtol=1e-4, atol=1e-6)
+
+
 def test_bf16_towers_and_fp32_cosines(model, batch):
     with torch.autocast("cpu", torch.bfloat16):
         loss, _ = model.loss(*batch)

@@ -163,6 +163,12 @@ def test_bf16_towers_and_fp32_loss(clip, text, batch):
     torch.testing.assert_close(loss, expected, rtol=0.05, atol=0.1)
 
 
+def test_works_in_fp64(clip, text, batch):
+    loss, _ = TeS(clip.double(), text.double()).loss(batch[0].double(), batch[1])
+    loss.backward()
+    assert loss.dtype == torch.float64
+
+
 def test_mistakes_are_named(clip, text):
     with pytest.raises(ValueError, match=r"text features \(16,\): expected \(classes, width\)"):
         TeS(clip, text[0])
