@@ -69,10 +69,11 @@ class LabelMethod(nn.Module):
     loss_terms    what the logged loss adds up, if it is more than one cross-entropy
     whole_batch   the loss is no mean over images, so a batch cannot be cut into chunks
     one_process   a layer must see the whole batch, so there can be no other ranks
+    new_classes   classes that were not trained on can be scored
     """
 
     starts_as, loss_terms = "training starts at zero-shot CLIP", ""
-    whole_batch = one_process = False
+    whole_batch, one_process, new_classes = False, False, True
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss: the call that DistributedDataParallel wraps."""
@@ -83,7 +84,7 @@ class LabelMethod(nn.Module):
         return self.clip if clip is None else clip
 
     def learned(self) -> dict[str, Tensor]:
-        """What was learned apart from CLIP's weights, for the checkpoint."""
+        """All that was learned except CLIP's weights, for the checkpoint: {} for most methods."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith("clip.")}
 
     def load_learned(self, state: dict[str, Tensor]) -> None:

@@ -178,7 +178,7 @@ class CoOp(PromptLearner):
             raise ValueError(f"position {position!r}: expected {', '.join(POSITIONS)}")
         rows = (len(class_tokens),) if class_specific else ()
         super().__init__(clip, class_tokens, context, rows=rows, **start)
-        self.before = POSITIONS[position](context)
+        self.before, self.new_classes = POSITIONS[position](context), not class_specific
 
     def prompts(self, ctx: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """As PromptLearner's, with the context before, around or after the class name."""

@@ -7,6 +7,7 @@ several ranks the prompts of every rank are the negatives, as in pre-training.
     a batch with repeated classes cannot reach 0.
 """
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -37,6 +38,11 @@ class FLYP(LabelMethod):
         # left. Once for all classes and not for each batch, since --compile needs constant shapes
         used = int(class_tokens.argmax(-1).max()) + 1
         self.register_buffer("class_tokens", class_tokens[:, :used], persistent=False)  # (C, L')
+
+    def first_loss(self, classes: int, batch_size: int) -> str:
+        """The loss of a model that knows nothing, as text."""
+        value = f"ln {batch_size} = {math.log(batch_size):.2f}"
+        return f"{value} for a blind answer; images of one class in a batch keep the loss above 0"
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Images (B, 3, S, S), labels (B,) -> loss (), and the accuracy among this rank's prompts."""

@@ -102,6 +102,7 @@ def test_predictions_follow_the_text_tower(clip, batch):
         with torch.no_grad():
             clip.ln_final.bias[3] += 1.0
     assert method.dual_encoder() is clip and method.learned() == {}
+    assert method.first_loss(5, 6).startswith("ln 6 = 1.79 for a blind answer; images of one class")
 
 
 def test_works_in_fp64(clip, batch):
