@@ -36,7 +36,7 @@ def rows(texts, length=16):
 def clip():
     torch.manual_seed(0)
     clip = CLIP(CONFIG)
-    with torch.no_grad():  # as CLIP starts, prompts hardly move the text feature
+    with torch.no_grad():  # at CLIP's initial scale, prompts hardly change the text features
         clip.token_embedding.weight.mul_(20)
         clip.positional_embedding.mul_(20)
     return clip
@@ -139,7 +139,7 @@ def test_maple_is_the_official_one(golden_arrays, variant, n, depth):
 
 
 def test_maple_deeper_than_its_network_is_maple_as_deep_as_it(golden_arrays):
-    """The official J = 6 over 4 blocks: two of its prompts have no gradient, and we refuse to make them."""
+    """The official J = 6 over 4 blocks: two of its prompts get no gradient. Here this depth is an error."""
     variant = "j6_deeper_than_net"
     model, g, state = official_maple(golden_arrays, variant, 3, 4)
     model.load_learned({k: v for k, v in state.items() if k.split(".")[1:2] not in (["3"], ["4"])})
@@ -235,7 +235,7 @@ def test_cocoop_encodes_no_more_than_a_chunk_at_once(clip, tokens, batch):
     clip.ln_final.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
     loss, _ = model.loss(*batch)
     assert sizes == [7, 7, 6]
-    loss.backward()  # recomputed, instead of kept
+    loss.backward()  # recomputes the chunks instead of keeping them
     assert sorted(sizes[3:]) == [6, 7, 7]
 
 
@@ -288,7 +288,7 @@ def test_maple_is_clip_with_its_tokens_replaced(clip, tokens, batch, depth):
 
 
 def test_maple_starts_from_words(clip, tokens):
-    """Two of the words "a photo of a" are learned, the others stay before the class name."""
+    """Two of the words are learned; the others stay before the class name."""
     rest = rows([[WORDS[2], *name, STOP] for name in NAMES])
     model = MaPLe(clip, rest, 2, 1, words=WORDS[:2])
     whole = rows([[*WORDS, *name, STOP] for name in NAMES])
@@ -348,7 +348,7 @@ def test_loss_is_the_cross_entropy_of_forward(model, batch):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_learns_eight_images_of_two_classes(clip, tokens, name):
-    """A shared context cannot move four texts of a random tower freely; two it can."""
+    """Two classes: a shared context cannot move four texts of a random tower freely."""
     g = torch.Generator().manual_seed(5)
     labels = torch.arange(8) % 2
     images = torch.randn(2, 3, 16, 16, generator=g)[labels]
@@ -392,13 +392,15 @@ def test_class_features_are_kept_until_something_changes(clip, tokens, batch):
         assert torch.equal(model.predict(batch[0]), first) and not calls
         with torch.no_grad():
             assert torch.equal(model(batch[0]), clip.scale_logits(first)) and not calls
-            model.ctx.copy_(model.ctx.flip(-2))  # the same sum: kept features would go unnoticed
+            model.ctx.copy_(
+                model.ctx.flip(-2)
+            )  # the sum stays the same, so sums alone would not show the change
         second = model.predict(batch[0])
         assert calls and (second - first).abs().max() > 1e-3
         with torch.no_grad():
             clip.text_projection.add_(torch.randn_like(clip.text_projection))
         assert (model.predict(batch[0]) - second).abs().max() > 1e-3
-        # TRAP: with a gradient they are computed afresh, even right after a prediction
+        # TRAP: with gradients they are computed anew, even directly after a prediction
         assert model(batch[0]).requires_grad
 
 

@@ -1,4 +1,4 @@
-"""tes.py: the official loss and gradients, its oracle, and the method's protocol."""
+"""baselines/tes.py: the official loss and gradients, an oracle, and the method's protocol."""
 
 import math
 
@@ -71,7 +71,7 @@ def test_loss_is_its_double_sum():
 
 def test_gradcheck():
     logits, projected, text, labels = sample()
-    # the target has no gradient on purpose: without its share the rest must be exact in both arguments
+    # the target has no gradient on purpose: with lambda_v = 0 the rest must be exact in both arguments
     arguments = logits.requires_grad_(), projected.requires_grad_()
     assert torch.autograd.gradcheck(lambda o, h: tes_loss(o, h, text, labels, 0.5, 0.0), arguments)
 
