@@ -1,34 +1,35 @@
-"""Batches: an endless, exactly resumable stream for training, and ordered ones for evaluation.
+"""Batches: an endless stream for training that resumes exactly, and ordered ones for evaluation.
 
-One idea carries the file: batch t is a pure function of t. The order of an epoch is drawn from
-(seed, epoch), a crop from (seed, epoch, sample), a caption from (seed, sample) and the epoch's
-number. So the global batch of step t does not depend on how many ranks and workers make it, and to
-resume, t is all there is to know. open_dataset reads any format (readers.py, shards.py), preprocess
-is OpenAI's transform (images.py).
+Batch t is a pure function of t. The order of an epoch is drawn from (seed, epoch), a crop from (seed, epoch,
+sample), and a caption from (seed, sample) and the number of the epoch. The global batch of step t is therefore
+the same for any number of ranks and workers, and a resumed run needs to know only t. open_dataset reads any
+format (readers/datasets.py); preprocess is OpenAI's transform (readers/images.py).
 """
 
-import argparse
 import atexit
 import itertools
 import multiprocessing
 import random
 import signal
-import sys
-import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-# ruff: noqa: F401  (data.preprocess, data.Pairs ... are the names that others use)
-from readers.images import IMAGE_ERRORS, MEAN, STD, Preprocess, RandomCrop, normalise, preprocess, random_crop
-from readers.lists import Labelled, Pairs, Subset, base_new_classes, domainbed_split, open_dataset
+# ruff: noqa: F401  (other files use these names as data.preprocess, data.Pairs ...)
+from readers.benchmarks import base_new_classes, domainbed_split
+from readers.datasets import Labelled, Pairs, Subset, open_dataset
+from readers.images import IMAGE_ERRORS, Preprocess, RandomCrop, normalise, preprocess
 from readers.shards import Shards
 from util.files import write_image
+from util.flags import parse
+from util.plots import sheet
+from util.program import leave, program
 from util.text import warn
 
 TOKEN_CACHE = 2**20  # captions whose tokens a process remembers
@@ -37,7 +38,7 @@ TOKEN_CACHE = 2**20  # captions whose tokens a process remembers
 class Batch(NamedTuple):
     images: Tensor  # (b, 3, S, S)
     tokens: Tensor  # (b, L)
-    ids: Tensor  # (b,) samples: dataset.name(ids[k]) says which file row k is
+    ids: Tensor  # (b,) samples: dataset.name(ids[k]) is the file of row k
 
 
 class LabelledBatch(NamedTuple):
@@ -47,7 +48,7 @@ class LabelledBatch(NamedTuple):
 
 
 class Packet(NamedTuple):
-    """What a worker sends: a batch and the broken images met on the way, or why there is none."""
+    """What a worker sends: a batch and the broken images that it replaced, or why there is no batch."""
 
     batch: tuple | None
     broken: list
@@ -55,14 +56,14 @@ class Packet(NamedTuple):
 
 
 def generator(*key) -> random.Random:
-    """A random stream for every key; a text is hashed whole, so near keys are unrelated."""
+    """A random stream for every key. The text is hashed, so the streams of similar keys are unrelated."""
     return random.Random(" ".join(map(str, key)))
 
 
-def fits(dataset, size: int) -> bool:
-    """Whether the data set holds all its pictures in memory at this size."""
-    held = getattr(dataset, "pixels", None)
-    return held is not None and held.shape[1:3] == (size, size)
+def in_memory(dataset, size: int) -> bool:
+    """Whether the data set keeps all its pictures in memory at this size."""
+    pixels = getattr(dataset, "pixels", None)
+    return pixels is not None and pixels.shape[1:3] == (size, size)
 
 
 class Tokens:
@@ -81,14 +82,11 @@ class Tokens:
         return torch.from_numpy(np.stack([self.cache[t] for t in texts])).long()  # (b, L)
 
 
-# Batch t as a function of t ----------------------------------------------------------------------
-
-
 class Source:
-    """source[t] is the Packet of step t: to DataLoader, a data set whose items are batches.
+    """source[t] is the Packet of step t. For a DataLoader it is a data set whose items are batches.
 
-    What batch(step, broken) is made of, the three kinds of source below say.
-    Args: transform Preprocess or RandomCrop;  strict: a broken image is an error, not replaced
+    Each of the three sources below defines batch(step, broken).
+    Args: transform Preprocess or RandomCrop;  strict: a broken image is an error and is not replaced
     """
 
     def __init__(self, dataset, transform, seed: int = 0, strict: bool = False):
@@ -99,24 +97,24 @@ class Source:
         try:
             return Packet(self.batch(step, broken), broken)
         except (ValueError, OSError) as error:
-            # as a value: an exception from a worker arrives wrapped in a page of traceback
+            # as a value: an exception from a worker would bring a page of traceback along
             return Packet(None, broken, str(error))
 
-    def images(self, ids: list, keys: list, broken: list) -> tuple:
+    def images(self, ids: list, keys: list, broken: list) -> tuple[Tensor, list]:
         """Images of samples; the crop of ids[k] depends on keys[k] alone.
 
-        Returns: (b, 3, S, S), and the numbers of the samples that are really in it
+        Returns: (b, 3, S, S), and the numbers of the samples that are in it
         """
         size = self.transform.image_size
-        if isinstance(self.transform, Preprocess) and fits(self.dataset, size):
+        if isinstance(self.transform, Preprocess) and in_memory(self.dataset, size):
             return normalise(self.dataset.pixels[ids]), ids  # SPEED: nothing to decode or resize
         pixels, used = np.empty((len(ids), size, size, 3), np.uint8), list(ids)
         for row, (index, key) in enumerate(zip(ids, keys)):
             pixels[row], used[row] = self.sample(index, key, broken)
         return normalise(pixels), used
 
-    def sample(self, index: int, key: tuple, broken: list) -> tuple:
-        """((S, S, 3) uint8, index); a broken image gives way to another, drawn from its number."""
+    def sample(self, index: int, key: tuple, broken: list) -> tuple[np.ndarray, int]:
+        """((S, S, 3) uint8, index). A broken image is replaced by another one, drawn from its number."""
         for _ in range(10):
             try:
                 rng = generator(self.seed, "crop", *key)
@@ -144,13 +142,13 @@ class PairSource(Source):
     def epoch_order(self, epoch: int) -> np.ndarray:
         if epoch != self.epoch:
             rng = np.random.default_rng((self.seed, epoch))
-            own = getattr(self.dataset, "epoch_order", None)  # shards keep near what lies near
+            own = getattr(self.dataset, "epoch_order", None)  # shards keep samples of an archive together
             self.order = own(rng) if own else rng.permutation(len(self.dataset))
             self.epoch = epoch
         return self.order
 
     def caption(self, index: int, epoch: int) -> str:
-        """One caption per epoch; n epochs show all n of an image, in an order of its own."""
+        """One caption per epoch; n epochs show all n of an image, each image's in another order."""
         texts = self.dataset.captions[index]
         n = len(texts)
         if n == 1:
@@ -158,7 +156,7 @@ class PairSource(Source):
         return texts[generator(self.seed, "caption", index).sample(range(n), n)[epoch % n]]
 
     def batch(self, step: int, broken: list) -> Batch:
-        epoch, k = divmod(step, self.steps_per_epoch)  # the ragged tail of an epoch is dropped
+        epoch, k = divmod(step, self.steps_per_epoch)  # an epoch leaves out its last, incomplete batch
         b = self.batch_size // self.world
         start = k * self.batch_size + self.rank * b
         ids = self.epoch_order(epoch)[start : start + b].tolist()
@@ -168,7 +166,7 @@ class PairSource(Source):
 
 
 class DomainSource(Source):
-    """A rank's rows of a batch with as many images of each domain, drawn with replacement."""
+    """A rank's rows of a batch with equally many images of each domain, drawn with replacement."""
 
     def __init__(self, dataset, pools, transform, batch_size, seed, rank, world):
         super().__init__(dataset, transform, seed)
@@ -190,7 +188,7 @@ class DomainSource(Source):
 
 
 class EvalSource(Source):
-    """All images of a rank's piece of the data set, in order, once."""
+    """All images of a rank's part of the data set, in order, once."""
 
     def __init__(self, dataset, transform, batch_size, rank, world):
         super().__init__(dataset, transform, strict=True)
@@ -200,64 +198,45 @@ class EvalSource(Source):
     def __len__(self):
         return -(-(self.last - self.first) // self.batch_size)
 
-    def batch(self, step: int, broken: list) -> tuple:
+    def batch(self, step: int, broken: list) -> tuple[Tensor, Tensor]:
         start = self.first + step * self.batch_size
         ids = list(range(start, min(start + self.batch_size, self.last)))
         images, ids = self.images(ids, [()] * len(ids), broken)
         return images, torch.tensor(ids)
 
 
-# Iterators ---------------------------------------------------------------------------------------
-
-
-class StepsFrom:
-    """start, start + 1, ... without end."""
-
-    def __init__(self, start: int):
-        self.start = start
-
-    def __iter__(self):
-        return itertools.count(self.start)
-
-
 @atexit.register
 def end_workers() -> None:
-    """TRAP: Python ends its children with SIGTERM, which ours ignore, and then waits for them for ever."""
+    """TRAP: Python ends its children with SIGTERM, which our workers ignore, and would then wait for ever."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
 
 
 def leave_signals(worker: int) -> None:
-    """TRAP: torchrun signals the whole process group; a worker that died first would take the loop along."""
+    """TRAP: torchrun signals the whole process group; a worker that ends first would stop the training."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 class Batches:
-    """Iterator over a Source, by worker processes or in this one; the numbers are the same.
+    """Iterator over a Source, in worker processes or in this one; the numbers are the same.
 
-    .broken, .broken_count  images replaced because they could not be read: the first ten, how many
-    .steps_per_epoch        of pairs, else None
-    Raises: ValueError when broken are more than 1 % of the images seen so far, and more than ten.
+    .broken, .broken_count  images replaced because they could not be read: the first ten, and how many
+    .steps_per_epoch        of pairs; otherwise None
+    Raises: ValueError when more than ten images, and more than 1 % of those seen so far, are broken.
     """
 
     def __init__(self, source: Source, steps, workers: int = 0):
         self.source, self.seen, self.broken_count, self.broken = source, 0, 0, []
         self.steps_per_epoch = getattr(source, "steps_per_epoch", None)
         if workers:
-            # each worker runs torch on one thread, DataLoader sees to that, and to the order
-            loader = DataLoader(
-                source,
-                batch_size=None,
-                sampler=steps,
-                num_workers=workers,
-                pin_memory=torch.cuda.is_available(),
-                # TRAP: without its own generator it draws from torch's global one, and a run with
-                # workers would then differ from one without
-                generator=torch.Generator(),
-                worker_init_fn=leave_signals,
-            )
+            # TRAP: without a generator, DataLoader draws from torch's global one, and a run with workers would
+            # differ from one without
+            options = dict(generator=torch.Generator(), pin_memory=torch.cuda.is_available())
+            # DataLoader gives each worker one torch thread, and keeps the order of the steps
+            options |= dict(num_workers=workers, worker_init_fn=leave_signals)
+            loader = DataLoader(source, batch_size=None, sampler=steps, **options)
             self.packets = iter(loader)
         else:
             self.packets = map(source.__getitem__, iter(steps))
@@ -268,8 +247,8 @@ class Batches:
     def __iter__(self):
         return self
 
-    def close(self):
-        """Ends the workers now; left to the garbage collector they may take seconds."""
+    def close(self) -> None:
+        """Ends the workers now; the garbage collector may take seconds."""
         self.packets = iter(())
 
     def __next__(self) -> tuple:
@@ -310,19 +289,19 @@ def train_batches(
     """Endless batches of image-caption pairs, from start_step on.
 
     Args:    dataset with .image, .captions, and .pixels if it is in memory;  image_size S pixels;
-             batch_size over all ranks;  augment a RandomCrop; True: RandomCrop(S);
-             False: preprocess(S); None: False if the data set is in memory at this size, else True
-    Returns: iterator of Batch(images (b, 3, S, S), tokens (b, L), ids (b,)), rows
-             [rank * b, (rank + 1) * b) of the global batch, b = batch_size / world
-    Raises:  ValueError: fewer images than a batch, ranks do not divide it; more under Batches.
+             batch_size over all ranks;  augment a RandomCrop; True: RandomCrop(S); False: preprocess(S);
+             None: False if the data set is in memory at this size, otherwise True
+    Returns: iterator of Batch(images (b, 3, S, S), tokens (b, L), ids (b,)), b = batch_size / world: rows
+             rank * b to (rank + 1) * b of the global batch
+    Raises:  ValueError: fewer images than a batch, or ranks do not divide it; also see Batches.
     """
     if augment is None:
-        augment = not fits(dataset, image_size)
+        augment = not in_memory(dataset, image_size)
     if not isinstance(augment, RandomCrop):
         augment = RandomCrop(image_size) if augment else Preprocess(image_size)
     tokens = Tokens(tokenizer, context_length)
     source = PairSource(dataset, augment, tokens, batch_size, seed, rank, world)
-    return Batches(source, StepsFrom(start_step), workers)
+    return Batches(source, itertools.count(start_step), workers)
 
 
 def domain_batches(
@@ -339,8 +318,8 @@ def domain_batches(
 ) -> Batches:
     """Endless batches for fine-tuning: batch_size images of each domain, one domain after another.
 
-    REF: CLIPood and AlignCLIP crop 0.7 to 1 of the area, flip, and resize bilinearly; that is
-    augment=True. Images are drawn with replacement, as DomainBed does.
+    REF: CLIPood and AlignCLIP crop 0.7 to 1 of the area, flip, and resize bilinearly, as augment=True does.
+    Images are drawn with replacement, as in DomainBed.
     Args:    dataset labelled, e.g. a Subset of the source domains; without domains it counts as one
     Returns: iterator of LabelledBatch(images (b, 3, S, S), labels (b,), ids (b,)),
              b = domains * batch_size / world
@@ -353,105 +332,86 @@ def domain_batches(
         crop = RandomCrop(image_size, (0.7, 1.0), True, "bilinear")
         augment = crop if augment else Preprocess(image_size, "bilinear")
     source = DomainSource(dataset, list(pools.values()), augment, batch_size, seed, rank, world)
-    return Batches(source, StepsFrom(start_step), workers)
+    return Batches(source, itertools.count(start_step), workers)
 
 
 def eval_batches(
     dataset, transform: Preprocess, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
 ) -> Batches:
-    """Every image once, in order; a rank gets one piece, the pieces in rank order are the whole.
+    """Every image once, in order. Each rank gets one part, and the parts in rank order are the whole.
 
-    Args:    transform preprocess(S);  batch_size of this rank. A rank may have a batch more than
-             another: communicate after the loop, not in it
+    Args:    transform preprocess(S);  batch_size of this rank. Ranks may have different numbers of batches:
+             communicate after the loop and not in it
     Returns: iterator of (images (b, 3, S, S), ids (b,)) with a len; the last batch may be smaller
-    Raises:  ValueError naming the first image that cannot be read: without it, it is another score.
+    Raises:  ValueError for the first image that cannot be read: a score without it would not be comparable.
     """
     source = EvalSource(dataset, transform, batch_size, rank, world)
     return Batches(source, range(len(source)), workers)
 
 
-# python data.py PATH --show ----------------------------------------------------------------------
-
-
 def describe(dataset) -> str:
-    """What a data set is, in a few lines."""
+    """The size, captions, classes, domains and splits of a data set, in a few lines."""
 
     def spread(values):
         return f"min {min(values)}  mean {sum(values) / len(values):.2f}  max {max(values)}"
 
-    def counts(numbers, names):
-        return ", ".join(f"{n} {c}" for n, c in zip(names, np.bincount(numbers, None, len(names))))
-
-    lines = [("format", getattr(dataset, "format", type(dataset).__name__))]
-    lines.append(("images", len(dataset)))
+    lines = [("format", getattr(dataset, "format", type(dataset).__name__)), ("images", len(dataset))]
     if hasattr(dataset, "captions"):
         captions = list(dataset.captions)
-        per_image, words = map(len, captions), [len(t.split()) for c in captions for t in c]
-        lines.append(("captions", f"{len(words)}, per image: {spread(list(per_image))}"))
+        per_image, words = [len(c) for c in captions], [len(t.split()) for c in captions for t in c]
+        lines.append(("captions", f"{len(words)}, per image: {spread(per_image)}"))
         lines.append(("words", f"per caption: {spread(words)}"))
     if hasattr(dataset, "labels"):
-        few, more = dataset.classes[:12], "" if len(dataset.classes) <= 12 else " ..."
         sizes = np.bincount(dataset.labels, None, len(dataset.classes)).tolist()
         lines.append(("classes", f"{len(sizes)}, images per class: {spread(sizes)}"))
-        lines.append(("", ", ".join(few) + more))
+        lines.append(("", ", ".join(dataset.classes[:12]) + " ..." * (len(sizes) > 12)))
     if getattr(dataset, "domains", None) is not None:
-        lines.append(("domains", counts(dataset.domains, dataset.domain_names)))
+        counts = np.bincount(dataset.domains, None, len(dataset.domain_names))
+        lines.append(("domains", ", ".join(f"{n} {c}" for n, c in zip(dataset.domain_names, counts))))
     if getattr(dataset, "splits", None):
         lines.append(("splits", ", ".join(f"{n} {c}" for n, c in sorted(dataset.splits.items()))))
     return "\n".join(f"{name:9} {value}" for name, value in lines)
 
 
-def contact_sheet(dataset, size: int, count: int = 50, columns: int = 10) -> Image.Image:
-    """Images through the training transform and back from its numbers, each over its text."""
+def contact_sheet(dataset, size: int, count: int = 50) -> Image.Image:
+    """Some images as the training transform gives them, each above its first caption or its class."""
     ids = sorted(generator("sheet").sample(range(len(dataset)), min(count, len(dataset))))
-    broken = []
-    x, ids = Source(dataset, RandomCrop(size)).images(ids, [(0, i) for i in ids], broken)
+    source, broken, pairs = Source(dataset, RandomCrop(size)), [], hasattr(dataset, "captions")
+    pictures, ids = zip(*(source.sample(i, (0, i), broken) for i in ids))
     for name in broken:
         warn(f"another image replaces {name}")
-    std, mean = (torch.tensor(c).view(3, 1, 1) for c in (STD, MEAN))
-    pixels = (x * std + mean).mul(255).round().byte().permute(0, 2, 3, 1).numpy()  # (n, S, S, 3)
-    width, height, font = size + 6, size + 44, ImageFont.load_default()
-    sheet = Image.new("RGB", (columns * width, -(-len(ids) // columns) * height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for k, i in enumerate(ids):
-        left, top = k % columns * width, k // columns * height
-        sheet.paste(Image.fromarray(pixels[k]), (left, top))
-        pairs = hasattr(dataset, "captions")
-        text = dataset.captions[i][0] if pairs else dataset.classes[dataset.labels[i]]
-        text = text.encode("latin-1", "replace").decode("latin-1")  # all that Pillow's font has
-        lines = textwrap.wrap(text, max(size // 6, 4), max_lines=3, placeholder=" ...")
-        draw.multiline_text((left + 1, top + size), "\n".join(lines), "black", font, spacing=1)
-    return sheet
+    texts = [dataset.captions[i][0] if pairs else dataset.classes[dataset.labels[i]] for i in ids]
+    return sheet(pictures, texts, 10, size)
 
 
-def main(argv: list | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="Say what a data set is, and draw some of it.", allow_abbrev=False
-    )
-    parser.add_argument("path", help="folder, list, 'shards/{00..10}.tar', or scenes")
-    parser.add_argument("--show", action="store_true", help="the default, and all there is")
-    parser.add_argument("--split", help="only this split")
-    parser.add_argument("--out", default="sheet.png", help="where to write the contact sheet")
-    parser.add_argument("--size", type=int, default=128, help="pixels of a picture on the sheet")
-    parser.add_argument("--image-root", help="folder that names in a list are relative to")
-    for key in ("image", "caption", "label"):
-        parser.add_argument(f"--{key}-key", help=f"column of a list that has the {key}")
-    parser.add_argument("--allow-outside", action="store_true", help="read names that leave the image root")
-    options = vars(parser.parse_args(argv))
-    path, out, size, _ = (options.pop(k) for k in ("path", "out", "size", "show"))
-    try:
-        dataset = open_dataset(path, **options)
-        print(describe(dataset))
-        write_image(out, contact_sheet(dataset, size))
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{'sheet':9} {out}")
-    return 0
+@dataclass(frozen=True)
+class Flags:
+    path: str  # folder, list, 'shards/{00..10}.tar', or scenes
+    show: bool = True  # draw a contact sheet
+    split: str = ""  # only this split
+    out: str = "sheet.png"  # where to write the contact sheet
+    size: int = 128  # pixels of a picture on the sheet
+    image_root: str = ""  # folder that names in a list are relative to
+    image_key: str = ""  # column of a list that has the image
+    caption_key: str = ""  # column of a list that has the caption
+    label_key: str = ""  # column of a list that has the label
+    allow_outside: bool = False  # read names that leave the image root
+
+
+@program
+def main(argv: list[str]) -> None:
+    """Describes a data set and draws some of it."""
+    c = parse(Flags, argv, main.__doc__, ("path",))
+    if c.size < 1:
+        raise ValueError(f"--size {c.size} must be at least 1")
+    names = ("image_root", "image_key", "caption_key", "label_key", "allow_outside")
+    options = {name: getattr(c, name) for name in names if getattr(c, name)}
+    dataset = open_dataset(c.path, c.split or None, **options)
+    print(describe(dataset))
+    if c.show:
+        write_image(c.out, contact_sheet(dataset, c.size))
+        print(f"{'sheet':9} {c.out}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

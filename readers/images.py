@@ -1,15 +1,15 @@
-"""From an image file to the numbers a tower reads: safe opening, OpenAI's transform, random crops.
+"""From an image file to what an image tower reads: safe opening, OpenAI's transform, random crops.
 
-Radford et al. 2021 (arXiv:2103.00020), section 2.4: a random square crop is the only augmentation.
-All decoding and resizing is Pillow's, so that preprocess equals OpenAI's transform bit for bit.
+Radford et al. 2021 (arXiv:2103.00020), section 2.4: a random square crop is the only augmentation. Pillow
+does all decoding and resizing, so that preprocess equals OpenAI's transform bit for bit.
 """
 
+import contextlib
+import functools
 import io
 import math
 import os
-import struct
 import warnings
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,45 +17,57 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from util.text import one_line
+
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-MAX_IMAGE_BYTES = 64 << 20  # a larger file is not the picture it says it is
-# what Pillow raises on files that are not, or not wholly, images
-IMAGE_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    IndexError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-    zlib.error,
+MAX_IMAGE_BYTES = 64 << 20  # a larger file is refused
+IMAGE_SUFFIXES = tuple(".jpg .jpeg .png .webp .ppm .bmp .pgm .tif .tiff .gif".split())
+# Formats that Pillow decodes within this process. TRAP: for EPS it starts Ghostscript, which runs the file.
+FORMATS = "JPEG PNG WEBP GIF BMP PPM TIFF JPEG2000 AVIF MPO ICO TGA PCX"
+FORMATS += (
+    " BLP CUR DCX DDS DIB FLI FTEX GBR ICNS IM IMT MCIDAS MSP PCD PIXAR PSD QOI SGI SUN XBM XPM XVTHUMB"
 )
+IMAGE_ERRORS = (OSError, ValueError)  # what open_image and the transforms raise for a broken image
+
+
+@contextlib.contextmanager
+def decoding():
+    """Turns whatever Pillow raises on a broken file, such as KeyError or SyntaxError, into a ValueError."""
+    try:
+        yield
+    except IMAGE_ERRORS:
+        raise
+    except Exception as error:
+        raise ValueError(f"cannot decode the image: {one_line(error)}") from error
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow knows."""
+    Image.init()
+    return tuple(name for name in FORMATS.split() if name in Image.OPEN)
 
 
 def open_image(source: str | bytes) -> Image.Image:
-    """An image from a path or from its bytes, opened lazily, within limits of bytes and pixels.
+    """An image from a path or from its bytes: opened, not yet decoded, within limits of bytes and pixels.
 
-    The first frame of an animation. 16-bit grey keeps its upper byte (Pillow's own conversion clips
-    it to white). Orientation tags are ignored, as in OpenAI's pipeline.
-    Raises: ValueError or OSError: not an image, too large, damaged header.
+    An animation gives its first frame. 16-bit grey keeps its upper byte; Pillow's own conversion clips it to
+    white. Orientation tags are ignored, as in OpenAI's pipeline.
+    Raises: ValueError or OSError: not an image, not one of FORMATS, too large, or damaged.
     """
     size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
     if size > MAX_IMAGE_BYTES:
         raise ValueError(f"{size} bytes, more than the {MAX_IMAGE_BYTES} allowed for one image")
-    with warnings.catch_warnings():
+    with decoding(), warnings.catch_warnings():
         # TRAP: up to twice MAX_IMAGE_PIXELS Pillow only warns of a decompression bomb
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise ValueError(str(error)) from None
-    if image.mode == "F":
-        raise ValueError("floating-point pixels, whose range nobody knows: save it with 8 bits")
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats())
+        if image.mode == "F":
+            raise ValueError("floating-point pixels without a known range: save the image with 8 bits")
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     return image
 
 
@@ -76,8 +88,9 @@ class Preprocess:
     image_size: int
     interpolation: str = "bicubic"
 
+    @decoding()
     def pixels(self, image: Image.Image, rng=None) -> np.ndarray:
-        """(S, S, 3) uint8; nothing in it is random."""
+        """(S, S, 3) uint8; rng is not used."""
         size, short = self.image_size, min(image.size)
         # TRAP: the long side is cut to an integer, not rounded
         target = tuple(size if side == short else int(size * side / short) for side in image.size)
@@ -88,7 +101,7 @@ class Preprocess:
         # TRAP: Python's round, halves to even: 55.5 -> 56 and 0.5 -> 0
         left, top = (round((side - size) / 2) for side in target)
         image = image.crop((left, top, left + size, top + size))
-        # REF: OpenAI converts last; palettes and transparency come out otherwise if it is first
+        # REF: OpenAI converts last; palettes and transparency differ if the conversion is first
         return np.asarray(image.convert("RGB"))
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -108,8 +121,8 @@ def preprocess(image_size: int, interpolation: str = "bicubic") -> Preprocess:
 def crop_box(width: int, height: int, rng, scale: tuple, ratio: tuple) -> tuple:
     """(left, top, width, height) in pixels of a random part of a picture.
 
-    No equation; torchvision RandomResizedCrop.get_params: ten tries, then the largest centred part
-    whose width-to-height ratio is allowed.
+    No equation; torchvision RandomResizedCrop.get_params: ten tries, then the largest centred part whose
+    width-to-height ratio is allowed.
     """
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
@@ -125,44 +138,12 @@ def crop_box(width: int, height: int, rng, scale: tuple, ratio: tuple) -> tuple:
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def random_crop(
-    image: Image.Image,
-    size: int,
-    rng,
-    scale: tuple = (0.9, 1.0),
-    ratio: tuple = (3 / 4, 4 / 3),
-    flip: bool = False,
-    interpolation: str = "bicubic",
-) -> Image.Image:
-    """A random part of the picture as a square: torchvision's RandomResizedCrop.
-
-    Args:    size pixels;  rng with .random() and .uniform(a, b): random.Random, NumPy's Generator;
-             scale share of the area;  ratio width to height;  flip mirrors half of the pictures
-    Returns: RGB image, size x size
-    """
-    left, top, w, h = crop_box(*image.size, rng, scale, ratio)
-    if image.format == "JPEG" and min(w, h) >= 2 * size:
-        # SPEED: the decoder can halve by itself, as long as the part stays larger than wanted; the part's
-        # edges then lie between pixels. Training crops only: pixels differ by about 1 of 255 on average
-        width, height = image.size
-        image.draft("RGB", (math.ceil(width * size / w), math.ceil(height * size / h)))
-        x, y = image.width / width, image.height / height
-        box = (left * x, top * y, min(image.width, (left + w) * x), min(image.height, (top + h) * y))
-        image = image.convert("RGB").resize((size, size), FILTERS[interpolation], box)
-    else:
-        # RGB first: a palette cannot be resized smoothly. For RGB files the order makes no difference
-        image = image.convert("RGB").crop((left, top, left + w, top + h))
-        image = image.resize((size, size), FILTERS[interpolation])
-    if flip and rng.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return image
-
-
 @dataclass(frozen=True)
 class RandomCrop:
-    """random_crop as the transform of training.
+    """The transform of training: a random part of the picture as a square (torchvision's RandomResizedCrop).
 
     REF: Llip and open_clip crop 0.9 to 1 of the area and do not flip; that is the default.
+    Args: scale share of the area;  flip mirrors half of the pictures;  ratio width to height
     """
 
     image_size: int
@@ -171,7 +152,23 @@ class RandomCrop:
     interpolation: str = "bicubic"
     ratio: tuple = (3 / 4, 4 / 3)
 
+    @decoding()
     def pixels(self, image: Image.Image, rng) -> np.ndarray:
-        """(S, S, 3) uint8"""
-        options = (self.scale, self.ratio, self.flip, self.interpolation)
-        return np.asarray(random_crop(image, self.image_size, rng, *options))
+        """(S, S, 3) uint8.   Args: rng with .random() and .uniform(a, b)"""
+        size, (width, height) = self.image_size, image.size
+        left, top, w, h = crop_box(width, height, rng, self.scale, self.ratio)
+        if image.format == "JPEG" and min(w, h) >= 2 * size:
+            # SPEED: the decoder can halve the picture as long as the part stays larger than S. Edges then lie
+            # between pixels, and values differ by about 1 of 255 on average. Evaluation does not do it
+            image.draft("RGB", (math.ceil(width * size / w), math.ceil(height * size / h)))
+            x, y = image.width / width, image.height / height
+            box = (left * x, top * y, min(image.width, (left + w) * x), min(image.height, (top + h) * y))
+            image = image.resize((size, size), FILTERS[self.interpolation], box)
+        else:
+            image = image.crop((left, top, left + w, top + h))
+            image = image.resize((size, size), FILTERS[self.interpolation])
+        # RGB comes last, as in evaluation: a model must not see other colours in training
+        image = image.convert("RGB")
+        if self.flip and rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.asarray(image)

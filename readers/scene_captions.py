@@ -32,7 +32,7 @@ FORMS = {
 DICE = 10  # random integers that the wording of one caption uses
 FRAMES = ("{}", "there is {}", "a picture of {}", "a {domain} of {}")
 WHERE = ("at the {}", "in the {} corner", "on the {}", "in the {}")
-GROUND_WORDS = dict(zip(BACKGROUNDS, ("on grass", "in water", "on sand", "in snow", "on bricks", "at night")))
+GROUND_WORDS = {name: f"{word} {name}" for name, word in zip(BACKGROUNDS, "on in on in on at".split())}
 RELATIONS = {
     "left": ("to the left of", "left of"),
     "right": ("to the right of", "right of"),

@@ -1,17 +1,15 @@
 """Tar shards as map-style data sets: image-caption pairs by random access inside the archives.
 
-The layout is img2dataset's and webdataset's: members that share a stem form a sample, .jpg .jpeg
-.png .webp with .txt (the caption) or .json (field caption, or a list captions). The standard
-library's tarfile finds them; nothing is ever extracted to disk.
+The layout is img2dataset's and webdataset's: members with the same stem form a sample, .jpg .jpeg .png .webp
+with .txt (the caption) or .json (a field caption, or a list captions). The standard library's tarfile finds
+them; nothing is ever extracted to disk.
 """
 
 import hashlib
 import json
 import os
 import re
-import sys
 import tarfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,15 +18,17 @@ from PIL import Image
 
 from readers.images import MAX_IMAGE_BYTES, open_image
 from tokenizer import strip_specials
+from util.files import write_text
+from util.report import Progress
 from util.text import warn
 
-MAX_TEXT_BYTES = 1 << 20  # of a caption member; the image of a larger one is left out
+MAX_TEXT_BYTES = 1 << 20  # of a caption member; images with a larger one are left out
 
 
 def clean_captions(texts: list) -> list:
     """Texts without special tokens and outer space; empty ones are left out."""
     texts = (t.encode("utf-8", "replace").decode() for t in texts)  # JSON may hold half characters
-    # TRAP: a literal <|endoftext|> in a caption would be taken for the end, and pooled
+    # TRAP: the tokenizer would take a literal <|endoftext|> in a caption for the end, and pool there
     return [t for t in (strip_specials(t).strip() for t in texts) if t]
 
 
@@ -55,28 +55,25 @@ def member_captions(text: bytes, is_json: bool) -> list:
         return clean_captions([text.decode("utf-8", errors="replace")])
     try:
         record = json.loads(text)
-        found = record.get("captions") or record.get("caption") or []
+        captions = record.get("captions") or record.get("caption") or []
     except (ValueError, RecursionError, AttributeError):
         return []
-    found = found if isinstance(found, list) else [found]
-    return clean_captions([t for t in found if isinstance(t, str)])
+    captions = captions if isinstance(captions, list) else [captions]
+    return clean_captions([t for t in captions if isinstance(t, str)])
 
 
-def scan_members(path: str) -> tuple:
-    """stem -> (offset, size) of images, stem -> (offset, size, is_json) of texts, in one archive.
-
-    One pass over the headers, which seeks over the pixels.
-    """
+def scan_members(path: str) -> tuple[dict, dict]:
+    """stem -> (offset, size) of the images of an archive, stem -> (offset, size, is_json) of the texts."""
     images, texts, last, end = {}, {}, "none", 0
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                if member.size < 0:  # TRAP: tarfile goes back by it, and never ends
+                if member.size < 0:  # TRAP: tarfile would go backwards and never end
                     raise tarfile.ReadError(f"size {member.size} of {member.name!r}")
                 last, end = member.name, member.offset_data + -(-member.size // 512) * 512
                 stem, suffix = os.path.splitext(member.name)
                 place, suffix = (member.offset_data, member.size), suffix.lower()
-                hidden = os.path.basename(stem).startswith(".")  # macOS puts ._a.jpg beside a.jpg
+                hidden = os.path.basename(stem).startswith(".")  # macOS adds ._a.jpg to a.jpg
                 if hidden or not member.isreg() or member.issparse():
                     continue
                 if suffix in (".jpg", ".jpeg", ".png", ".webp"):
@@ -85,7 +82,7 @@ def scan_members(path: str) -> tuple:
                     texts[stem] = (*place, int(suffix == ".json"))
         with open(path, "rb") as file:
             file.seek(end)
-            # TRAP: tarfile takes a missing or damaged header for the end, without a word
+            # TRAP: tarfile silently takes a missing or damaged header for the end
             if file.read(512) != bytes(512):
                 raise tarfile.ReadError("no end-of-archive mark follows")
     except tarfile.TarError as error:
@@ -97,11 +94,11 @@ def scan_members(path: str) -> tuple:
 
 
 def index_shard(path: str, cache: Path) -> dict:
-    """Where the samples of one archive lie, remembered in a file while its size and time stay.
+    """Where the samples of an archive are; cached in a file while the archive's size and time stay the same.
 
     Returns: {"samples": [[stem, image offset, size, text offset, size, is_json], ...],
-             "skipped": images without a caption, ...}
-    Raises:  ValueError naming archive and member if it is cut short or damaged.
+             "skipped": number of images without a caption, ...}
+    Raises:  ValueError with the archive and the member if it is cut short or damaged.
     """
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such tar shard")
@@ -113,7 +110,7 @@ def index_shard(path: str, cache: Path) -> dict:
         if {k: index[k] for k in state} == state:
             return index
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # none yet, or a damaged one: it is made anew
+        pass  # there is none yet, or it is damaged
     images, texts = scan_members(path)
     samples = []
     with open(path, "rb") as archive:
@@ -125,16 +122,14 @@ def index_shard(path: str, cache: Path) -> dict:
     index = state | {"samples": samples, "skipped": len(images) - len(samples)}
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(index))
-        os.replace(part, file)
+        write_text(file, json.dumps(index))
     except OSError:
-        pass  # in a read-only home the next run scans again
+        pass  # with a read-only home the next run scans again
     return index
 
 
 class ShardCaptions(Sequence):
-    """captions[i] of Shards, read from the archive when asked for."""
+    """captions[i] of Shards, read from the archive at each use."""
 
     def __init__(self, shards):
         self.shards = shards
@@ -150,15 +145,11 @@ class ShardCaptions(Sequence):
 class Shards:
     """Image-caption pairs in tar archives, by random access.
 
-    The headers of each archive are read once (and remembered in the user's cache); from then on
-    sample i is (archive, offset, size), a map-style data set like the others. So resuming is exact,
-    all ranks get equally many batches, and more workers than shards is no error: neither ranks nor
-    workers care where a shard ends.
-
-    An epoch shuffles the archives, then the samples inside windows of `window` archives, so that
-    reads stay within a few files for a while, as disks and network file systems like it. The price:
-    images of far archives seldom meet in a batch. If archives are sorted by content, raise `window`
-    (to all of them: a full shuffle).
+    The headers of each archive are read once and kept in the user's cache. Sample i is then (archive, offset,
+    size), in a map-style data set like the others: resuming is exact, all ranks get equally many batches, and
+    there may be more workers than shards. An epoch shuffles the archives, and then the samples inside windows
+    of `window` archives, so that reads stay within a few files. Images of distant archives therefore seldom
+    share a batch; for archives that are sorted by content, raise `window`.
     Args:   spec 'a/{00000..00010}.tar::b.tar';  window archives;  cache folder of the indices
     Raises: ValueError for a missing, damaged or compressed archive, or if there are no samples.
     """
@@ -168,32 +159,28 @@ class Shards:
         self.cache = Path(cache) if cache else user / "alignclip_llip"
         self.paths, self.window, self.skipped = expand_shards(spec), window, 0
         self.format = f"tar shards ({len(self.paths)})"
-        tables, start, shown = [], time.monotonic(), time.monotonic()
+        label = "indexing" if len(self.paths) >= 100 else ""
+        tables, progress = [], Progress(label, len(self.paths), "shards")
         for shard, path in enumerate(self.paths):
-            if time.monotonic() - shown > 5:
-                shown, left = time.monotonic(), len(self.paths) - shard
-                rate = shard / (shown - start)
-                eta = f"{rate:.1f} a second, {left / rate:.0f} s left"
-                print(f"indexing shards: {shard} of {len(self.paths)}, {eta}", file=sys.stderr)
             index = index_shard(path, self.cache)
             rows = [[shard, *sample[1:]] for sample in index["samples"]]
             tables.append(np.array(rows, dtype=np.int64).reshape(-1, 6))
             self.skipped += index["skipped"]
+            progress.add(1)
         # shard, image offset, size, text offset, size, is_json
         self.table = np.concatenate(tables)  # (N, 6)
         if self.skipped:
             warn(f"{spec}: {self.skipped} images without a caption skipped")
         if not len(self.table):
-            raise ValueError(
-                f"{spec}: no samples; looked for NAME.jpg (.jpeg .png .webp) with NAME.txt or .json"
-            )
+            looked_for = "NAME.jpg (.jpeg .png .webp) with NAME.txt or .json"
+            raise ValueError(f"{spec}: no samples; looked for {looked_for}")
         self.captions = ShardCaptions(self)
 
     def __len__(self):
         return len(self.table)
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        # opened for every read: no handle to share between processes, and decoding costs far more
+        # opened for every read: processes share no handle, and decoding takes far longer
         with open(self.paths[shard], "rb") as file:
             file.seek(offset)
             return file.read(size)
@@ -209,7 +196,7 @@ class Shards:
         return open_image(self.read(shard, offset, min(size, MAX_IMAGE_BYTES + 1)))
 
     def epoch_order(self, rng: np.random.Generator) -> np.ndarray:
-        """The samples in an order of their own for an epoch, archive by archive in the large."""
+        """The order of an epoch: archives are shuffled, then samples inside windows of archives."""
         starts = np.searchsorted(self.table[:, 0], np.arange(len(self.paths) + 1))
         order, shards = [], rng.permutation(len(self.paths))
         for k in range(0, len(shards), self.window):

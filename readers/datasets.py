@@ -1,0 +1,244 @@
+"""Data sets of images on disk, in any format.
+
+A data set offers len(d), d.image(i) -> PIL.Image (opened, not decoded), d.name(i) -> str, and either
+d.captions (the texts of each image, at least one) or d.labels and d.classes, and d.domains and d.domain_names
+if it has domains. Only names and texts are kept in memory.
+
+| path                                        | becomes                                                      |
+|---------------------------------------------|--------------------------------------------------------------|
+| `.csv .tsv .txt`                            | pairs (filepath,title; image,caption; Flickr's lines)        |
+|                                             | or classes (path,label[,domain])                             |
+| `.jsonl`                                    | pairs {"image": file, "captions": [..], "split"}             |
+| Karpathy, COCO captions, CoOp split `.json` | pairs, pairs, classes                                        |
+| `root/<class>/*`, `root/<split>/<class>/*`  | classes, in the order of torchvision's ImageFolder, or of    |
+|                                             | numbers if all names are integers                            |
+| `root/<domain>/<class>/*`                   | classes and domains, in DomainBed's order                    |
+| `shards/{00000..00010}.tar::more.tar`       | pairs, see shards.py                                         |
+| `scenes`, `objects`                         | the embedded data sets, see scenes.py                        |
+
+A list may come from a stranger. Its names, and links among its images, may therefore not lead out of the
+image root unless allow_outside is set. In a folder of classes, which the user made, links are followed.
+"""
+
+import os
+import re
+from collections import Counter
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from readers import scenes
+from readers.folders import folders_in, natural, read_folder
+from readers.images import IMAGE_SUFFIXES, open_image
+from readers.lists import Listing, read_list
+from readers.shards import Shards, clean_captions
+from util.text import printable, warn
+
+
+@dataclass(eq=False)
+class Files:
+    """Images by path: the common part of Pairs and Labelled."""
+
+    root: str
+    files: list  # relative to root
+    _: KW_ONLY
+    inside: str = ""  # links may lead to files below this folder only; "": anywhere
+    format: str = "files"  # for `python data.py PATH`, and so are the splits
+    splits: dict = field(default_factory=dict)
+
+    def __len__(self):
+        return len(self.files)
+
+    def name(self, i: int) -> str:
+        return os.path.join(self.root, self.files[i])
+
+    def image(self, i: int) -> Image.Image:
+        path = self.name(i)
+        # checked for each image: for all of them at the start it would take minutes on a network disk
+        if self.inside and not os.path.realpath(path).startswith(self.inside):
+            raise ValueError(f"a link out of {self.inside}: --allow-outside reads it anyway")
+        return open_image(path)
+
+
+@dataclass(eq=False)
+class Pairs(Files):
+    """Images with captions."""
+
+    captions: list  # captions[i] is the list of texts of image i, never empty
+
+
+@dataclass(eq=False)
+class Labelled(Files):
+    """Images with a class and perhaps a domain."""
+
+    labels: list  # places in classes
+    classes: list
+    domains: list | None = None  # places in domain_names
+    domain_names: list | None = None
+
+
+class Subset:
+    """Some images of a data set, in the given order.
+
+    Args: indices which images, default all;  classes only these class numbers, renumbered from 0
+    """
+
+    def __init__(self, dataset, indices: list | None = None, classes: list | None = None):
+        indices = list(range(len(dataset)) if indices is None else indices)
+        if hasattr(dataset, "labels"):
+            classes = list(range(len(dataset.classes)) if classes is None else classes)
+            new = {old: k for k, old in enumerate(classes)}
+            indices = [i for i in indices if dataset.labels[i] in new]
+            self.labels = [new[dataset.labels[i]] for i in indices]
+            self.classes = [dataset.classes[c] for c in classes]
+        if hasattr(dataset, "captions"):
+            self.captions = [dataset.captions[i] for i in indices]
+        if getattr(dataset, "domains", None) is not None:
+            domains = dataset.domains
+            self.domains, self.domain_names = [domains[i] for i in indices], dataset.domain_names
+        if getattr(dataset, "pixels", None) is not None:
+            self.pixels = dataset.pixels[indices]  # (n, S, S, 3)
+        self.dataset, self.indices = dataset, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def name(self, i: int) -> str:
+        return self.dataset.name(self.indices[i])
+
+    def image(self, i: int) -> Image.Image:
+        return self.dataset.image(self.indices[i])
+
+
+def choose_split(rows: list, split: str | None, default: str | None, where) -> list:
+    """The rows of a split that must exist, or of the default if there are splits, or all."""
+    names = sorted({row.split for row in rows if row.split is not None})
+    split = split or (default if names else None)
+    if split is None:
+        return rows
+    if split not in names:
+        there = printable(f"there are: {', '.join(names)[:300]}") if names else "it has no splits"
+        raise ValueError(f"{where}: no split {split!r}; {there}")
+    return [row for row in rows if row.split == split]
+
+
+def find_root(path: Path, files: list, image_root: str | Path | None) -> str:
+    """The folder that image names are relative to: image_root, or the list's own folder or one in it."""
+    folder = path.parent
+    places = [folder, *(folder / f for f in folders_in(folder))]
+    if folder.name == "annotations":  # COCO keeps its lists in a folder of this name
+        places += [folder.parent, *(folder.parent / f for f in folders_in(folder.parent))]
+    places = [Path(image_root)] if image_root else places
+    for place in places:
+        if any(os.path.isfile(os.path.join(place, f)) for f in files[:10]):
+            return os.path.abspath(place)
+    more = f", nor in {len(places) - 1} folders near it" if len(places) > 1 else ""
+    first = printable(os.path.join(places[0], files[0])[:300])
+    raise ValueError(f"{path}: no image at {first}{more}; --image-root says where the images are")
+
+
+def refuse_outside(root: str, files: list, where) -> None:
+    """TRAP: a stranger's list must not make us open, and show, files outside the image folder."""
+    for file in files:
+        if not os.path.normpath(os.path.join(root, file)).startswith(os.path.join(root, "")):
+            raise ValueError(
+                f"{where}: {file!r} is outside {root}; --image-root names the folder that it is relative to,"
+                " --allow-outside reads it anyway"
+            )
+
+
+def group_captions(rows: list, where) -> dict:
+    """file -> its captions; empty captions are counted and left out."""
+    grouped, empty = {}, 0
+    for row in rows:
+        texts = clean_captions(row.captions)
+        empty += max(len(row.captions), 1) - len(texts)
+        if texts:
+            grouped.setdefault(row.file, []).extend(texts)
+    if empty:
+        warn(f"{where}: {empty} empty captions skipped")
+    if not grouped:
+        raise ValueError(f"{where}: no caption in {len(rows)} rows")
+    return grouped
+
+
+def build(listing: Listing, path: Path, split, default, image_root, allow_outside) -> Pairs | Labelled:
+    """The data set of a split of a listing."""
+    if not listing.rows:
+        raise ValueError(f"{path}: no rows ({listing.format})")
+    rows = choose_split(listing.rows, split, default, path)
+    labelled = rows[0].label is not None
+    grouped = {} if labelled else group_captions(rows, path)
+    files = [row.file for row in rows] if labelled else list(grouped)
+    root = os.path.abspath(path) if path.is_dir() else find_root(path, files, image_root)
+    if not allow_outside:
+        refuse_outside(root, files, path)
+    inside = "" if allow_outside or path.is_dir() else os.path.join(os.path.realpath(root), "")
+    splits = dict(Counter(row.split for row in listing.rows if row.split))
+    common = dict(root=root, files=files, inside=inside, format=listing.format, splits=splits)
+    if not labelled:
+        return Pairs(**common, captions=list(grouped.values()))
+    # numbers come from all splits, so that a class has the same number in each of them
+    names = listing.classes
+    names = names or {k: str(k).replace("_", " ") for k in natural({row.label for row in listing.rows})}
+    number = {label: k for k, label in enumerate(names)}
+    labels = [number[row.label] for row in rows]
+    domain_names = sorted({row.domain for row in listing.rows if row.domain is not None}) or None
+    domains = domain_names and [domain_names.index(row.domain) for row in rows]
+    classes = list(names.values())
+    return Labelled(**common, labels=labels, classes=classes, domains=domains, domain_names=domain_names)
+
+
+def list_in(folder: Path) -> Path:
+    """The only list in a folder without class folders, or the first of its shards."""
+    suffixes = (".csv", ".tsv", ".json", ".jsonl", ".tar")
+    inside = sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes)
+    if len(inside) == 1 or (inside and all(p.suffix == ".tar" for p in inside)):
+        return inside[0]
+    raise ValueError(
+        f"{folder}: no images found; looked for class/*, domain/class/*, split/class/*"
+        f" ({' '.join(IMAGE_SUFFIXES)}), *.tar, or one list ({len(inside)} of {' '.join(suffixes[:4])} there)"
+    )
+
+
+def open_dataset(
+    path: str | Path,
+    split: str | None = None,
+    *,
+    default_split: str | None = None,
+    image_root: str | Path | None = None,
+    image_key: str | None = None,
+    caption_key: str | None = None,
+    label_key: str | None = None,
+    allow_outside: bool = False,
+    **scene_options,
+):
+    """The data set at a path, in any format of the table at the top of this file.
+
+    Args:    split that must exist; None: default_split if there are splits, otherwise everything;
+             image_root the folder that names in a list are relative to (default: the list's folder or one in
+             it);  *_key columns of a list;  allow_outside reads names that leave image_root;
+             scene_options of scenes.Scenes
+    Returns: Pairs, Labelled, Shards or scenes.   Raises: ValueError, one line.
+    """
+    if str(path) in ("scenes", "objects"):
+        make = scenes.Scenes if str(path) == "scenes" else scenes.Objects
+        return make(split=split or default_split or "train", **scene_options)
+    if scene_options:
+        raise ValueError(f"only scenes take the options {', '.join(scene_options)}")
+    if re.search(r"\.(tar|tgz)(\.\w+)?($|::)", str(path)):
+        if split:
+            raise ValueError(f"{path}: shards have no splits; leave out {split!r}, name other shards")
+        return Shards(str(path))
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    listing = read_folder(path) if path.is_dir() else None
+    if path.is_dir() and listing is None:
+        path = list_in(path)
+        if path.suffix == ".tar":
+            return open_dataset("::".join(map(str, sorted(path.parent.glob("*.tar")))), split)
+    if listing is None:
+        listing = read_list(path, image_key=image_key, caption_key=caption_key, label_key=label_key)
+    return build(listing, path, split, default_split, image_root, allow_outside)
