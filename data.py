@@ -1,9 +1,9 @@
 """Batches: an endless stream for training that resumes exactly, and ordered ones for evaluation.
 
 Batch t is a pure function of t. The order of an epoch is drawn from (seed, epoch), a crop from (seed, epoch,
-sample), and a caption from (seed, sample) and the number of the epoch. The global batch of step t is therefore
-the same for any number of ranks and workers, and a resumed run needs to know only t. open_dataset reads any
-format (readers/datasets.py); preprocess is OpenAI's transform (readers/images.py).
+sample), and a caption from (seed, sample) and the number of the epoch. The global batch of step t is the same
+for any number of ranks and workers, and a resumed run needs to know only t. open_dataset reads any format
+(readers/datasets.py); preprocess is OpenAI's transform (readers/images.py).
 """
 
 import atexit
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 # ruff: noqa: F401  (other files use these names as data.preprocess, data.Pairs ...)
 from readers.benchmarks import base_new_classes, domainbed_split
 from readers.datasets import Labelled, Pairs, Subset, open_dataset
-from readers.images import IMAGE_ERRORS, Preprocess, RandomCrop, normalise, preprocess
+from readers.images import IMAGE_ERRORS, MEAN, STD, Preprocess, RandomCrop, normalise, preprocess
 from readers.shards import Shards
 from util.files import write_image
 from util.flags import parse
@@ -231,8 +231,8 @@ class Batches:
         self.source, self.seen, self.broken_count, self.broken = source, 0, 0, []
         self.steps_per_epoch = getattr(source, "steps_per_epoch", None)
         if workers:
-            # TRAP: without a generator, DataLoader draws from torch's global one, and a run with workers would
-            # differ from one without
+            # TRAP: without a generator, DataLoader draws from torch's global one, and a run with workers
+            # would differ from one without
             options = dict(generator=torch.Generator(), pin_memory=torch.cuda.is_available())
             # DataLoader gives each worker one torch thread, and keeps the order of the steps
             options |= dict(num_workers=workers, worker_init_fn=leave_signals)

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from readers.lists import sniff_table
+from readers.lists import table_layout
 from util.files import output_folder, replacing, write_json
 from util.flags import parse
 from util.program import leave, program
@@ -143,7 +143,7 @@ class Corpus:
         self.name = path.lower().removesuffix(".gz")
         if self.name.endswith((".csv", ".tsv")):
             first = next(self.lines(), "").strip("\r\n")
-            self.dialect["delimiter"], self.columns, self.headless = sniff_table(Path(path), first, None)
+            self.dialect["delimiter"], self.columns, self.headless = table_layout(first, None)
             if column not in self.columns:
                 raise ValueError(f"{path}: no {column!r} in {printable(self.columns)[:200]}; give --column")
             if self.dialect["delimiter"] == "\t":

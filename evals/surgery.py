@@ -330,7 +330,7 @@ def inputs(arguments: list[str], out: str = "") -> tuple[list[Path], list[str]]:
     Args:   out: the picture that will be written: in a folder of images it is no image
     Raises: ValueError if an image is missing or is out, a folder has none, or there is no text.
     """
-    from readers.lists import IMAGE_SUFFIXES
+    from readers.images import IMAGE_SUFFIXES
 
     first = Path(arguments[0])
     names = [first]

@@ -210,6 +210,6 @@ def read_list(path: Path, **keys) -> Listing:
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: an entry has the wrong form ({error!r:.200})") from None
     raise ValueError(
-        f"{path}: unknown format {suffix!r}; known: .csv .tsv .txt .jsonl, .json (Karpathy, COCO, CoOp), .tar,"
-        " folders of classes"
+        f"{path}: unknown format {suffix!r}; known: .csv .tsv .txt .jsonl, .json (Karpathy, COCO, CoOp),"
+        " .tar, folders of classes"
     )

@@ -155,9 +155,9 @@ def test_training_crops_of_smaller_decoding_are_close():
     """The bound: 1 of 255 on average, 8 at most. TRAP: edges of the part rounded to a pixel of the smaller
     picture move it by up to half of one, which is 5 of 255 on photographs."""
     for seed in range(3):
-        file = bench.photo(1024, 768, seed)
-        small = data.random_crop(open_jpeg(file), 64, data.generator(seed), (0.9, 1.0))
-        whole = data.random_crop(open_jpeg(file).convert("RGB"), 64, data.generator(seed), (0.9, 1.0))
+        file, crop = bench.photo(1024, 768, seed), data.RandomCrop(64).pixels
+        small = crop(open_jpeg(file), data.generator(seed))
+        whole = crop(open_jpeg(file).convert("RGB"), data.generator(seed))
         off = np.abs(np.asarray(small, int) - np.asarray(whole, int))
         assert off.mean() < 1 and off.max() <= 8
 

@@ -19,7 +19,7 @@ from lab.compare import finished
 from model import CLIP, Config
 from readers import scenes
 from readers import templates as prompts
-from readers.lists import Labelled
+from readers.datasets import Labelled
 from tokenizer import Tokenizer
 
 CONFIG = Config(16, 16, 8, 32, 2, 2, 64, 16, 600, 32, 1, 2, 64)

@@ -34,8 +34,7 @@ for folder in (ROOT, ROOT / "tests"):
 import pretrained  # noqa: E402
 from baselines.metaclip import Corpus, read_entries  # noqa: E402
 from model import CLIP, Config  # noqa: E402
-from readers import images, shards  # noqa: E402
-from readers import lists as readers  # noqa: E402
+from readers import datasets, images, shards  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from weights import archive  # noqa: E402
 
@@ -266,7 +265,7 @@ def picture(form: str, mode="RGB", **options) -> bytes:
 
 def read_picture(path: Path):
     """As training and as evaluation see it; images.IMAGE_ERRORS are what a loader replaces and counts."""
-    for transform in (images.Preprocess(16).pixels, lambda x: images.random_crop(x, 16, random)):
+    for transform in (images.Preprocess(16).pixels, lambda x: images.RandomCrop(16).pixels(x, random)):
         with images.open_image(path.read_bytes()) as image:
             transform(image)
 
@@ -302,7 +301,7 @@ def read_tar(path: Path):
 def read_listed(path: Path):
     """The list, and every image that it leads to; none may lie outside its folder."""
     inside = os.path.realpath(path.parent)
-    dataset = readers.open_dataset(path)
+    dataset = datasets.open_dataset(path)
     for i in range(min(len(dataset), 50)):
         assert os.path.realpath(dataset.name(i)).startswith(inside), dataset.name(i)
         try:
