@@ -445,7 +445,7 @@ FORMATS = {  # name: (suffix, good files, reader, errors, tokens)
     "captions": (
         ".tsv",
         [b"caption\turl\na cat\tx\n", b"caption\turl\na\tb\nc\td\n"],
-        lambda path: list(Corpus(str(path), "caption").scan()),
+        lambda path: list(Corpus(str(path)).records()),
         (ValueError, OSError),
         [],
     ),

@@ -1,7 +1,7 @@
 """Wrong invocations of every command line: exit status 2, one line that begins with an error, no traceback.
 
-Each line of the table is one command as a user would type it. START is a small CLIP of ours, RUN a run of
-train.py that has no end, DATA a folder with a list, images and files that are not what they seem.
+Each line of the table is one command: a program of the root, or a module that `python -m` runs, and flags.
+START is a small CLIP, DATA a folder with a list, images, and files whose contents do not fit their names.
 """
 
 import contextlib
@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 WRONG = """
 train.py --method clap
+train.py --method clip --margin 0.9
+train.py --method clip --tes-weight 7
 train.py --method
 train.py --method llip extra
 train.py --model ViT-B
@@ -106,6 +108,8 @@ train.py --method coop --init START --train-data DATA/bed --target-domain sketch
 train.py --method maple --init START --train-data DATA/bed --target-domain sketch --prompt-depth 99
 evaluate.py
 evaluate.py juggle --model START --data scenes
+evaluate.py open-world --model START --data DATA/bed
+evaluate.py linear-probe --model START --data DATA/bed
 evaluate.py zeroshot --model START
 evaluate.py zeroshot --data scenes
 evaluate.py zeroshot --model nowhere --data scenes
@@ -127,13 +131,20 @@ evaluate.py retrieval --model START --data DATA/bed
 evaluate.py retrieval --model START --data DATA/pairs.csv --split summer
 evaluate.py retrieval --model DATA/damaged.pt --data scenes
 evaluate.py retrieval --model DATA/bed --data scenes
-evaluate.py linear-probe --model START --data DATA/bed --solvers magic
-evaluate.py linear-probe --model START --data DATA/bed --seeds 0
-evaluate.py open-world --model START --data DATA/bed --limit 3
-evaluate.py open-world --model START --data DATA/bed --target-domain moon --open-task domain-shift
-evaluate.py map --model START --data scenes --show -1
-evaluate.py spectrum --model START --data nowhere
-evaluate.py speed --model START --data nowhere
+evals.linear_probe --model START --data DATA/bed --solvers magic
+evals.linear_probe --model START --data DATA/bed --seeds 0
+evals.open_world --model START --data DATA/bed --limit 3
+evals.open_world --model START --data DATA/bed --target-domain moon --open-task domain-shift
+evals.maps --model START --data scenes --show -1
+evals.spectrum --model START --data nowhere
+evals.spectrum --model START
+evals.typographic --model START --data nowhere
+evals.typographic --data DATA/bed
+evals.mixtures --model START --data DATA/bed
+evals.mixtures --model nowhere --data scenes
+evals.maps --model START --data DATA/bed --target x
+evals.linear_probe --model START --data DATA/pairs.csv
+evals.open_world --model nowhere --data DATA/bed
 pretrained.py
 pretrained.py nowhere.pt
 pretrained.py RN50x64
@@ -166,61 +177,65 @@ data.py DATA/pairs.csv --out nowhere/sheet.png
 data.py DATA/pairs.csv --out DATA/sheet.unknown
 data.py 'DATA/{00..01}.tar'
 data.py 'DATA/{02..01}.tar'
-scenes.py --count 0 --out DATA/s.png
-scenes.py --count -1 --out DATA/s.png
-scenes.py --split summer --out DATA/s.png
-scenes.py --domain moon --out DATA/s.png
-scenes.py --image-size 0 --out DATA/s.png
-scenes.py --zoom 0 --out DATA/s.png
-scenes.py --objects --bias 2 --out DATA/s.png
-scenes.py --count 2 --out nowhere/s.png
-surgery.py DATA/bed/art/cat/0.png cat --out DATA/m.png
-surgery.py DATA/bed/art/cat/0.png cat --model nowhere --out DATA/m.png
-surgery.py DATA/bed/art/cat/0.png --model START --out DATA/m.png
-surgery.py nowhere.png cat --model START --out DATA/m.png
-surgery.py DATA/pairs.csv cat --model START --out DATA/m.png
-surgery.py DATA/bed/art/cat/0.png cat --model START --out DATA/m.png --method magic
-surgery.py DATA/bed/art/cat/0.png cat --model START --out nowhere/m.png
-metaclip.py nowhere.tsv --build-entries 1 --out DATA/kept
-metaclip.py DATA/pairs.csv --out DATA/kept
-metaclip.py DATA/pairs.csv --entries nowhere --out DATA/kept
-metaclip.py DATA/pairs.csv --entries DATA/broken.json --out DATA/kept
-metaclip.py DATA/pairs.csv --build-entries 0 --column title --out DATA/kept
-metaclip.py DATA/pairs.csv --build-entries 1 --column nothing --out DATA/kept
-metaclip.py DATA/pairs.csv --build-entries 1 --column title --t -1 --out DATA/kept
-metaclip.py DATA/pairs.csv --build-entries 1 --column title --tail-share 2 --out DATA/kept
-metaclip.py DATA/pairs.csv --build-entries 1 --column title --out nowhere/kept
-openworld.py
-openworld.py --scenes --tasks juggle
-openworld.py --scenes --methods magic
-openworld.py --scenes --seeds 0
-openworld.py --data nowhere --init START
-openworld.py --data DATA/bed
-openworld.py --data DATA/bed --init START --targets moon
-openworld.py --scenes --bias 3
-openworld.py --scenes --seed 3
-metaclip.py DATA/pairs.csv --build-entries 1 --column title --out DATA
-metaclip.py DATA/pairs.csv --build 1 --column title --out DATA/kept
+readers.scenes --count 0 --out DATA/s.png
+readers.scenes --count -1 --out DATA/s.png
+readers.scenes --split summer --out DATA/s.png
+readers.scenes --domain moon --out DATA/s.png
+readers.scenes --image-size 0 --out DATA/s.png
+readers.scenes --zoom 0 --out DATA/s.png
+readers.scenes --objects --bias 2 --out DATA/s.png
+readers.scenes --count 2 --out nowhere/s.png
+evals.surgery DATA/bed/art/cat/0.png cat --out DATA/m.png
+evals.surgery DATA/bed/art/cat/0.png cat --model nowhere --out DATA/m.png
+evals.surgery DATA/bed/art/cat/0.png --model START --out DATA/m.png
+evals.surgery nowhere.png cat --model START --out DATA/m.png
+evals.surgery DATA/pairs.csv cat --model START --out DATA/m.png
+evals.surgery DATA/bed/art/cat/0.png cat --model START --out DATA/m.png --method magic
+evals.surgery DATA/bed/art/cat/0.png cat --model START --out nowhere/m.png
+baselines.metaclip nowhere.tsv --build-entries 1 --t 9 --out DATA/kept
+baselines.metaclip DATA/pairs.csv --t 9 --out DATA/kept
+baselines.metaclip DATA/pairs.csv --build-entries 1 --column title --out DATA/kept
+baselines.metaclip DATA/pairs.csv --build-entries 1 --column title --t 9
+baselines.metaclip DATA/pairs.csv --entries nowhere --column title --t 9 --out DATA/kept
+baselines.metaclip DATA/pairs.csv --entries DATA/broken.json --column title --t 9 --out DATA/kept
+baselines.metaclip DATA/pairs.csv --entries DATA/broken.json --build-entries 1 --t 9 --out DATA/kept
+baselines.metaclip DATA/pairs.csv --build-entries 0 --column title --t 9 --out DATA/kept
+baselines.metaclip DATA/pairs.csv --build-entries 1 --column nothing --t 9 --out DATA/kept
+baselines.metaclip DATA/pairs.csv --build-entries 1 --column title --t -1 --out DATA/kept
+baselines.metaclip DATA/pairs.csv --build-entries 1 --column title --t 9 --tail-share 2 --out DATA/kept
+baselines.metaclip DATA/pairs.csv --build-entries 1 --column title --t 9 --out DATA/pairs.csv/kept
+baselines.metaclip DATA/pairs.csv --build-entries 1 --column title --t 9 --out DATA/pairs.csv
+lab.compare
+lab.compare --scenes --tasks juggle
+lab.compare --scenes --methods magic
+lab.compare --scenes --seeds 0
+lab.compare --data nowhere --init START
+lab.compare --data DATA/bed
+lab.compare --data DATA/bed --init START --targets moon
+lab.compare --scenes --bias 3
+lab.compare --scenes --seed 3
+baselines.metaclip DATA/pairs.csv --build-entries 1 --column title --t 9 --out DATA
+baselines.metaclip DATA/pairs.csv --build 1 --column title --t 9 --out DATA/kept
 tokenizer.py text --voc DATA/pairs.csv
 data.py DATA/pairs.csv --spl train --out DATA/s.png
-scenes.py --coun 3 --out DATA/s.png
-surgery.py DATA/bed/art/cat/0.png cat --mod START --out DATA/m.png
+readers.scenes --coun 3 --out DATA/s.png
+evals.surgery DATA/bed/art/cat/0.png cat --mod START --out DATA/m.png
 pretrained.py START --jso
 evaluate.py zeroshot --model START --dat scenes
-bench.py juggle
-bench.py loss --repeats 1
-bench.py loss --precision fp16
-bench.py loss --repeat 9
-bench.py loss --device moon
-reproduce.py
-reproduce.py --claim nothing
-reproduce.py --all --claim l1
-reproduce.py --all --data DATA/pairs.csv
-reproduce.py --claim l1 --seeds 0
-reproduce.py --claim l1 --jobs 0
-reproduce.py --claim a4 --target sketch
-reproduce.py --clai l1
-reproduce.py --list --device moon
+lab.bench juggle
+lab.bench loss --repeats 1
+lab.bench loss --precision fp16
+lab.bench loss --repeat 9
+lab.bench loss --device moon
+lab.reproduce
+lab.reproduce --claim nothing
+lab.reproduce --all --claim l1
+lab.reproduce --all --data DATA/pairs.csv
+lab.reproduce --claim l1 --seeds 0
+lab.reproduce --claim l1 --jobs 0
+lab.reproduce --claim a4 --target sketch
+lab.reproduce --clai l1
+lab.reproduce --list --device moon
 """
 
 
@@ -245,7 +260,7 @@ def commands(place: dict[str, str]) -> list[list[str]]:
         for word, path in place.items():
             line = line.replace(word, path)
         words = shlex.split(line)
-        if words[0] in ("train.py", "openworld.py") and "--out" not in words:
+        if words[0] in ("train.py", "lab.compare") and "--out" not in words:
             words += ["--out", f"{place['DATA']}/out-{number}"]
         if words[0] == "train.py" and "--train-size" not in words:
             words += ["--train-size", "96"]  # a mistake that is found late should not cost a minute
@@ -278,14 +293,13 @@ def too_long(*_):
 
 def run_here(words: list[str]) -> tuple[object, str, str]:
     """The command's main in this process: status, stdout, stderr."""
-    module = importlib.import_module(words[0].removesuffix(".py"))
     out, err = io.StringIO(), io.StringIO()
     signals = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     signal.signal(signal.SIGALRM, too_long)
     signal.alarm(60)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = module.main(words[1:])
+            code = importlib.import_module(words[0].removesuffix(".py")).main(words[1:])
         except SystemExit as stop:
             code = stop.code
         except BaseException as error:
@@ -297,8 +311,10 @@ def run_here(words: list[str]) -> tuple[object, str, str]:
 
 
 def run_apart(words: list[str]) -> tuple[object, str, str]:
-    command = [sys.executable, str(ROOT / words[0]), *words[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    program = [str(ROOT / words[0])] if words[0].endswith(".py") else ["-m", words[0]]
+    command = [sys.executable, *program, *words[1:]]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     return done.returncode, done.stdout, done.stderr
 
 

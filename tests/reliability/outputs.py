@@ -22,23 +22,22 @@ TUNED = "--data DATA/bed --init START --quick --targets sketch --tasks domain-sh
 # OUT is a folder, or a file in it, that cannot be written
 COMMANDS = f"""
 train.py --method clip --train-size 24 --batch-size 8 --steps 1 --threads 1 --device cpu --out OUT
-openworld.py {TUNED} --methods finetune --steps 1 --threads 1 --device cpu --out OUT
+lab.compare {TUNED} --methods finetune --steps 1 --threads 1 --device cpu --out OUT
 evaluate.py zeroshot {BED} --out OUT
 evaluate.py retrieval {MODEL} --data DATA/pairs.csv --split train --out OUT
-evaluate.py open-world {BED} --out OUT
-evaluate.py map {SCENES} --out OUT
-evaluate.py typographic {BED} --out OUT
-evaluate.py spectrum {BED} --out OUT
-evaluate.py linear-probe {BED} --solvers l-bfgs --seeds 1 --out OUT
-evaluate.py speed {SCENES} --out OUT
+evals.open_world {BED} --out OUT
+evals.maps {SCENES} --out OUT
+evals.typographic {BED} --out OUT
+evals.spectrum {BED} --out OUT
+evals.linear_probe {BED} --solvers l-bfgs --seeds 1 --out OUT
 pretrained.py START --to huggingface --out OUT
 pretrained.py START --to openai --out OUT/x.pt
-metaclip.py DATA/pairs.csv --build-entries 1 --column title --out OUT/kept
+baselines.metaclip DATA/pairs.csv --build-entries 1 --column title --t 9 --out OUT/kept
 data.py DATA/pairs.csv --size 16 --out OUT/x.png
-scenes.py --count 2 --out OUT/x.png
-surgery.py DATA/bed/art/cat/0.png cat --model START --out OUT/x.png
-reproduce.py --claim l1 --quick --seeds 1 --out OUT
-bench.py wire --quick --out OUT
+readers.scenes --count 2 --out OUT/x.png
+evals.surgery DATA/bed/art/cat/0.png cat --model START --out OUT/x.png
+lab.reproduce --claim l1 --quick --seeds 1 --out OUT
+lab.bench wire --quick --out OUT
 """
 PLACES = ("locked", "locked/new", "file", "file/new")
 # a folder lies where this file should: command, file, and what must be there all the same
@@ -46,18 +45,22 @@ IN_THE_WAY = f"""
 evaluate.py zeroshot {BED} | results.json | the table
 evaluate.py zeroshot {BED} | confusion.png | results.json
 evaluate.py retrieval {MODEL} --data DATA/pairs.csv --split train | results.json | the table
-evaluate.py open-world {BED} | results.json | the table
-evaluate.py map {SCENES} --show 1 --structures vvv | results.json | the table
-evaluate.py map {SCENES} --show 1 --structures vvv | maps-1.png | results.json
-evaluate.py typographic {BED} | results.json | the table
-evaluate.py typographic {BED} | typographic.png | results.json
-evaluate.py spectrum {BED} | results.json | the table
-evaluate.py spectrum {BED} | spectrum.png | results.json
-openworld.py {TUNED} --methods finetune --steps 1 --threads 1 --device cpu | results.json | the table
-metaclip.py DATA/pairs.csv --build-entries 1 --column title | kept.json |
-metaclip.py DATA/pairs.csv --build-entries 1 --column title | kept.png | kept
+evals.open_world {BED} | results.json | the table
+evals.maps {SCENES} --show 1 --structures vvv | results.json | the table
+evals.maps {SCENES} --show 1 --structures vvv | maps-1.png | results.json
+evals.typographic {BED} | results.json | the table
+evals.typographic {BED} | typographic.png | results.json
+evals.spectrum {BED} | results.json | the table
+evals.spectrum {BED} | spectrum.png | results.json
+lab.compare {TUNED} --methods finetune --steps 1 --threads 1 --device cpu | results.json | the table
+baselines.metaclip DATA/pairs.csv --build-entries 1 --column title --t 9 | kept.json |
 """
-LATE = ("data.py", "scenes.py", "surgery.py", "pretrained.py")  # find out when they write, soon enough
+LATE = (
+    "data.py",
+    "readers.scenes",
+    "evals.surgery",
+    "pretrained.py",
+)  # find out when they write, soon enough
 
 
 def obey_modes() -> None:
@@ -131,7 +134,7 @@ def unwritable(root: Path, place: dict[str, str], leave_out=()) -> dict:
     tried, failures = 0, []
     for line in COMMANDS.strip().splitlines():
         for name in PLACES if line.split()[0] not in leave_out else ():
-            if name == "file" and "OUT/" not in line and line.startswith("metaclip"):
+            if name == "file" and "OUT/" not in line and line.startswith("baselines.metaclip"):
                 continue
             tried += 1
             words = filled(line, place | {"OUT": str(root / name)})
@@ -156,7 +159,7 @@ def in_the_way(root: Path, place: dict[str, str], leave_out=()) -> dict:
         words = filled(line, place)
         if words[0] in leave_out:
             continue
-        words += ["--out", str(out / "kept" if words[0] == "metaclip.py" else out)]
+        words += ["--out", str(out / "kept" if words[0] == "baselines.metaclip" else out)]
         tried += 1
         code, said, err = apart(words)
         wrong = in_one_line(code, said, err, name)
