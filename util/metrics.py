@@ -1,10 +1,10 @@
-"""Figures of retrieval, ranking and classification: from whole matrices, and the same from streams of rows.
+"""Metrics of retrieval, ranking and classification, from whole matrices and from streams of rows.
 
-The plain functions (recall_at_k, average_precision, classification_metrics) are what to read; the classes
-below them (Recall, Relevance) see a batch of images at a time, never hold the matrix, and give the same.
+The functions recall_at_k, average_precision and classification_metrics are the definitions. The classes
+Recall and Relevance compute the same numbers from batches of images and never hold the whole matrix.
 
-Ties count against us: what scores the same as the right answer is ranked before it, and NaN is the lowest
-score. A model that gives every pair one score therefore gets 0 and not 1.
+Ties count against the model: an item with the same score as the right answer is ranked before it, and NaN is
+the lowest score. A model that gives one score to every pair therefore gets 0, not 1.
 """
 
 import math
@@ -17,33 +17,30 @@ from scale.distributed import gather_rows
 KS = (1, 5, 10)
 INF = float("inf")
 
-# Figures from whole matrices -------------------------------------------------------------------------
-
 
 def no_nan(scores: Tensor) -> Tensor:
-    """NaN becomes the lowest score: compared as it is, it would be below nothing and so a hit."""
+    """Replaces NaN by the lowest score; every comparison with NaN is false, so it would count as a hit."""
     return scores.nan_to_num(nan=-INF, posinf=INF, neginf=-INF)
 
 
 def hit_rates(place: Tensor, name: str, ks: tuple[int, ...]) -> dict[str, float]:
-    """Share of questions whose right answer has fewer than k others before it: place (N,) counts those."""
+    """Share of queries with fewer than k items before their right answer; place (N,) counts those items."""
     return {f"{name}@{k}": (place < k).double().mean().item() for k in ks}
 
 
 def recall_at_k(scores: Tensor, image_of_text: Tensor, ks: tuple[int, ...] = KS) -> dict[str, float]:
-    """Recall of retrieval both ways, from the whole matrix: the plain twin of Recall.
+    """Recall of retrieval in both directions.
 
-    No equation; LAION-AI/CLIP_benchmark metrics/zeroshot_retrieval.py @48de38c, ties apart.
+    No equation; LAION-AI/CLIP_benchmark metrics/zeroshot_retrieval.py @48de38c, except for ties.
     Args:    scores (N_img, N_txt);  image_of_text (N_txt,) long, the image of each caption, in any order
-    Returns: "i2t@k" share of images with any of their captions among the k best;  "t2i@k" share of captions
+    Returns: "i2t@k": share of images with any of their captions among the k best;  "t2i@k": share of captions
              with their image among the k best. An image without a caption is a miss.
     Raises:  ValueError if the shapes or the indices do not fit.
     """
     images, texts = scores.shape
     if image_of_text.shape != (texts,):
         raise ValueError(f"scores of {texts} texts, image_of_text {tuple(image_of_text.shape)}")
-    low, high = (int(x) for x in image_of_text.aminmax()) if texts else (0, 0)
-    if not 0 <= low <= high < images:
+    if texts and not 0 <= (low := image_of_text.min()) <= (high := image_of_text.max()) < images:
         raise ValueError(f"image_of_text has {low}..{high}, but there are {images} images")
     scores = no_nan(scores)
     own = torch.arange(images, device=scores.device)[:, None] == image_of_text  # (N_img, N_txt)
@@ -58,8 +55,8 @@ def recall_at_k(scores: Tensor, image_of_text: Tensor, ks: tuple[int, ...] = KS)
 def places(logits: Tensor, target: Tensor) -> Tensor:
     """Rank of the right class, 0 first: (B, C), (B,) -> (B,).
 
-    REF: ties go to the lower class number, as argmax has it in every published protocol: ImageNet has two
-    pairs of classes with the same name, whose scores tie. In retrieval a tie counts against us.
+    REF: of tied classes the lower number comes first, as argmax has it in every published protocol: ImageNet
+    has two pairs of classes with equal names, whose scores tie.
     """
     logits = no_nan(logits)
     right = logits.gather(1, target[:, None])  # (B, 1)
@@ -68,22 +65,19 @@ def places(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def accuracy(place: Tensor, target: Tensor) -> dict[str, float]:
-    """What classification_metrics returns, from the place of each image's class (N,) and that class (N,)."""
+    """The result of classification_metrics, from the rank of each image's class (N,) and that class (N,)."""
     hits = torch.bincount(target, (place == 0).double())  # (C,)
     counts = torch.bincount(target)  # (C,)
-    return {
-        "top1": (place < 1).double().mean().item(),
-        "top5": (place < 5).double().mean().item(),
-        "mean_per_class": (hits / counts)[counts > 0].mean().item(),
-    }
+    top = {f"top{k}": (place < k).double().mean().item() for k in (1, 5)}
+    return top | {"mean_per_class": (hits / counts)[counts > 0].mean().item()}
 
 
 def classification_metrics(logits: Tensor, target: Tensor) -> dict[str, float]:
     """Accuracies of a classifier in [0, 1].
 
-    No equation; LAION-AI/CLIP_benchmark metrics/zeroshot_classification.py @48de38c, ties apart.
+    No equation; LAION-AI/CLIP_benchmark metrics/zeroshot_classification.py @48de38c, except for ties.
     Args:    logits (N, C);  target (N,) long
-    Returns: "top1", "top5", "mean_per_class": the mean over classes of the share of their images found
+    Returns: "top1", "top5", "mean_per_class": the mean over classes of the accuracy on their images
     Raises:  ValueError if there are no images, or the shapes or the labels do not fit.
     """
     N, C = logits.shape
@@ -96,17 +90,16 @@ def classification_metrics(logits: Tensor, target: Tensor) -> dict[str, float]:
 
 def ordered_hits(scores: Tensor, relevant: Tensor) -> Tensor:
     """Relevance in descending order of score: (B, N) float scores, (B, N) bool -> (B, N) bool."""
-    # TRAP: two stable sorts, the irrelevant first, so that they also come first in a tie
+    # TRAP: two stable sorts, with the irrelevant first, so that they also come first in a tie
     order = relevant.byte().argsort(dim=1, stable=True)  # (B, N)
     ranked = scores.gather(1, order).argsort(dim=1, descending=True, stable=True)  # (B, N)
     return relevant.gather(1, order.gather(1, ranked))  # (B, N)
 
 
 def average_precision(scores: Tensor, relevant: Tensor) -> Tensor:
-    """Mean over a row's relevant columns of the precision down to each of them.
+    """Average precision of each row:  AP = (1/R) sum_r (r / rank of the r-th relevant column)
 
-    AP = (1/R) sum_r (r / rank of the r-th relevant one)
-    Args: scores (B, N), relevant (B, N) bool.   Returns: (B,) double, NaN where nothing is relevant.
+    Args: scores (B, N), relevant (B, N) bool.   Returns: (B,) double, NaN for a row without relevant columns.
     """
     hits = ordered_hits(no_nan(scores), relevant).double()  # (B, N)
     precision = hits.cumsum(1) / torch.arange(1, hits.shape[1] + 1, device=hits.device)  # (B, N)
@@ -114,13 +107,13 @@ def average_precision(scores: Tensor, relevant: Tensor) -> Tensor:
 
 
 def chance_of_hit(right: int, count: int, k: int) -> float:
-    """Probability that k of count, drawn blindly, hold one of the right ones."""
+    """Probability that k random items of `count` contain one of the `right` ones."""
     k = min(k, count)
     return 1 - math.comb(count - right, k) / math.comb(count, k)
 
 
 def chance_of_precision(right: Tensor, count: int) -> Tensor:
-    """Expected average precision of a random order of count, of which right (B,) are relevant.
+    """Expected average precision of a random order of `count` items, of which right (B,) are relevant.
 
     E = (H + (count - H) (right - 1) / (count - 1)) / count,  H = 1 + 1/2 + ... + 1/count
     """
@@ -128,11 +121,11 @@ def chance_of_precision(right: Tensor, count: int) -> Tensor:
     return (harmonic + (count - harmonic) * (right - 1).double() / max(count - 1, 1)) / count
 
 
-# The same figures from a stream of rows ----------------------------------------------------------------
+# From a stream of rows -------------------------------------------------------------------------------------
 
 
 class Best:
-    """The k highest scores of each column over all rows seen, on every rank."""
+    """The k highest scores of each column over all rows of all ranks."""
 
     def __init__(self, columns: int, k: int, device):
         self.k, self.values = k, torch.full((columns, k), -INF, device=device)
@@ -148,12 +141,12 @@ class Best:
 
 
 class Recall:
-    """recall_at_k from a stream of score rows; holds max(ks) + 1 numbers for each text.
+    """recall_at_k from a stream of score rows; it holds max(ks) + 1 numbers for each text.
 
-    The place of a caption's image is not known when its row comes by, but t2i@k asks only whether it is
-    below k: compare with the k + 1 best scores of the text's column, of which the image's own is one.
-    Args: image_of_text (N_txt,) ascending;  column (N_txt,) the score column of each text: texts of equal
-          words share one, so that they tie exactly
+    The rank of a caption's image is known after the last row only. t2i@k needs no more than whether that rank
+    is below k, which the k + 1 best scores of the text's column decide: one of them is the image's own.
+    Args: image_of_text (N_txt,) ascending;  column (N_txt,): the score column of each text. Equal texts
+          share one column, so that they tie exactly.
     """
 
     def __init__(self, images: int, image_of_text: Tensor, column: Tensor, ks: tuple, device):
@@ -161,7 +154,7 @@ class Recall:
         self.owner, self.column = image_of_text.to(device), column.to(device)  # (N_txt,) each
         self.copies = torch.bincount(self.column)  # (T,)
         self.best = Best(len(self.copies), min(max(ks) + 1, images), device)
-        self.own, self.i2t = [], []
+        self.own, self.i2t = [self.copies.new_zeros(0).float()], [self.copies.new_zeros(0)]
 
     def add(self, first: int, scores: Tensor) -> None:
         """scores (b, T) of images first, first + 1, ... of this rank's share."""
@@ -178,40 +171,35 @@ class Recall:
         self.best.add(scores)
 
     def metrics(self) -> dict[str, float]:
-        """As recall_at_k, of all ranks' rows together."""
-        device = self.owner.device
-        i2t = gather_rows(torch.cat([torch.zeros(0, dtype=torch.long, device=device), *self.i2t]))
-        own = gather_rows(torch.cat([torch.zeros(0, device=device), *self.own]))  # (N_txt,)
+        """The result of recall_at_k for the rows of all ranks."""
+        i2t, own = (gather_rows(torch.cat(parts)) for parts in (self.i2t, self.own))  # (N_img,), (N_txt,)
         t2i = (self.best.gathered()[self.column] >= own[:, None]).sum(1) - 1  # (N_txt,)
         return hit_rates(i2t, "i2t", self.ks) | hit_rates(t2i, "t2i", self.ks)
 
     def chance(self) -> dict[str, float]:
         captions, texts = torch.bincount(self.owner).tolist(), len(self.owner)
-        i2t = [sum(chance_of_hit(n, texts, k) for n in captions) / self.images for k in self.ks]
-        t2i = [chance_of_hit(1, self.images, k) for k in self.ks]
-        names = [f"{way}@{k}" for way in ("i2t", "t2i") for k in self.ks]
-        return dict(zip(names, i2t + t2i))
+        i2t = {f"i2t@{k}": sum(chance_of_hit(n, texts, k) for n in captions) / self.images for k in self.ks}
+        return i2t | {f"t2i@{k}": chance_of_hit(1, self.images, k) for k in self.ks}
 
 
 class Relevance:
-    """Ranking figures when it is known which texts are true of which images; ties against us.
+    """Ranking metrics for known relevance; relevant (N_img, T) bool: which texts are true of which images.
 
     i2t_map   mean over images of the average precision of ranking all distinct texts
     i2t_p@1   share of images whose best text is true of them
     t2i_p@10  mean over texts of the share of true images among the ten best (at most 10 are counted, so a
               text that is true of 4 images cannot exceed 0.4: see "ceiling")
-    Args: relevant (N_img, T) bool
     """
 
     def __init__(self, relevant: Tensor, device, k: int = 10):
         self.relevant, self.device, self.k = relevant, device, min(k, len(relevant))
         self.true, self.false = (Best(relevant.shape[1], self.k, device) for _ in range(2))
-        self.rows = []
+        self.rows = [torch.zeros(0, 2, dtype=torch.float64, device=device)]
 
     def add(self, first: int, scores: Tensor) -> None:
         """scores (b, T) of images first, first + 1, ... of this rank's share."""
-        scores, relevant = no_nan(scores), self.relevant[first : first + len(scores)]
-        relevant = relevant.to(self.device)  # (b, T)
+        scores = no_nan(scores)
+        relevant = self.relevant[first : first + len(scores)].to(self.device)  # (b, T)
         true, false = scores.masked_fill(~relevant, -INF), scores.masked_fill(relevant, -INF)
         top = (true.amax(1) > false.amax(1)).double()  # (b,)
         self.rows.append(torch.stack([average_precision(scores, relevant), top], 1))
@@ -219,9 +207,8 @@ class Relevance:
         self.false.add(false)
 
     def metrics(self) -> dict[str, float]:
-        empty = torch.zeros(0, 2, dtype=torch.float64, device=self.device)
-        rows = gather_rows(torch.cat([empty, *self.rows]))  # (N_img, 2)
-        rows = rows[rows[:, 0].isfinite()]  # images of which no text is true ask nothing
+        rows = gather_rows(torch.cat(self.rows))  # (N_img, 2)
+        rows = rows[rows[:, 0].isfinite()]  # without images that no text is true of
         both = torch.cat([self.false.gathered(), self.true.gathered()], 1)  # (T, 2 k)
         is_true = torch.arange(2 * self.k, device=self.device).expand_as(both) >= self.k
         top = ordered_hits(both, is_true)[:, : self.k]  # (T, k)
@@ -229,10 +216,9 @@ class Relevance:
         return {"i2t_map": i2t_map, "i2t_p@1": i2t_p1, f"t2i_p@{self.k}": top.double().mean().item()}
 
     def chance(self) -> dict[str, float]:
-        rights = self.relevant.sum(1)
-        blind = chance_of_precision(rights[rights > 0], self.relevant.shape[1]).mean().item()
-        share = self.relevant.double().mean().item()
-        return {"i2t_map": blind, "i2t_p@1": share, f"t2i_p@{self.k}": share}
+        rights, share = self.relevant.sum(1), self.relevant.double().mean().item()
+        i2t_map = chance_of_precision(rights[rights > 0], self.relevant.shape[1]).mean().item()
+        return {"i2t_map": i2t_map, "i2t_p@1": share, f"t2i_p@{self.k}": share}
 
     def ceiling(self) -> dict[str, float]:
         rights = self.relevant.sum(0).clamp(max=self.k)
