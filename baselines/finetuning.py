@@ -56,6 +56,7 @@ from baselines.maple import MaPLe
 from baselines.tes import TeS
 from clipood import BetaMovingAverage, FineTune, average_of_patches, require_clip
 from evals import open_world as openworld
+from evals import protocol as protocols
 from model import CLIP
 from readers import templates as prompts
 from scale import distributed
@@ -124,8 +125,8 @@ def defaults(c, given: set[str]):
     if "steps" in given or c.overfit:
         values["epochs"] = 0.0
     c = replace(c, **{k: v for k, v in values.items() if k not in given})
-    if c.open_task not in openworld.TASKS:
-        raise ValueError(f"open_task {c.open_task!r}: there are {', '.join(openworld.TASKS)}")
+    if c.open_task not in protocols.TASKS:
+        raise ValueError(f"open_task {c.open_task!r}: there are {', '.join(protocols.TASKS)}")
     if c.image_pooling not in ("cls", "average"):
         raise ValueError(f"--image-pooling {c.image_pooling}: cls or average")
     for name in ("shots", "align_layers", "margin", "align_weight", "bma_beta"):
@@ -203,7 +204,7 @@ class AveragePooled(nn.Module):
         super().__init__()
         self.clip, self.config = clip, clip.config
         self.encode_text, self.ensemble_text = clip.encode_text, clip.ensemble_text
-        self.pair_logits = clip.pair_logits
+        self.pair_logits, self.class_templates = clip.pair_logits, clip.class_templates
         self.train(clip.training)
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -229,7 +230,7 @@ class LabelTask:
         self.clip, self.config = clip, clip.config
         if c.image_size not in (0, self.config.image_size):
             raise ValueError(f"--image-size {c.image_size}: {c.init} has {self.config.image_size}")
-        self.protocol = openworld.protocol(
+        self.protocol = protocols.protocol(
             c.train_data,
             c.open_task,
             c.target_domain,
@@ -252,7 +253,7 @@ class LabelTask:
             raise ValueError(
                 f"batch {c.batch_size} is not divisible by {self.domains} source domains: try {fits}"
             )
-        self.templates = openworld.templates(c.train_data)
+        self.templates = protocols.templates(c.train_data)
         if c.template:
             self.templates = evaluate.read_templates([c.template])
         classes, length = self.train.classes, self.config.context_length
@@ -382,7 +383,7 @@ class LabelTask:
 
     def score(self, model: nn.Module, templates: tuple[str, ...] = ()) -> dict:
         templates = templates or self.templates
-        return evaluate.open_world(model, self.protocol, self.tokenizer, templates)
+        return openworld.evaluate_protocol(model, self.protocol, self.tokenizer, templates)
 
     def fits(self, loss: float) -> bool:
         """Whether --overfit succeeded: smoothed targets keep the loss above 0, so answers are asked."""

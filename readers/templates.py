@@ -6,7 +6,9 @@ imagenet7    7 of them; the same list says that they are enough
 OxfordPets   and the other names of CoOp's splits: one each, KaiyangZhou/CoOp @ff61507 trainers/coop.py
 """
 
+import json
 import re
+from pathlib import Path
 
 
 def split(text: str) -> tuple[str, ...]:
@@ -68,3 +70,47 @@ def for_data(path: str) -> tuple[str, ...]:
     """The templates that papers use with a data set: CoOp's for its splits, PHOTO for all others."""
     named = re.search(r"split_zhou_(\w+)\.json$", str(path))
     return COOP.get(named[1], PHOTO) if named else PHOTO
+
+
+def read_templates(words: list[str]) -> tuple[str, ...]:
+    """The templates of --templates: a name in TEMPLATES, texts with {}, or a file (lines, or a JSON list).
+
+    Raises: ValueError if the words are none of these.
+    """
+    if len(words) == 1 and words[0] in TEMPLATES:
+        return TEMPLATES[words[0]]
+    if all("{" in word for word in words):
+        return tuple(words)
+    if len(words) > 1 or not Path(words[0]).is_file():
+        known = ", ".join(TEMPLATES)
+        raise ValueError(
+            f"templates {' '.join(words)!r}: neither one of {known}, nor texts with {{}}, nor a file"
+        )
+    return tuple(read_names(words[0]))
+
+
+def read_classes(path: str, folders: list[str]) -> list:
+    """The class names of --classnames, in the order of the folders.
+
+    Raises: ValueError if a folder has no name, or the number of names differs.
+    """
+    names = read_names(path)
+    if isinstance(names, list):
+        if len(names) != len(folders):
+            raise ValueError(f"{path}: {len(names)} names, but the data have {len(folders)} classes")
+        return names
+    if missing := [folder for folder in folders if folder not in names]:
+        raise ValueError(f"{path}: no name for {len(missing)} classes, the first is {missing[0]!r}")
+    return [names[folder] for folder in folders]
+
+
+def read_names(path: str) -> list | dict:
+    """Names from a file: one per line, or JSON: a list, or {folder: name or [synonyms]}."""
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        names = json.loads(text) if path.endswith(".json") else text.splitlines()
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(names, list | dict) or not names:
+        raise ValueError(f"{path}: expected a list or a mapping that is not empty")
+    return names if isinstance(names, dict) else [n for n in names if n not in ("", [])]

@@ -174,13 +174,6 @@ def test_each_prompt_of_a_class_is_encoded_once(monkeypatch):
     assert sum(asked) == 80 * len(things.classes)
 
 
-def test_speed_of_a_checkpoint():
-    model = CLIP(TINY)
-    found = evaluate.speed(model, scenes.Scenes("test", 8, image_size=32), 8, "fp32")
-    assert list(found) == ["images read", "images", "texts", "pairs"]
-    assert all(math.isfinite(v) and v > 0 for v in found.values()) and model.training
-
-
 @pytest.mark.parametrize("name", ["clip", "siglip", "llip", "AlignCLIP"])
 def test_a_step_never_waits_for_the_device(tiny, name):
     """No number is read back between log lines: each .item() would stop a GPU's queue."""

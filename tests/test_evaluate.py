@@ -62,7 +62,7 @@ def random_case(seed, images=9, levels=6):
 
 def test_recall_equals_clip_benchmark(golden_arrays):
     g = golden_arrays("clip_benchmark_retrieval.npz")
-    got = evaluate.recall_at_k(g["out.scores"].t(), g["in.text_to_image"], ks=(1, 2, 5, 10))
+    got = metrics.recall_at_k(g["out.scores"].t(), g["in.text_to_image"], ks=(1, 2, 5, 10))
     for k in (1, 2, 5, 10):
         assert got[f"i2t@{k}"] == pytest.approx(g[f"out.text_retrieval_recall@{k}"].item(), abs=1e-6)
         assert got[f"t2i@{k}"] == pytest.approx(g[f"out.image_retrieval_recall@{k}"].item(), abs=1e-6)
@@ -70,7 +70,7 @@ def test_recall_equals_clip_benchmark(golden_arrays):
 
 def test_classification_equals_clip_benchmark(golden_arrays):
     g = golden_arrays("clip_benchmark_classification.npz")
-    got = evaluate.classification_metrics(g["in.logits"], g["in.target"])
+    got = metrics.classification_metrics(g["in.logits"], g["in.target"])
     theirs = {"top1": "acc1", "top5": "acc5", "mean_per_class": "mean_per_class_recall"}
     for ours, name in theirs.items():
         assert got[ours] == pytest.approx(g[f"out.{name}"].item(), abs=1e-6)
@@ -91,7 +91,7 @@ BY_HAND = torch.tensor(
 
 def test_recall_by_hand_with_ties():
     owner = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
-    got = evaluate.recall_at_k(BY_HAND, owner, ks=(1, 2, 3))
+    got = metrics.recall_at_k(BY_HAND, owner, ks=(1, 2, 3))
     assert [got[f"i2t@{k}"] for k in (1, 2, 3)] == [2 / 4, 3 / 4, 1]
     # captions 0..7: places 0; 3 (1 ties with image 3, below 2 and 7); 1; 1 (tie); 0; 2 (1 ties); 1 (tie); 0
     assert [got[f"t2i@{k}"] for k in (1, 2, 3)] == [3 / 8, 6 / 8, 7 / 8]
@@ -104,38 +104,38 @@ def test_recall_equals_the_loop_in_any_order_of_captions(seed):
     shuffle = torch.randperm(len(owner), generator=torch.Generator().manual_seed(seed))
     scores, owner = scores[:, shuffle], owner[shuffle]
     expected = loop_recall(scores.tolist(), owner.tolist(), (1, 3, 5))
-    assert evaluate.recall_at_k(scores, owner, (1, 3, 5)) == pytest.approx(expected)
+    assert metrics.recall_at_k(scores, owner, (1, 3, 5)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("value", [0.0, NAN, INF, -INF])
 def test_constant_scores_find_nothing(value):
     scores, owner = torch.full((6, 12), value), torch.arange(6).repeat_interleave(2)
-    assert set(evaluate.recall_at_k(scores, owner, (1, 5)).values()) == {0.0}
+    assert set(metrics.recall_at_k(scores, owner, (1, 5)).values()) == {0.0}
     stream = metrics.Recall(6, owner, torch.arange(12), (1, 5), "cpu")
     stream.add(0, scores)
     assert set(stream.metrics().values()) == {0.0}
     # a classifier's tie goes to the lower class, as argmax: a constant one finds class 0 and no other
-    top = evaluate.classification_metrics(scores, torch.arange(6))
+    top = metrics.classification_metrics(scores, torch.arange(6))
     assert top["top1"] == top["mean_per_class"] == pytest.approx(1 / 6)
 
 
 def test_one_nan_is_the_lowest_score_and_no_hit():
     scores = torch.eye(6)
     scores[2, 2] = NAN
-    got = evaluate.recall_at_k(scores, torch.arange(6), (1,))
+    got = metrics.recall_at_k(scores, torch.arange(6), (1,))
     assert got == {"i2t@1": pytest.approx(5 / 6), "t2i@1": pytest.approx(5 / 6)}
 
 
 def test_an_image_without_a_caption_is_a_miss():
-    got = evaluate.recall_at_k(torch.eye(3)[:, :2], torch.tensor([0, 1]), (1, 5))
+    got = metrics.recall_at_k(torch.eye(3)[:, :2], torch.tensor([0, 1]), (1, 5))
     assert got == {"i2t@1": 2 / 3, "i2t@5": 2 / 3, "t2i@1": 1, "t2i@5": 1}
 
 
 def test_recall_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="4 texts"):
-        evaluate.recall_at_k(torch.zeros(2, 4), torch.zeros(3, dtype=torch.long))
+        metrics.recall_at_k(torch.zeros(2, 4), torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match=r"0\.\.2, but there are 2 images"):
-        evaluate.recall_at_k(torch.zeros(2, 2), torch.tensor([0, 2]))
+        metrics.recall_at_k(torch.zeros(2, 2), torch.tensor([0, 2]))
 
 
 def test_classification_by_hand_with_ties():
@@ -148,15 +148,15 @@ def test_classification_by_hand_with_ties():
             [0.0, 5, 0, 0, 0, 0, 0],  # class 1, first; classes 2, 3, 5, 6 have no image
         ]
     )
-    got = evaluate.classification_metrics(logits, torch.tensor([0, 1, 4, 5, 1]))
+    got = metrics.classification_metrics(logits, torch.tensor([0, 1, 4, 5, 1]))
     assert got == {"top1": 2 / 5, "top5": 4 / 5, "mean_per_class": pytest.approx((1 + 1 / 2 + 0 + 0) / 4)}
 
 
 def test_classification_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match=r"targets 0\.\.3, but 3 classes"):
-        evaluate.classification_metrics(torch.zeros(2, 3), torch.tensor([0, 3]))
+        metrics.classification_metrics(torch.zeros(2, 3), torch.tensor([0, 3]))
     with pytest.raises(ValueError, match="logits of 2 images"):
-        evaluate.classification_metrics(torch.zeros(2, 3), torch.tensor([0]))
+        metrics.classification_metrics(torch.zeros(2, 3), torch.tensor([0]))
 
 
 def test_chance_is_the_mean_over_all_orders():
@@ -187,7 +187,7 @@ def test_recall_stream_equals_whole_matrix(seed, batch):
     stream = metrics.Recall(len(scores), owner, column, (1, 2, 5, 20), "cpu")
     for first in range(0, len(scores), batch):
         stream.add(first, scores[first : first + batch])
-    whole = evaluate.recall_at_k(scores[:, column], owner, (1, 2, 5, 20))
+    whole = metrics.recall_at_k(scores[:, column], owner, (1, 2, 5, 20))
     assert stream.metrics() == pytest.approx(whole)
     assert set(stream.chance()) == set(whole)
 
@@ -280,7 +280,7 @@ def test_text_sides_keep_their_order_and_lose_nothing_to_trimming(name):
     with torch.no_grad():
         whole = model.encode_text(tokens)
         parts = evaluate.encode_text(model, tokens, batch_size=2)
-    evaluate.map_side(lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5), parts, whole)
+    evaluate.map_features(lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5), parts, whole)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -295,7 +295,9 @@ def test_classes_in_chunks_equal_all_prompts_at_once(name):
         whole = model.ensemble_text(side, torch.tensor(group))
         for batch in (1, 4, 64):
             got = evaluate.encode_classes(model, TOKENIZER, classes, templates, batch)
-            evaluate.map_side(lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5), got, whole)
+            evaluate.map_features(
+                lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5), got, whole
+            )
 
 
 @pytest.mark.parametrize("batch", [3, 64])
@@ -313,7 +315,7 @@ def test_zeroshot_and_retrieval_equal_the_whole_matrix(name, batch):
         logits = model.pair_logits(image_side, model.ensemble_text(prompts_side, torch.arange(3)))
     full = scores[:, [distinct.index(t) for t in flat]]
     got = evaluate.retrieval(model, dataset, TOKENIZER, batch_size=batch)
-    whole = evaluate.recall_at_k(full, torch.tensor(owner))
+    whole = metrics.recall_at_k(full, torch.tensor(owner))
     assert {k: got[k] for k in whole} == pytest.approx(whole)
     relevant = torch.stack([dataset.relevance()[:, flat.index(t)] for t in distinct], 1)
     assert got["i2t_map"] == pytest.approx(metrics.average_precision(scores, relevant).mean().item())
@@ -322,7 +324,7 @@ def test_zeroshot_and_retrieval_equal_the_whole_matrix(name, batch):
     assert set(got["chance"]) == set(whole) | {"i2t_map", "i2t_p@1", "t2i_p@10"}
 
     got = evaluate.zeroshot(model, dataset, TOKENIZER, ("a {}",), batch_size=batch)
-    expected = evaluate.classification_metrics(logits, torch.tensor(dataset.labels))
+    expected = metrics.classification_metrics(logits, torch.tensor(dataset.labels))
     assert {k: got[k] for k in expected} == pytest.approx(expected)
     assert got["chance"] == {"top1": 1 / 3, "top5": 1, "mean_per_class": 1 / 3}
     assert (got["domains"]["day"] * 6 + got["domains"]["night"] * 5) / 11 == pytest.approx(got["top1"])
@@ -443,31 +445,31 @@ def test_two_ranks_equal_one_process(tmp_path):
 
 def test_table_is_markdown_with_numbers_to_the_right():
     rows = [{"arm": "clip", "top1": 0.5, "images": 7}, {"arm": "llip", "top1": 0.25, "note": "x"}]
-    assert evaluate.format_table(rows) == (
+    assert report.format_table(rows) == (
         "| arm  |  top1 | images | note |\n"
         "| ---- | ----: | -----: | ---- |\n"
         "| clip | 0.500 |      7 |      |\n"
         "| llip | 0.250 |        | x    |"
     )
     written = [{"n": "1,024", "gain": "-0.31 +- 0.02", "cosine": "1e-05", "area": "12 px"}]
-    ruled = evaluate.format_table(written + [{"cosine": "0.3"}]).splitlines()[1]
+    ruled = report.format_table(written + [{"cosine": "0.3"}]).splitlines()[1]
     assert ruled == "| ----: | ------------: | -----: | ----- |"
     result = {"top1": 0.5, "chance": {"top1": 0.125}, "domains": {"sketch": 0.25}}
-    table = evaluate.results_table({"zeroshot": result})
+    table = report.results_table({"zeroshot": result})
     assert "| zeroshot | top1        | 50.00 |  12.50 |" in table
     assert "| zeroshot | top1 sketch | 25.00 |  12.50 |" in table
 
 
 def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
-    evaluate.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
 
     def full(*args, **kwargs):
         raise OSError("no space left")
 
     monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(OSError, match="no space"):
-        evaluate.write_json(path, {"a": 2})
+        files.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]
 
 
@@ -517,18 +519,6 @@ def test_command_line_on_scenes(run, tmp_path, capsys):
     assert result["task"] == "retrieval" and result["images"] == 20
     assert 0 <= result["t2i@1"] <= result["t2i@5"] <= result["t2i@10"] <= 1
     assert result["chance"]["t2i@5"] == pytest.approx(5 / 20) and "i2t_map" in result["ceiling"] | result
-
-
-def test_speed_says_of_what_it_is(run, tmp_path, monkeypatch, capsys):
-    found = {"images": 12.345, "pairs": 158201107.5}
-    monkeypatch.setattr(evaluate, "speed", lambda *args: found)
-    flags = ["--device", "cpu", "--limit", "9", "--batch-size", "64", "--out", str(tmp_path / "out")]
-    assert evaluate.main(["speed", "--model", str(run), "--data", "scenes", *flags]) == 0
-    said = capsys.readouterr().out
-    assert "per second" in said and " 12.3 |" in said and "| 158,201,10" in said
-    assert f"cpu ({torch.get_num_threads()} threads), batches of 9, fp32" in said
-    result = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert result["per_second"] == found and result["batch_size"] == 9
 
 
 def test_command_line_on_a_folder_of_classes(run, tmp_path, capsys):
@@ -582,9 +572,9 @@ def test_command_line_errors_are_one_line_and_status_2(run, tmp_path, capsys):
 def test_templates_by_name_as_text_and_from_a_file(tmp_path):
     path = tmp_path / "templates.txt"
     path.write_text("a {}\n\nthe {}.\n")
-    assert evaluate.read_templates(["imagenet80"]) == prompts.IMAGENET80
-    assert evaluate.read_templates(["a {}", "two {c}"]) == ("a {}", "two {c}")
-    assert evaluate.read_templates([str(path)]) == ("a {}", "the {}.")
+    assert prompts.read_templates(["imagenet80"]) == prompts.IMAGENET80
+    assert prompts.read_templates(["a {}", "two {c}"]) == ("a {}", "two {c}")
+    assert prompts.read_templates([str(path)]) == ("a {}", "the {}.")
     assert len(set(prompts.IMAGENET80)) == 80 and set(prompts.IMAGENET7) <= set(prompts.IMAGENET80)
     assert all(prompts.fill(t, "cat").count("cat") == 1 for t in prompts.IMAGENET80)
 

@@ -1,4 +1,4 @@
-"""openworld.py: exact splits, label spaces, no leaks, hand-made answers and tables."""
+"""evals/open_world.py and protocol.py: exact splits, label spaces, no leaks, hand-made answers and tables."""
 
 import io
 import json
@@ -11,9 +11,9 @@ from PIL import Image
 from torch import nn
 
 import data
-import evaluate
 import pretrained
 from evals import open_world as openworld
+from evals import protocol as protocols
 from evals.open_world import harmonic, protocol, summarise
 from lab.compare import finished
 from model import CLIP, Config
@@ -28,10 +28,10 @@ DOMAINS, CLASSES = ("art", "photo", "sketch"), ("cat", "dog", "elk", "fox", "hen
 
 @pytest.fixture(autouse=True)
 def few_scenes(monkeypatch):
-    monkeypatch.setattr(openworld, "HELD_OUT", 96)
-    openworld.scenes_protocol.cache_clear()
+    monkeypatch.setattr(protocols, "HELD_OUT", 96)
+    protocols.scenes_protocol.cache_clear()
     yield
-    openworld.scenes_protocol.cache_clear()
+    protocols.scenes_protocol.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -102,16 +102,16 @@ def test_splits_are_domainbeds(golden):
         first = sum(sizes[:env])
         dataset = in_memory(sizes, base=n if part else 10**9)
         task = "in-the-wild" if part else "domain-shift"
-        other = openworld.domain_protocol(dataset, task, f"d{(env + 1) % 6}", False)
+        other = protocols.domain_protocol(dataset, task, f"d{(env + 1) % 6}", False)
         held = [i - first for i in other.val.indices if 0 <= i - first < sizes[env]]
         rest = [i - first for i in other.train.indices if 0 <= i - first < sizes[env]]
         assert held == ref["holdout_keys"] and rest[:40] == ref["rest_keys_head"][: len(rest)]
         assert sorted(held + rest) == list(range(n))
         if not part:
-            own = openworld.domain_protocol(dataset, task, f"d{env}", False)
+            own = protocols.domain_protocol(dataset, task, f"d{env}", False)
             asked = own.tests["target"][0]
             assert [i - first for i in asked.indices] == ref["holdout_keys"]
-            whole = openworld.domain_protocol(dataset, task, f"d{env}", True).tests["target"][0]
+            whole = protocols.domain_protocol(dataset, task, f"d{env}", True).tests["target"][0]
             assert len(whole) == n
         seen.add((env, *part))
     assert (0,) in seen and (2, "base") in seen
@@ -152,7 +152,7 @@ def test_in_the_wild_asks_all_names(folder):
         assert all("sketch" in n for n in names(asked))
 
 
-@pytest.mark.parametrize("task", openworld.TASKS)
+@pytest.mark.parametrize("task", protocols.TASKS)
 def test_nothing_asked_is_trained_on(folder, coop, task):
     target = "" if task == "open-class" else "sketch"
     for source in [folder, "scenes"] + ([coop] if task == "open-class" else []):
@@ -218,11 +218,11 @@ def test_mistakes_are_named(folder, coop, tmp_path):
     broken = coop.parent / "broken.json"
     broken.write_text(json.dumps(content))
     message = said(broken, "open-class")
-    assert "1 of its 45 images are not there" in message and "gone.png" in message
+    assert "1 of its 45 images are missing" in message and "gone.png" in message
     for domain in ("a", "b"):
         (tmp_path / domain / "cat").mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / domain / "cat" / "0.png")
-    assert "one class to train on (cat)" in said(tmp_path, "domain-shift", "a", whole=True)
+    assert "training needs two classes or more, there is only cat" in said(tmp_path, "domain-shift", "a", whole=True)
     (tmp_path / "b" / "dog").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "b" / "dog" / "0.png")
     assert "class 'dog' is not in both" in said(tmp_path, "domain-shift", "a")
@@ -257,6 +257,9 @@ class Colours(nn.Module):
     def ensemble_text(self, text_side, group):
         return text_side
 
+    def class_templates(self, templates):
+        return templates
+
 
 class Names:
     vocab_size = 10
@@ -282,19 +285,19 @@ def test_hand_made_answers():
     base = Painted([0, 1, 1, 4], [0, 0, 1, 1], CLASSES)  # 2 of 4 right
     new = Painted([2, 0, 3, 4, 4], [2, 2, 3, 4, 4], CLASSES)  # 4 of 5, one taken for a base class
     train = Painted([0, 1], [0, 1], CLASSES[:2])
-    wild = openworld.Protocol(train, train, {"base": (base, CLASSES), "new": (new, CLASSES)})
-    found = evaluate.open_world(Colours(), wild, Names(), ("{}",))
+    wild = protocols.Protocol(train, train, {"base": (base, CLASSES), "new": (new, CLASSES)})
+    found = openworld.evaluate_protocol(Colours(), wild, Names(), ("{}",))
     assert found["val"] == 1.0 and found["base"] == 0.5 and found["new"] == 0.8
     assert found["H"] == pytest.approx(0.8 / 1.3) and found["images"] == 9
     chance = {"val": 0.5, "base": 0.2, "new": 0.2, "H": 0.2}
     assert found["chance"] == pytest.approx(chance)
     own = Painted([1, 0, 1], [0, 0, 1], CLASSES[:2])
-    alone = openworld.Protocol(train, None, {"target": (own, CLASSES[:2])})
-    found = evaluate.open_world(Colours(), alone, Names(), ("{}",))
+    alone = protocols.Protocol(train, None, {"target": (own, CLASSES[:2])})
+    found = openworld.evaluate_protocol(Colours(), alone, Names(), ("{}",))
     assert found["target"] == pytest.approx(2 / 3) and "val" not in found and "H" not in found
-    wrong = openworld.Protocol(train, None, {"target": (own, CLASSES)})
+    wrong = protocols.Protocol(train, None, {"target": (own, CLASSES)})
     with pytest.raises(ValueError, match="5 class names for data of 2 classes"):
-        evaluate.open_world(Colours(), wrong, Names(), ("{}",))
+        openworld.evaluate_protocol(Colours(), wrong, Names(), ("{}",))
 
 
 def test_tables_over_seeds_and_domains():
@@ -322,17 +325,17 @@ def test_tables_over_seeds_and_domains():
 def test_templates_of_papers():
     assert prompts.for_data("x/split_zhou_OxfordPets.json") == ("a photo of a {}, a type of pet.",)
     assert prompts.for_data("x/split_zhou_Caltech101.json") == prompts.PHOTO
-    assert openworld.templates("PACS") == prompts.PHOTO
-    assert openworld.templates("scenes") == scenes.TEMPLATES
+    assert protocols.templates("PACS") == prompts.PHOTO
+    assert protocols.templates("scenes") == scenes.TEMPLATES
 
 
 # Command lines -------------------------------------------------------------------------------------------
 
 
-def test_evaluate_command(tmp_path, clip, folder, capsys):
-    common = ["open-world", "--data", str(folder), "--device", "cpu"]
+def test_command(tmp_path, clip, folder, capsys):
+    common = ["--data", str(folder), "--device", "cpu"]
     out = ["--out", str(tmp_path / "zero")]
-    assert evaluate.main([*common, "--model", str(clip), "--task", "in-the-wild", *out]) == 0
+    assert openworld.main([*common, "--model", str(clip), "--task", "in-the-wild", *out]) == 0
     rows = json.loads((tmp_path / "zero" / "results.json").read_text())["rows"]
     wanted = [(m, d) for d in DOMAINS for m in ("zero-shot", "chance")]
     assert {(r["method"], r["domain"]) for r in rows} >= {*wanted, ("zero-shot", "average")}
@@ -347,19 +350,19 @@ def test_evaluate_command(tmp_path, clip, folder, capsys):
     own = json.loads((tmp_path / "run0" / "results.json").read_text())
     capsys.readouterr()
     both = [*common, "--model", runs[0], "--more", runs[1], "--out", str(tmp_path / "both")]
-    assert evaluate.main(both) == 0
+    assert openworld.main(both) == 0
     rows = json.loads((tmp_path / "both" / "results.json").read_text())
     row = next(r for r in rows["rows"] if r["method"] == "clipood")
     assert (row["task"], row["domain"], row["runs"]) == ("domain-shift", "art", 2)
     assert rows["records"][0]["target"] == own["averaged"]["target"]  # the model to report
     for flags, message in (
         (["--target-domain", "photo"], "with art left out, so ['photo'] is no test"),
-        (["--task", "open-class"], "fine-tuned for domain-shift, it cannot be asked open-class"),
-        (["--limit", "5"], "the task says what is asked"),
+        (["--task", "open-class"], "fine-tuned for domain-shift and cannot be evaluated on open-class"),
+        (["--limit", "5"], "the task determines the images"),
     ):
-        assert evaluate.main([*common, "--model", runs[0], *flags]) == 2
+        assert openworld.main([*common, "--model", runs[0], *flags]) == 2
         assert message in capsys.readouterr().err
-    assert evaluate.main([*common, "--model", str(clip), "--target-domain", "clipart"]) == 2
+    assert openworld.main([*common, "--model", str(clip), "--target-domain", "clipart"]) == 2
     assert "no domain 'clipart'; there are: art, photo, sketch" in capsys.readouterr().err
 
 
@@ -372,6 +375,6 @@ def test_a_list_may_lead_outside_of_its_folder_only_if_asked(tmp_path):
     (lists / "all.csv").write_text("\n".join(["image,label,domain", *rows]))
     source = lists / "all.csv"
     with pytest.raises(ValueError, match="--allow-outside"):
-        openworld.protocol(source, "domain-shift", "x")
-    found = openworld.protocol(source, "domain-shift", "x", whole=True, allow_outside=True)
+        protocols.protocol(source, "domain-shift", "x")
+    found = protocols.protocol(source, "domain-shift", "x", whole=True, allow_outside=True)
     assert len(found.tests["target"][0]) == 4

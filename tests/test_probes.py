@@ -337,6 +337,9 @@ class Reader(nn.Module):
     def encode_text(self, tokens):
         return torch.eye(3)[tokens[:, 1]]
 
+    def class_templates(self, templates):
+        return templates
+
     def ensemble_text(self, side, group):
         return side
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import pretrained
-from evals import open_world as openworld
+from evals import protocol as protocols
 from lab import claims, reproduce
 from lab.claims import ARMS, CLAIMS, Above, Below, Equal, More, Same
 from lab.reproduce import FAILS, HOLDS, OPEN, Lab, Request, judge, main, together
@@ -415,8 +415,8 @@ def test_all_claims_from_end_to_end(tmp_path, monkeypatch, capsys):
             return drawn(split, min(size, 64), *args, **more)
 
         monkeypatch.setattr(scenes, name, few)
-    openworld.scenes_protocol.cache_clear()
-    monkeypatch.setattr(openworld, "HELD_OUT", 64)
+    protocols.scenes_protocol.cache_clear()
+    monkeypatch.setattr(protocols, "HELD_OUT", 64)
     steps = dict(steps=2, train_size=64)
     micro = {"pairs": steps | {"batch_size": 8}, "start": steps | {"batch_size": 8}, "labels": steps}
     monkeypatch.setitem(claims.SETTINGS, "quick", micro)
@@ -428,4 +428,4 @@ def test_all_claims_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert "32 claims in" in out
     text = (tmp_path / "RESULTS.md").read_text()
     assert text.count("\n## ") == 33 and "not run" not in text and "nan" not in text
-    openworld.scenes_protocol.cache_clear()
+    protocols.scenes_protocol.cache_clear()

@@ -1,6 +1,7 @@
 """What a program shows while it works and when it is done: progress lines and tables."""
 
 import re
+import statistics
 import sys
 import time
 
@@ -37,6 +38,32 @@ class Progress:
 NUMBER = re.compile(r"|[-+]?[\d,]*\.?\d+(e[-+]?\d+)?( (\+-|±) [\d,.e-]+)?|nan|-?inf")
 
 
+def grouped_means(records: list[dict], keys: tuple[str, ...], figures) -> list[dict]:
+    """Mean and standard deviation (n - 1; None for one record) of figures over records with equal keys.
+
+    Returns: rows of the keys, "runs", and figure: (mean, deviation) for each figure that all records have
+    """
+    groups = {}
+    for r in records:
+        groups.setdefault(tuple(r[key] for key in keys), []).append(r)
+    rows = []
+    for values, some in groups.items():
+        row = dict(zip(keys, values)) | {"runs": len(some)}
+        for figure in figures:
+            numbers = [r[figure] for r in some if figure in r]
+            if len(numbers) == len(some):
+                deviation = statistics.stdev(numbers) if len(numbers) > 1 else None
+                row[figure] = (statistics.fmean(numbers), deviation)
+        rows.append(row)
+    return rows
+
+
+def plus_minus(mean: float, deviation: float | None, scale: float = 100, digits: int = 1) -> str:
+    """12.3 +- 0.4, or 12.3 without a deviation; both are multiplied by scale."""
+    spread = "" if deviation is None else f" +- {scale * deviation:.{digits}f}"
+    return f"{scale * mean:.{digits}f}{spread}"
+
+
 def format_table(rows: list[dict], digits: int = 3) -> str:
     """Rows of {column: value} as an aligned Markdown table; numbers to the right.
 
@@ -58,3 +85,17 @@ def format_table(rows: list[dict], digits: int = 3) -> str:
 
     rule = ["-" * (w - 1) + ":" if r else "-" * w for w, r in zip(widths, right)]
     return "\n".join([line(columns), line(rule), *map(line, table)])
+
+
+def results_table(results: dict[str, dict]) -> str:
+    """{"retrieval": result, "zeroshot": result} as one table in percent, with chance beside each figure."""
+    rows = []
+    for task, result in results.items():
+        chance, ceiling = result["chance"], result.get("ceiling", {})
+        for name in chance:
+            row = {"task": task, "figure": name, "%": 100 * result[name], "chance": 100 * chance[name]}
+            rows.append(row | ({"at most": 100 * ceiling[name]} if name in ceiling else {}))
+        for name, value in result.get("domains", {}).items():
+            row = {"task": task, "figure": f"top1 {name}", "%": 100 * value}
+            rows.append(row | {"chance": 100 * chance["top1"]})
+    return format_table(rows, digits=2)

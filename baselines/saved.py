@@ -1,0 +1,88 @@
+"""A fine-tuned run of train.py, read from its folder: its flags, what it learned, and the model that answers.
+
+pretrained.load returns the CLIP of such a run. The run's own model is another one if it also learned prompts
+or heads (CoOp, CoCoOp, MaPLe, TeS), or if it embeds images by average pooling.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+import pretrained
+from clipood import Classes
+from weights import archive
+
+try:
+    from baselines.methods import METHODS
+except ImportError:  # until the list of methods exists
+    METHODS = {}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """config: config.json of a fine-tuned run, {} for other models;  task: the entry of its checkpoint"""
+
+    source: str
+    config: dict
+    task: dict
+
+    def own_model(self) -> str:
+        """Why the CLIP in the checkpoint is not the run's own model; empty if it is."""
+        pooling = self.config.get("image_pooling", "cls")
+        if self.task.get("learned"):
+            return f"{self.config.get('method', 'its method')} learned more than the weights of a CLIP"
+        return "" if pooling == "cls" else f"it was trained with --image-pooling {pooling}"
+
+    def rebuild(self, clip: nn.Module, tokenizer, text: Tensor) -> nn.Module:
+        """The run's dual encoder around its CLIP; text (C, E) are the features of its classes."""
+        method = METHODS[self.config["method"]]
+        settings = method.settings(**{k: self.config[k] for k in method.flags() if k in self.config})
+        classes = Classes(self.task["classes"], tuple(self.task["templates"]), tokenizer, text)
+        built = method.module.build(settings, clip, classes)
+        built.load_learned(self.task["learned"])
+        return built.eval().dual_encoder().eval()
+
+    def check(self, towers: bool) -> None:
+        """Raises: ValueError if the run cannot be rebuilt, or the caller uses the two towers alone."""
+        reason = f"{self.source}: {self.own_model()}"
+        if towers:
+            raise ValueError(f"{reason}, so its towers alone are not its model: choose another run")
+        if self.config.get("method") not in METHODS or "classes" not in self.task:
+            raise ValueError(f"{reason}, and cannot be rebuilt from this checkpoint: see its results.json")
+
+
+def read(source: str) -> Saved:
+    """What a fine-tuned run saved beside its CLIP; nothing for any other model or a name to download."""
+    if not Path(source).expanduser().exists():
+        return Saved(source, {}, {})
+    checkpoint, config = archive.read(pretrained.locate(source)), run_config(source)
+    task = checkpoint.content.get("task") if isinstance(checkpoint.content, dict) else None
+    task = task if isinstance(task, dict) else {}
+    learned = task.get("learned")
+    learned = checkpoint.tensors(learned) if isinstance(learned, dict) else {}
+    return Saved(source, config if fine_tuned(config) else {}, task | {"learned": learned})
+
+
+def run_config(source: str) -> dict:
+    """config.json of a run of train.py, given its folder or its checkpoint; {} for any other model."""
+    path = Path(source).expanduser()
+    if not path.is_dir() and not path.name.startswith("checkpoint."):
+        return {}
+    path = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: not JSON ({error}); restore it, or evaluate a copy of the weights"
+        ) from None
+    return config if isinstance(config, dict) and "method" in config else {}
+
+
+def fine_tuned(config: dict) -> bool:
+    """Whether a run was fine-tuned on labelled images."""
+    name = config.get("method")
+    if not METHODS:  # until the list of methods exists
+        return name in "finetune labelsmooth clipood alignclip flyp coop cocoop maple tes".split()
+    return name in METHODS and METHODS[name].module.TASK == "labels"

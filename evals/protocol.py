@@ -1,0 +1,209 @@
+"""The three open-world tasks on every kind of labelled data: what to train on and what to evaluate on.
+
+The tasks are in the table at the top of open_world.py. Data are DomainBed folders, CoOp's splits, any list of
+images with labels, and the embedded scenes.
+
+    REF: under domain shift only the hold-out of DomainBed, 20 % of the target, is evaluated; whole=True takes
+    all of it. In the wild the whole target is evaluated.
+    REF: in the wild the base classes are the first floor(C/2) classes, for open-class the first ceil(C/2).
+    Folders with domains under open-class are not in the papers: here all domains train, and their hold-outs
+    are evaluated.
+"""
+
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import data
+from readers import scenes
+from readers import templates as prompts
+
+TASKS = ("domain-shift", "open-class", "in-the-wild")
+HELD_OUT = 960  # scenes for validation, and for each test
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Labelled data sets, perhaps with domains, to train on and to evaluate on.
+
+    train, val: train.classes are the classes of the training; val is None if the data have no third part
+    tests: {"target" | "base" | "new": (data set, names of the classes to choose from)}
+    """
+
+    train: object
+    val: object | None
+    tests: dict
+
+
+def protocol(
+    source: str | Path,
+    task: str,
+    target: str = "",
+    *,
+    whole: bool = False,
+    shots: int = 0,
+    seed: int = 0,
+    image_size: int = 32,
+    size: int = 2048,
+    bias: float = 0.0,
+    test_seed: int = 0,
+    **where,
+) -> Protocol:
+    """The protocol of a task on a data set.
+
+    Args:    source: "scenes", or labelled data for data.open_dataset;  task: one of TASKS;  target: the
+             domain left out, empty for open-class;  whole: evaluate all of the target under domain shift;
+             shots: training images of each class, drawn by seed, 0 for all;  where: of data.open_dataset
+             of scenes only: image_size in pixels;  size: number of training images;  bias of
+             scenes.Objects;  test_seed: of the test images
+    Raises:  ValueError for an unknown target, and for data without labels, domains or images.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task {task!r}: there are {', '.join(TASKS)}")
+    if str(source) == "scenes":
+        check_target("scenes", task, target, scenes.DOMAINS)
+        result = scenes_protocol(task, target, image_size, size, seed, bias, test_seed)
+    else:
+        dataset = open_labelled(source, None, where)
+        check_target(source, task, target, dataset.domain_names or ())
+        if dataset.domains is None and "train" in dataset.splits:
+            result = split_protocol(source, dataset.splits, where)
+        else:
+            result = domain_protocol(dataset, task, target, whole)
+    parts = {"train": result.train, **{name: part for name, (part, _) in result.tests.items()}}
+    if empty := [name for name, part in parts.items() if not len(part)]:
+        raise ValueError(f"{source}: no {empty[0]} images for {task} {target}".rstrip())
+    if len(result.train.classes) < 2:
+        names = ", ".join(result.train.classes)
+        raise ValueError(f"{source}: training needs two classes or more, there is only {names}")
+    return Protocol(few(result.train, shots, seed), result.val, result.tests) if shots else result
+
+
+def check_target(source, task: str, target: str, names) -> None:
+    """Raises: ValueError if the task and the domains do not fit."""
+    listed = ", ".join(names)
+    if task == "open-class":
+        if target:
+            raise ValueError(f"open-class has no target domain, {target!r} was given: leave it out")
+    elif len(names) < 2:
+        raise ValueError(f"{source}: {task} needs two domains or more, there are {len(names)}")
+    elif not target:
+        raise ValueError(f"{source}: {task} needs a target domain, one of: {listed}")
+    elif target not in names:
+        raise ValueError(f"{source}: no domain {target!r}; there are: {listed}")
+
+
+@functools.lru_cache(maxsize=4)
+def scenes_protocol(task, target, image_size, size, seed, bias, test_seed) -> Protocol:
+    """Embedded scenes; the test images are the same for every seed and are drawn without bias."""
+    domains = tuple(name for name in scenes.DOMAINS if name != target)
+    kinds = scenes.KINDS if task == "domain-shift" else scenes.BASE
+
+    def test_set(domains, kinds):
+        return scenes.Objects("test", HELD_OUT, test_seed, image_size, domains, kinds)
+
+    if task == "open-class":
+        tests = {"base": test_set(domains, scenes.BASE), "new": test_set(domains, scenes.NEW)}
+    else:
+        tests = {"target": test_set((target,), scenes.KINDS)}
+        if task == "in-the-wild":
+            base = [scenes.KINDS.index(kind) for kind in scenes.BASE]
+            tests = halves(tests["target"], range(HELD_OUT), base)
+    return Protocol(
+        scenes.Objects("train", size, seed, image_size, domains, kinds, bias),
+        scenes.Objects("val", HELD_OUT, seed, image_size, domains, kinds, bias),
+        {name: (part, part.classes) for name, part in tests.items()},
+    )
+
+
+def halves(dataset, ids, base) -> dict:
+    """Images of base classes and of the other classes, both among all names."""
+    base, labels = set(base), dataset.labels
+    return {
+        "base": data.Subset(dataset, [i for i in ids if labels[i] in base]),
+        "new": data.Subset(dataset, [i for i in ids if labels[i] not in base]),
+    }
+
+
+def domain_protocol(dataset, task: str, target: str, whole: bool) -> Protocol:
+    """DomainBed folders: its own split gives 80 % of every source domain for training, the rest is val."""
+    labels, names = dataset.labels, dataset.domain_names or ["all"]
+    domains = dataset.domains or [0] * len(dataset)
+    base, new, part = list(range(len(dataset.classes))), [], None
+    if task != "domain-shift":
+        base, new = data.base_new_classes(len(base), "up" if task == "open-class" else "down")
+        part = "base"
+    images = [[i for i, d in enumerate(domains) if d == env] for env in range(len(names))]
+
+    def split(env, classes, part):
+        classes = set(classes)
+        ids = [i for i in images[env] if labels[i] in classes]
+        return [[ids[k] for k in ks] for ks in data.domainbed_split(len(ids), env, part=part)]
+
+    sources = [env for env, name in enumerate(names) if name != target]
+    shares = [split(env, base, part) for env in sources]
+    train, held = (data.Subset(dataset, [i for share in shares for i in share[k]], base) for k in (0, 1))
+    if task == "open-class":
+        ids = [i for env in sources for i in split(env, new, "open")[1]]
+        tests, held = {"base": held, "new": data.Subset(dataset, ids, new)}, None
+    else:
+        env = names.index(target)
+        ids = images[env] if whole else split(env, base, part)[1]
+        tests = {"target": data.Subset(dataset, ids)}
+        if task == "in-the-wild":
+            tests = halves(dataset, images[env], base)
+    return Protocol(train, held, {name: (part, part.classes) for name, part in tests.items()})
+
+
+def split_protocol(source, splits: dict, where: dict) -> Protocol:
+    """Open classes on data with splits, such as CoOp's: base and new halves of the test images."""
+    test = "test" if "test" in splits else "val"
+    parts = {name: open_labelled(source, name, where) for name in splits}
+    base, new = data.base_new_classes(len(parts["train"].classes))
+    if test not in parts:
+        raise ValueError(f"{source}: neither test nor val images; there are: {', '.join(splits)}")
+    tests = {name: data.Subset(parts[test], None, half) for name, half in (("base", base), ("new", new))}
+    val = parts["val"] if test == "test" and "val" in parts else None
+    return Protocol(
+        data.Subset(parts["train"], None, base),
+        val and data.Subset(val, None, base),
+        {name: (part, part.classes) for name, part in tests.items()},
+    )
+
+
+def open_labelled(source, split: str | None, where: dict):
+    """A data set with labels.   Raises: ValueError without labels, and if images of a list are missing."""
+    dataset = data.open_dataset(source, split, **where)
+    if not hasattr(dataset, "labels"):
+        raise ValueError(f"{source}: no classes in it, which open-world tasks need")
+    if not dataset.format.startswith("folders"):
+        missing = [name for i in range(len(dataset)) if not os.path.isfile(name := dataset.name(i))]
+        if missing:
+            count = f"{len(missing)} of its {len(dataset)} images are missing"
+            raise ValueError(f"{source}: {count}, the first is {missing[0]}")
+    return dataset
+
+
+def few(dataset, shots: int, seed: int):
+    """At most `shots` images of each class, as CoOp; its own draw depends on Python's global state."""
+    ids = [[i for i, y in enumerate(dataset.labels) if y == c] for c in range(len(dataset.classes))]
+    draw = data.generator(seed, "shots")
+    chosen = [draw.sample(some, min(shots, len(some))) for some in ids]
+    return data.Subset(dataset, [i for some in chosen for i in some])
+
+
+def domains_of(source: str | Path, task: str, **where) -> list[str]:
+    """The domains to leave out in turn; [""] if the task has no target."""
+    if task == "open-class":
+        return [""]
+    if str(source) == "scenes":
+        return list(scenes.DOMAINS)
+    names = data.open_dataset(source, **where).domain_names
+    check_target(source, task, (names or [""])[0], names or ())
+    return list(names)
+
+
+def templates(source: str | Path) -> tuple[str, ...]:
+    """The prompt templates of a data set."""
+    return scenes.TEMPLATES if str(source) == "scenes" else prompts.for_data(source)

@@ -1,0 +1,83 @@
+"""Flags that all evaluation programs share, and what they do before and after the work.
+
+A program's own flags are a dataclass with these as bases: class Flags(DataFlags, ModelFlags).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from scale import distributed
+from util.files import output_folder, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """Flags of a program that evaluates a model."""
+
+    model: str  # a run directory of train.py, a checkpoint, or a name
+    vocab: str = ""  # vocabulary (default: the run's own, else OpenAI's)
+    batch_size: int = 256  # images, or texts, at a time on each rank
+    workers: int = 0  # loader processes on each rank
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the towers; pairs are scored in fp32
+    out: str = ""  # write results.json and pictures to this folder
+    # what a checkpoint from elsewhere may not contain (pretrained.py)
+    quick_gelu: bool | None = None  # the activation
+    vision_heads: int | None = None  # attention heads of the image tower
+    text_heads: int | None = None  # attention heads of the text tower
+    mixture_heads: int | None = None  # heads of Llip's pooling
+    temperature: float | None = None  # of Llip's pooling
+    pooling: Literal["register", "average", "learned"] | None = None  # of several tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFlags:
+    """Flags of a program that reads a data set."""
+
+    data: str  # scenes (embedded), a folder, a list, or tar shards
+    split: str = ""  # of data with splits (default: test)
+    image_root: str = ""  # folder of the images of a list (default: the list's own)
+    allow_outside: bool = False  # read images that a list names outside of that folder
+    limit: int | None = None  # only so many images, evenly spaced (scenes: how many to draw, 1024)
+
+
+def start(flags, one_process: bool = False) -> torch.device:
+    """Device of an evaluation program, after its flags are checked and its output folder is made."""
+    for name in ("batch_size", "limit"):
+        if (value := getattr(flags, name, None)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    device = distributed.setup(flags.device)
+    if one_process and distributed.world_size() > 1:
+        raise ValueError("this program runs in one process: start it without torchrun")
+    if flags.out:
+        output_folder(flags.out)
+    return device
+
+
+def write_results(flags, content: dict) -> None:
+    """Writes results.json to the folder --out, if there is one."""
+    if flags.out:
+        path = Path(flags.out) / "results.json"
+        write_json(path, content)
+        print(f"written to {path}")
+
+
+def load_options(flags) -> dict:
+    """The flags of pretrained.load."""
+    names = ("quick_gelu", "vision_heads", "text_heads", "mixture_heads", "temperature", "pooling")
+    return {name: getattr(flags, name) for name in names}
+
+
+def options_of(flags, progress: str = "") -> dict:
+    """The flags of score_rows, and the label of its progress line."""
+    return dict(
+        batch_size=flags.batch_size, precision=flags.precision, workers=flags.workers, progress=progress
+    )
+
+
+def where_of(flags) -> dict:
+    """The flags of data.open_dataset about where images may be."""
+    return {"image_root": flags.image_root or None, "allow_outside": flags.allow_outside}
