@@ -222,7 +222,7 @@ def test_mistakes_are_named(folder, coop, tmp_path):
     for domain in ("a", "b"):
         (tmp_path / domain / "cat").mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / domain / "cat" / "0.png")
-    assert "training needs two classes or more, there is only cat" in said(tmp_path, "domain-shift", "a", whole=True)
+    assert "needs two classes or more" in said(tmp_path, "domain-shift", "a", whole=True)
     (tmp_path / "b" / "dog").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "b" / "dog" / "0.png")
     assert "class 'dog' is not in both" in said(tmp_path, "domain-shift", "a")
