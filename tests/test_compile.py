@@ -1,4 +1,4 @@
-"""--compile: every model's forward pass is one graph, without a break, and the same numbers."""
+"""--compile: the forward pass of every model is one graph without a break, with the same results."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ CASES = {
 
 
 def tensors(found):
-    """All tensors of a nested result, the dict of figures to log included."""
+    """All tensors of a nested result, including those of the dict for the log."""
     if isinstance(found, torch.Tensor):
         return [found]
     return [x for y in (found.values() if isinstance(found, dict) else found) for x in tensors(y)]
@@ -41,7 +41,7 @@ def tensors(found):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_no_graph_break(name, checkpointing):
-    """fullgraph raises at the first break; the eager backend runs the graph that was captured."""
+    """fullgraph raises an error at the first break; the eager backend runs the captured graph."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     model, inputs = CASES[name]()

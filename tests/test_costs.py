@@ -1,4 +1,4 @@
-"""What the docstrings say a method costs: FLOPs as torch counts them, numbers that learn, bytes kept."""
+"""The costs in docstrings: FLOPs as torch counts them, trained parameters, and bytes that autograd keeps."""
 
 from dataclasses import replace
 from functools import partial
@@ -33,7 +33,7 @@ LABELS = torch.tensor([0, 1, 1, 3, 4, 4])
 
 
 def counted(run) -> int:
-    """The fused kernel of the CPU is not counted, plain products are."""
+    """FLOPs of run(). The counter does not see the fused attention kernel of the CPU, so it is disabled."""
     kernel, counter = sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False)
     with torch.no_grad(), kernel, counter:
         run()
@@ -41,11 +41,11 @@ def counted(run) -> int:
 
 
 def text_flops(length: int) -> int:
-    """The text tower on so many tokens."""
+    """FLOPs of the text tower for `length` tokens."""
     return tower_flops(replace(CONFIG, context_length=length))["text"]
 
 
-def learned(method) -> int:
+def trained(method) -> int:
     return sum(p.numel() for p in method.parameters() if p.requires_grad)
 
 
@@ -75,28 +75,28 @@ def unit_text():
 def test_finetune_and_tes(clip, batch):
     method = FineTune(clip, unit_text(), margin=0.3)
     assert counted(lambda: method.loss(*batch)) == B * (IMAGE + 2 * C * E)
-    assert learned(method) == sum(p.numel() for p in clip.visual.parameters())
+    assert trained(method) == sum(p.numel() for p in clip.visual.parameters())
     method = TeS(clip, unit_text())
     assert counted(lambda: method.loss(*batch)) == B * (IMAGE + 2 * C * WIDE + 2 * WIDE**2 + 4 * C * E)
     heads = C * (WIDE + 1) + WIDE**2 + 3 * WIDE + E * (WIDE + 1)
-    assert learned(method) == sum(p.numel() for p in clip.visual.parameters()) - WIDE * E + heads
+    assert trained(method) == sum(p.numel() for p in clip.visual.parameters()) - WIDE * E + heads
 
 
 def test_flyp_encodes_the_classes_of_the_batch(clip, batch, tokens):
-    """Each once, and no padding."""
+    """Each class is encoded once, without padding."""
     method, U = FLYP(clip, tokens), len(LABELS.unique())
     cost = counted(lambda: method.loss(*batch))
     assert cost == B * IMAGE + U * text_flops(7) + 2 * B * B * E
-    assert learned(method) == sum(p.numel() for p in clip.parameters())
+    assert trained(method) == sum(p.numel() for p in clip.parameters())
 
 
 def test_coop_and_cocoop(clip, batch, tokens):
     method, n = CoOp(clip, tokens, 3), 3
     assert counted(lambda: method(batch[0])) == B * IMAGE + C * text_flops(n + 7) + 2 * B * C * E
-    assert learned(method) == n * D
+    assert trained(method) == n * D
     method, h = CoCoOp(clip, tokens, n), E // 16
     assert counted(lambda: method(batch[0])) == B * IMAGE + B * C * text_flops(n + 7) + 2 * B * h * (E + D)
-    assert learned(method) == n * D + h * (E + D) + h + D
+    assert trained(method) == n * D + h * (E + D) + h + D
 
 
 @pytest.mark.parametrize("depth", [1, 3])
@@ -105,7 +105,7 @@ def test_maple(clip, batch, tokens, depth):
     image = tower_flops(CONFIG, tokens=1 + n, used=1)["image"]
     both = B * image + C * text_flops(n + 7) + 2 * B * C * E
     assert counted(lambda: method(batch[0])) == both + depth * 2 * n * D * WIDE
-    assert learned(method) == depth * (n * D + D * WIDE + WIDE)
+    assert trained(method) == depth * (n * D + D * WIDE + WIDE)
 
 
 @pytest.mark.parametrize("method", surgery.METHODS)
@@ -160,18 +160,19 @@ def test_pooled_tokens(batch, pooling):
 
 
 def kept(function, *inputs) -> int:
-    """Bytes that autograd keeps beside the inputs, until the backward pass."""
-    given, found = {x.untyped_storage().data_ptr() for x in inputs}, {}
+    """Bytes that autograd keeps until the backward pass, without the inputs."""
+    ignored, storages = {x.untyped_storage().data_ptr() for x in inputs}, {}
 
     def pack(x):
         storage = x.untyped_storage()
-        if storage.data_ptr() not in given:
-            found[storage.data_ptr()] = x, storage.nbytes()  # x: no other may take its place
+        # keeping x prevents another tensor from getting the same address
+        if storage.data_ptr() not in ignored:
+            storages[storage.data_ptr()] = x, storage.nbytes()
         return x
 
     with saved_tensors_hooks(pack, lambda x: x):
         function(*inputs)
-    return sum(size for _, size in found.values())
+    return sum(size for _, size in storages.values())
 
 
 def leaf(*shape, dtype=torch.float32):
@@ -197,8 +198,8 @@ def test_bytes_that_a_loss_keeps(name):
     assert expected <= kept(function, *inputs) <= expected + labels_and_scalars
 
 
-def test_sides_that_gradcache_holds(clip, batch, tokens):
-    """Three times 4 bytes a number: 24 B E for CLIP, 24 B E (M + 1) for Llip."""
+def test_features_that_gradcache_keeps(clip, batch, tokens):
+    """GradCache keeps 3 times 4 bytes per number: 24 B E for CLIP, 24 B E (M + 1) for Llip."""
     M = 3
     for model, numbers in [(clip, 2 * B * E), (Llip(CONFIG, M, 2), 2 * B * E * (M + 1))]:
         sides = model(batch[0], tokens[LABELS])

@@ -1,7 +1,7 @@
 """Gradients over several processes, in chunks or not, against one process on the whole batch.
 
-Loss curves cannot show a gather without gradient: the loss is the same number. Everything is fp64 here, so
-that the comparison is about the algorithm and not about the order of a sum.
+A gather without gradient has the same loss, so loss curves do not show it. The tests compute in fp64, so that
+differences come from the algorithm and not from rounding.
 """
 
 import gc
@@ -61,12 +61,12 @@ def whole_batch(name):
 
 
 def bytes_of(name, images, tokens):
-    """Bytes that this rank receives in one step."""
+    """The bytes that this rank receives in one step."""
     return counted_bytes(build(name), lambda m: training_step(m, images, tokens, name.split()[1]))
 
 
 class Travelling:
-    """A collective under way; says when it is waited for."""
+    """Wraps a running collective and calls say() when the caller waits for it."""
 
     def __init__(self, work, say):
         self.work, self.say = work, say
@@ -77,7 +77,7 @@ class Travelling:
 
 
 def order_of_a_step(images, tokens):
-    """What happens when in a step: collectives begun and waited for, images encoded and gone back."""
+    """The order of events in a step: start and end of collectives, forward and backward of the images."""
     said, real = [], (dist.all_gather, dist.all_to_all_single)
 
     def spied(call, name):
@@ -100,7 +100,7 @@ def order_of_a_step(images, tokens):
 
 
 def left_of_steps(images, tokens):
-    """Gathers made, and still held after a step of one chunk and one of two, without a search for cycles."""
+    """The number of gathers made, and of those still alive without garbage collection."""
     made, real = [], distributed.Gathering
 
     class Counted(real):
@@ -121,7 +121,7 @@ def left_of_steps(images, tokens):
 
 
 def worker(rank, world, folder):
-    """Every model at 1 chunk and at one pair a chunk, with DDP; leaves losses and gradients in a file."""
+    """Saves losses and gradients of every model under DDP, in one chunk and with one pair per chunk."""
     try:
         torch.set_num_threads(1)
         warnings.simplefilter("error", FutureWarning)  # no deprecated collective
@@ -132,7 +132,7 @@ def worker(rank, world, folder):
         for name in MODELS:
             for chunks in (1, PAIRS // world):
                 model = DistributedDataParallel(build(name))
-                for _ in range(2):  # twice: DDP complains about an unfinished reduction at the second
+                for _ in range(2):  # DDP reports an unfinished reduction in the second step
                     model.zero_grad()
                     loss = training_step(model, images, tokens, name.split()[1], chunks)
                 results[f"{name} {chunks}"] = float(loss), gradients(model.module)
@@ -193,7 +193,7 @@ def test_chunks_equal_one_chunk(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_checkpointing_and_chunks_together(name):
-    """--grad-checkpointing --accumulate: towers are computed three times, the gradient is the same."""
+    """--grad-checkpointing with --accumulate gives the same gradient."""
     loss, reference = whole_batch(name)
     model = build(name)
     model.set_grad_checkpointing()
@@ -203,7 +203,7 @@ def test_checkpointing_and_chunks_together(name):
 
 
 def test_averaging_chunk_losses_is_another_gradient():
-    """What GradCache is for: the mean of the chunks' own losses points elsewhere."""
+    """The mean of the losses of chunks has a different gradient, which is why GradCache exists."""
     images, tokens = batch()
     model = build("clip infonce")
     for x, t in zip(images.chunk(4), tokens.chunk(4)):
@@ -214,13 +214,13 @@ def test_averaging_chunk_losses_is_another_gradient():
 
 
 def test_gather_without_gradient_is_another_gradient(ranks):
-    """The mutant that loss curves do not show: the tower's gradient is another one."""
+    """This error leaves the loss unchanged, but the gradient of the tower is wrong."""
     name = "clip infonce"
     model, (images, tokens) = build(name), batch()
     image_side, text_side = model(images, tokens)
     half = PAIRS // 2
     total = 0
-    for r in range(2):  # what two ranks compute if the others' texts arrive as constants
+    for r in range(2):  # what two ranks compute if the texts of the other rank are constants
         own = slice(r * half, (r + 1) * half)
         texts = [t if i == r else t.detach() for i, t in enumerate(text_side.chunk(2))]
         logits = model.pair_logits(image_side[own], torch.cat(texts))
@@ -248,14 +248,14 @@ def test_dry_run_counts_the_bytes_that_travel(ranks, name, world):
 
 
 def test_texts_travel_while_images_are_encoded(ranks):
-    """SPEED: and their gradients while the images' go back through the tower."""
+    """SPEED: the gradients of texts are sent during the backward pass of the images."""
     for r in ranks[2]:
         there = ["texts begin", "images", "texts awaited"]
         assert r["order"] == [*there, "back begin", "images' gradients", "back awaited"]
 
 
 def test_a_step_leaves_no_gather_behind(ranks):
-    """A cycle would hold the texts of every rank, step after step, until the garbage collector runs."""
+    """A reference cycle would keep the texts of all ranks until the garbage collector runs."""
     for world in (2, 4):
         assert [r["left"] for r in ranks[world]] == [(4, 0)] * world
 
@@ -289,7 +289,7 @@ def test_setup_refuses_missing_gpu(monkeypatch):
 
 
 class Protocol(torch.nn.Module):
-    """A dual encoder with the protocol's methods and nothing else."""
+    """A dual encoder with only the methods of the protocol."""
 
     def __init__(self):
         super().__init__()
@@ -311,7 +311,7 @@ class Protocol(torch.nn.Module):
 
 @pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize("objective", ["siglip", "infonce"])
-def test_a_step_asks_for_the_protocols_methods_only(objective, chunks):
+def test_a_step_uses_only_the_protocols_methods(objective, chunks):
     torch.manual_seed(0)
     images, tokens, model = torch.randn(4, 4), torch.randn(4, 5), Protocol()
     loss = getattr(losses, {"siglip": "siglip", "infonce": "info_nce"}[objective])
@@ -323,8 +323,8 @@ def test_a_step_asks_for_the_protocols_methods_only(objective, chunks):
         torch.testing.assert_close(p.grad, g)
 
 
-def test_a_restart_does_not_meet_the_dead(monkeypatch):
-    """TRAP: torchrun keeps its store; rank 0 of the second attempt must wait for the second rank 1."""
+def test_a_restart_ignores_old_addresses(monkeypatch):
+    """TRAP in rendezvous: after a restart, rank 0 waits for the new rank 1 and ignores the old address."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
     for name, value in (env | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
@@ -334,7 +334,7 @@ def test_a_restart_does_not_meet_the_dead(monkeypatch):
         if (pid := os.fork()) == 0:
             os.environ.update(RANK=str(number), LOCAL_RANK=str(number))
             os.environ.update(TORCHELASTIC_RESTART_COUNT=str(attempt))
-            signal.alarm(60)  # it would wait for ten minutes
+            signal.alarm(60)  # instead of ten minutes
             try:
                 distributed.setup("cpu")
                 os._exit(0 if distributed.mean({"rank": number}) == {"rank": 0.5} else 1)
@@ -344,7 +344,7 @@ def test_a_restart_does_not_meet_the_dead(monkeypatch):
 
     for attempt in (0, 1):
         pids = [rank(0, attempt)]
-        time.sleep(0.5)  # what the first attempt left would be read in this time
+        time.sleep(0.5)  # time to read what the first attempt left in the store
         pids.append(rank(1, attempt))
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         assert codes == [0, 0], f"attempt {attempt}"

@@ -1,4 +1,4 @@
-"""Numbers at the edge: bf16 against fp32, the scale's bounds, empty and equal captions, a batch of one."""
+"""Numerical limits: bf16 and fp64, bounds of the scale, empty and equal captions, a batch of one."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def logged(out):
 
 @pytest.mark.parametrize("method", ["clip", "llip"])
 def test_bf16_stays_near_fp32(method):
-    """The towers under CPU autocast; normalisation, pairs and loss are fp32, so the drift is bf16's own."""
+    """Only the towers run in bf16; normalisation and pairs are fp32, so the difference stays small."""
     torch.manual_seed(0)
     model = CLIP(CONFIG) if method == "clip" else llip.Llip(CONFIG, 4, 2)
     images, tokens = torch.randn(6, 3, 32, 32), torch.randint(1, 598, (6, 16))
@@ -56,7 +56,7 @@ def test_bf16_stays_near_fp32(method):
 
     exact, rough = logits(False), logits(True)
     scale = model.logit_scale.exp().item()
-    drift = (exact - rough).abs().max().item() / scale  # in units of a cosine
+    drift = (exact - rough).abs().max().item() / scale  # as a cosine
     assert exact.dtype == rough.dtype == torch.float32
     assert 0 < drift < 0.02, drift
 
@@ -106,10 +106,10 @@ def test_training_in_bf16_stays_near_fp32(tmp_path):
 
 @pytest.mark.parametrize("method", ["clip", "siglip", "llip"])
 def test_the_scale_keeps_its_bounds(tmp_path, method):
-    """PAPER: at most 100; whatever the learning rate does to it, and at least 1."""
+    """PAPER: the scale is at most 100. Here it is also at least 1, for every learning rate."""
     for sign in (100.0, 1.0):
         out = tmp_path / str(sign)
-        # a step of this size throws the scale out of its bounds at once
+        # without bounds, one step of this size would be enough to exceed them
         code = run(out, "--method", method, "--logit-scale", sign, "--lr", 3.0, "--warmup", 0)
         if code == 0:
             state = checkpoint(out)["state_dict"]
@@ -128,7 +128,7 @@ def write_pairs(folder, captions):
 
 @pytest.mark.parametrize("method", ["clip", "llip"])
 def test_captions_all_equal(tmp_path, method):
-    """Every text is the same: a defined loss, ln of the batch at best for InfoNCE, never NaN."""
+    """With equal texts the loss is finite, and InfoNCE cannot fall below ln of the batch size."""
     path = write_pairs(tmp_path, ["a cat"] * 16)
     assert run(tmp_path / "run", "--method", method, "--train-data", path) == 0
     values = [m["loss"] for m in logged(tmp_path / "run")]
@@ -148,7 +148,7 @@ def test_empty_captions_are_left_out_and_none_left_is_an_error(tmp_path, capsys)
 
 @pytest.mark.parametrize("method", ["clip", "siglip", "llip"])
 def test_a_batch_of_one(tmp_path, method):
-    """InfoNCE of one pair is 0, nothing to learn; the sigmoid loss has one pair to learn from."""
+    """InfoNCE of one pair is 0; the sigmoid loss still depends on the pair."""
     assert run(tmp_path / "run", "--method", method, "--batch-size", 1, "--train-size", 4) == 0
     values = [m["loss"] for m in logged(tmp_path / "run")]
     assert all(math.isfinite(v) and v >= 0 for v in values)
@@ -157,7 +157,7 @@ def test_a_batch_of_one(tmp_path, method):
 
 
 def test_one_class_of_data(tmp_path):
-    """Zero-shot among one class is always right, and chance says so."""
+    """With one class, zero-shot accuracy and chance are both 1."""
     (tmp_path / "d" / "cat").mkdir(parents=True)
     for k in range(3):
         Image.new("RGB", (32, 32), (k, 0, 0)).save(tmp_path / "d" / "cat" / f"{k}.png")
