@@ -15,8 +15,10 @@ import losses
 import tasks as pairs
 import train
 from alignclip import AlignCLIP
-from baselines.coop import CoCoOp, CoOp, MaPLe
+from baselines.cocoop import CoCoOp
+from baselines.coop import CoOp
 from baselines.flyp import FLYP
+from baselines.maple import MaPLe
 from baselines.tes import TeS
 from clipood import FineTune
 from model import CLIP, Config
