@@ -1,7 +1,4 @@
-"""Small pictures with Pillow alone: lines, bars, and matrices, for people who would rather look.
-
-No science here: axes, ticks and labels, so that a run can be judged at a glance without a plotting package.
-"""
+"""Lines, bars, matrices and contact sheets, drawn with Pillow alone."""
 
 import math
 import textwrap
@@ -13,7 +10,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from util.files import write_image
 from util.text import number
 
-# Okabe and Ito's palette: told apart by readers with any colour vision
+# Okabe and Ito's palette, which readers with any colour vision can distinguish
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
 INK, GRID = "#222222", "#dddddd"
 MAX_WIDTH = 1600  # pixels of a contact sheet
@@ -25,7 +22,7 @@ def font(size: int = 13) -> ImageFont.ImageFont:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers that cover low..high: ticks(0, 0.83) -> [0.0, 0.2, 0.4, 0.6, 0.8]."""
+    """Round numbers within low..high: ticks(0, 0.83) -> [0.0, 0.2, 0.4, 0.6, 0.8]."""
     span = high - low
     if not (math.isfinite(span) and span > 0):
         return [low]
@@ -36,7 +33,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def colour(k: int) -> tuple[int, int, int]:
-    """The k-th colour; from the ninth on they come again, lighter."""
+    """The k-th colour; from the ninth on, the colours repeat in lighter shades."""
     rgb = ImageColor.getrgb(COLOURS[k % len(COLOURS)])
     share = 0.6 ** (k // len(COLOURS))
     return tuple(round(255 - share * (255 - part)) for part in rgb)
@@ -53,16 +50,16 @@ def cell_text(x: float) -> str:
 
 
 def doubling(values: list[float]) -> list[float]:
-    """The different values in order if each is at least twice the one before, as 10, 100, 1000; else none."""
+    """The distinct values in order if each is at least twice the one before, as 10, 100, 1000; else []."""
     found = sorted(set(values))
     geometric = found[0] > 0 and all(b >= 2 * a for a, b in zip(found, found[1:]))
     return found if geometric and len(found) > 2 else []
 
 
 class Canvas:
-    """One panel with axes; data coordinates to pixels by x(), y().
+    """One panel with axes. x() and y() turn data coordinates into pixels.
 
-    Args: marks: where to write numbers below a logarithmic axis; none: an even axis with round numbers
+    Args: marks: numbers below a logarithmic x axis; without marks the axis is linear with round numbers
     """
 
     def __init__(self, draw, box, xlim, ylim, title, xlabel="", marks=(), xticks=True):
@@ -97,12 +94,13 @@ def limits(values: list[float]) -> tuple[float, float]:
 
 
 def lines(path: str | Path, panels: dict[str, dict[str, list]], xlabel: str = "step") -> None:
-    """One panel a title; each {label: [(x, y), ...]}. A label with a single point is drawn as a dot.
+    """Writes line charts, one panel per title: {title: {label: [(x, y), ...]}}.
 
-    Where each x is at least twice the one before, the axis is logarithmic.
+    A single point is drawn as a dot. The x axis is logarithmic if each x is at least twice the one before.
     """
     width, height, margin = 420, 260, 60
-    rows = (max(map(len, panels.values())) + 1) // 2  # of the legend, two labels in each
+    # the legend has two labels in a row
+    rows = (max(map(len, panels.values())) + 1) // 2
     size = (width + margin) * len(panels) + 30, height + 85 + 15 * rows
     image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
@@ -125,17 +123,18 @@ def lines(path: str | Path, panels: dict[str, dict[str, list]], xlabel: str = "s
 
 
 def bars(path: str | Path, groups: dict[str, dict[str, tuple[float, float]]], title: str = "") -> None:
-    """Grouped bars from zero: {group: {label: (mean, spread)}}; the whisker is the spread on either side."""
+    """Writes grouped bars from zero: {group: {label: (mean, spread)}}. A whisker shows mean +- spread."""
     labels = list(dict.fromkeys(label for group in groups.values() for label in group))
     each, gap, height = 34, 30, 260
     slots = [max(len(g) * each, 7 * len(name)) + gap for name, g in groups.items()]
     width = sum(slots) + gap
-    wide = max(width, 8 * max(map(len, labels)) + 30, 8 * len(title))  # the texts around may be wider
+    wide = max(width, 8 * max(map(len, labels)) + 30, 8 * len(title))
     image = Image.new("RGB", (wide + 80, height + 90 + 18 * len(labels)), "white")
     draw = ImageDraw.Draw(image)
     low, high = limits([v for g in groups.values() for m, s in g.values() for v in (m + s, m - s, 0)])
-    high += 0.06 * (high - low)  # the number above the highest whisker
-    ylim = (0 if low > -0.06 * high else low, high)  # no room below zero where nothing is
+    # room for the number above the highest whisker, and none below zero without a bar there
+    high += 0.06 * (high - low)
+    ylim = (0 if low > -0.06 * high else low, high)
     panel = Canvas(draw, (60, 40, 60 + width, 40 + height), (0, 1), ylim, title, xticks=False)
     start = 60 + gap
     for (name, group), slot in zip(groups.items(), slots):
@@ -157,7 +156,7 @@ def bars(path: str | Path, groups: dict[str, dict[str, tuple[float, float]]], ti
 
 
 def heat(values: np.ndarray) -> np.ndarray:
-    """Numbers in [0, 1] (...) to colours (..., 3) uint8: dark blue, teal, yellow; monotone in lightness."""
+    """Numbers in [0, 1] (...) to colours (..., 3) uint8: dark blue, teal, yellow, ever lighter."""
     stops = np.array([[13, 8, 60], [33, 82, 140], [32, 145, 140], [94, 201, 98], [253, 231, 37]], float)
     x = np.clip(np.nan_to_num(values), 0, 1) * (len(stops) - 1)
     low = np.minimum(x.astype(int), len(stops) - 2)
@@ -166,39 +165,43 @@ def heat(values: np.ndarray) -> np.ndarray:
 
 
 def sheet(pictures: list, texts: list[str], columns: int, tile: int = 128, title: str = "") -> Image.Image:
-    """A contact sheet: pictures in rows, each over at most three lines of text; at most MAX_WIDTH wide.
+    """A contact sheet: rows of pictures, each above at most three lines of text; at most MAX_WIDTH wide.
 
     Args: pictures: Pillow images or (H, W, 3) uint8 arrays;  tile: pixels of the longer side of a picture
     """
-    columns = max(1, min(columns, len(pictures)))
-    tile, gap, top = min(tile, MAX_WIDTH // columns - 6), 6, 26 if title else 2
-    images = [p if isinstance(p, Image.Image) else Image.fromarray(p) for p in pictures]
-    images = [i.resize(shape, NEAREST if shape > i.size else BICUBIC) for i, shape in fitted(images, tile)]
-    high = max((i.height for i in images), default=tile) + 44
+    gap, top = 6, 26 if title else 2
+    columns = max(1, min(columns, len(pictures), MAX_WIDTH // 70))
+    tile = min(tile, MAX_WIDTH // columns - gap)
+    images = [fit(p if isinstance(p, Image.Image) else Image.fromarray(p), tile) for p in pictures]
+    high = max((image.height for image in images), default=tile) + 44
     width = max(columns * (tile + gap), min(MAX_WIDTH, 8 * len(title)))
     page = Image.new("RGB", (width, top + -(-len(images) // columns) * high), "white")
     draw = ImageDraw.Draw(page)
-    draw.text((4, 4), title, fill=INK, font=font(14))
+    draw.text((4, 4), in_font(title), fill=INK, font=font(14))
     for k, (image, text) in enumerate(zip(images, texts)):
         x, y = k % columns * (tile + gap), top + k // columns * high
         page.paste(image, (x, y))
-        text = text.encode("latin-1", "replace").decode("latin-1")  # all that Pillow's font has
-        lines = textwrap.wrap(text, max(tile // 6, 4), max_lines=3, placeholder=" ...")
+        lines = textwrap.wrap(in_font(text), max(tile // 6, 4), max_lines=3, placeholder=" ...")
         draw.multiline_text((x + 1, y + image.height), "\n".join(lines), INK, font(11), spacing=1)
     return page
 
 
-def fitted(images: list, tile: int):
-    """(image, size) with the longer side of each image scaled to `tile` pixels."""
-    for image in images:
-        scale = tile / max(image.size)
-        yield image, tuple(max(1, round(scale * side)) for side in image.size)
+def in_font(text: str) -> str:
+    """The text with "?" for characters that Pillow's font lacks."""
+    return text.encode("latin-1", "replace").decode("latin-1")
+
+
+def fit(image: Image.Image, tile: int) -> Image.Image:
+    """The image with its longer side scaled to `tile` pixels."""
+    scale = tile / max(image.size)
+    size = tuple(max(1, round(scale * side)) for side in image.size)
+    return image.resize(size, NEAREST if scale > 1 else BICUBIC)
 
 
 def matrix(
     path: str | Path, values: np.ndarray, rows: list[str], columns: list[str], title: str = ""
 ) -> None:
-    """A labelled matrix as coloured cells, with the numbers written in where they fit."""
+    """Writes a labelled matrix as coloured cells, with the numbers in cells that are large enough."""
     cell = int(np.clip(900 / max(values.shape), 8, 44))
     left = 20 + 7 * max(map(len, rows))
     top = 50 + 7 * max(map(len, columns))
@@ -217,7 +220,8 @@ def matrix(
                 ink = "black" if colours[i, j].mean() > 110 else "white"
                 where = (x + cell / 2, y + cell / 2)
                 draw.text(where, cell_text(float(values[i, j])), fill=ink, font=font(10), anchor="mm")
-    for j, column in enumerate(columns):  # vertical text: drawn on its own strip and turned
+    # the names of the columns are drawn on strips and turned by 90 degrees
+    for j, column in enumerate(columns):
         strip = Image.new("RGB", (top - 34, 16), "white")
         ImageDraw.Draw(strip).text((0, 1), column, fill=INK, font=font(12))
         image.paste(strip.rotate(90, expand=True), (left + j * cell + (cell - 16) // 2, 30))
