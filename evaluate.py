@@ -369,10 +369,6 @@ COMMANDS = {"zeroshot": (ZeroshotFlags, zeroshot_command), "retrieval": (Retriev
 
 @program
 def main(argv: list[str]) -> None:
-    if argv[:1] and argv[0] in ("map", "linear-probe", "spectrum", "typographic"):  # until they are programs
-        from evals import legacy
-
-        return legacy.main(argv)
     parser = Parser(__doc__)
     parser.add_argument("command", choices=COMMANDS, help="the flags of each: evaluate.py COMMAND --help")
     cls, command = COMMANDS[parser.parse_args(argv[:1]).command]

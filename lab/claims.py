@@ -37,8 +37,9 @@ from baselines.coop import CoOp
 from baselines.maple import MaPLe
 from baselines.tes import TeS
 from clipood import FineTune
+from evals import features, maps, typographic
 from evals import linear_probe as probes
-from evals import maps
+from evals import spectrum as spectra
 from lab import peers
 from losses import siglip
 from model import CLIP, CONFIGS
@@ -290,9 +291,9 @@ def linear_probe(lab, seed: int) -> dict:
     labels = {name: torch.tensor(d.labels) for name, d in sets.items()}
     for arm in (*THREE, "average"):
         net, _ = lab.model(arm, seed)
-        tokens = {name: probes.encode(net, d) for name, d in sets.items()}
-        for kind in probes.reduced(tokens["train"]):
-            parts = {n: (probes.reduced(x)[kind], labels[n]) for n, x in tokens.items()}
+        tokens = {name: features.encode(net, d) for name, d in sets.items()}
+        for kind in features.reduced(tokens["train"]):
+            parts = {n: (features.reduced(x)[kind], labels[n]) for n, x in tokens.items()}
             found = {
                 f"top-1, {solver}": 100 * probes.probe(solver, parts, len(scenes.KINDS), **how)["top1"]
                 for solver, how in (("l-bfgs", {}), ("adamw", {"seed": seed}))
@@ -307,8 +308,8 @@ def spectrum(lab, seed: int) -> tuple[dict, dict]:
     rows, curves = {}, {}
     dataset = scenes.Scenes("test", 1024, seed, lab.image_size, ("photo",))
     for arm in ("clip", "siglip", "learned", "llip"):
-        tokens = probes.encode(lab.model(arm, seed)[0], dataset)
-        row, logs = probes.spectrum_row(arm, tokens)
+        tokens = features.encode(lab.model(arm, seed)[0], dataset)
+        row, logs = spectra.spectrum_row(arm, tokens)
         half = logs[len(logs) // 2]
         rows[arm] = {"ln s at D/2 less the first": (half if half is not None else -99.0) - logs[0]}
         rows[arm]["effective rank"] = row["effective rank"]
@@ -328,7 +329,9 @@ def two_captions(lab, seed: int) -> dict:
         found = {}  # one vector for every caption has nothing to gain
         if isinstance(net, llip.Llip):
             found = own_caption(net, tokenizer, dataset)
-        typed = probes.typographic(net, photos("test", 480, seed, lab), tokenizer, scenes.TEMPLATES, seed)[0]
+        typed = typographic.typographic(
+            net, photos("test", 480, seed, lab), tokenizer, scenes.TEMPLATES, seed
+        )[0]
         more = typed["word"]["success"] - typed["blank"]["success"]
         rows[arm] = found | {"attack success": 100 * more, "clean": 100 * typed["clean"]["top1"]}
     return rows

@@ -68,3 +68,11 @@ def shared():
     if SHARED is None:
         pytest.skip("real data lie only beside the development checkout (../shared)")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def small_runs(tmp_path_factory):
+    """Run directories of small random models, {"clip" | "siglip" | "llip" | "pooled": path}."""
+    from small_models import save_all
+
+    return save_all(tmp_path_factory.mktemp("small"))

@@ -1,4 +1,4 @@
-"""Metrics of retrieval, ranking and classification, from whole matrices and from streams of rows.
+"""Metrics of retrieval, ranking, classification and maps, from whole matrices and from streams of rows.
 
 The functions recall_at_k, average_precision and classification_metrics are the definitions. The classes
 Recall and Relevance compute the same numbers from batches of images and never hold the whole matrix.
@@ -223,3 +223,56 @@ class Relevance:
     def ceiling(self) -> dict[str, float]:
         rights = self.relevant.sum(0).clamp(max=self.k)
         return {f"t2i_p@{self.k}": (rights.double().mean() / self.k).item()}
+
+
+# Maps against masks ---------------------------------------------------------------------------------------
+
+
+def map_figures(maps: Tensor, masks: Tensor) -> Tensor:
+    """Metrics of each map whose mask is not empty; mean_map_figures averages them.
+
+    Args:    maps (N, H, W) >= 0, of any scale;  masks (N, H, W), nonzero on the foreground
+    Returns: (N', 104) float64: lift, pointing, area, then intersection over union where the map is at least
+             0, 0.01 .. 1 of its range
+    Raises:  ValueError if shapes differ, or a map is negative or not finite.
+    """
+    if maps.shape != masks.shape or maps.dim() != 3:
+        raise ValueError(f"maps {tuple(maps.shape)} and masks {tuple(masks.shape)}: want (N, H, W)")
+    maps, masks = maps.flatten(1).double(), masks.flatten(1) != 0  # (N, H W)
+    if not torch.isfinite(maps).all() or (maps < 0).any():
+        raise ValueError("maps have values that are negative or not finite")
+    kept = masks.any(1)
+    maps, masks = maps[kept], masks[kept].double()
+    area = masks.mean(1)  # (N',)
+    # an empty map is as good as a uniform one
+    mass = torch.where(maps.sum(1, keepdim=True) > 0, maps, 1.0)  # (N', H W)
+    lift = (mass * masks).sum(1) / mass.sum(1) / area
+    low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
+    top = (maps == high).double()
+    pointing = (top * masks).sum(1) / top.sum(1)
+    levels = (maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny)  # (N', H W) in [0, 1]
+    # SPEED: levels are sorted into 101 steps and counted from the top, not compared with 101 thresholds
+    step = torch.bucketize(levels, torch.arange(101, dtype=torch.float64) / 100, right=True)  # 1 .. 101
+    weights = torch.stack([torch.ones_like(masks), masks])  # (2, N', H W)
+    counts = weights.new_zeros(2, len(maps), 102).scatter_add_(2, step.expand_as(weights), weights)
+    found, both = counts.flip(2).cumsum(2).flip(2)[:, :, 1:]  # (N', 101) each
+    ious = both / (found + masks.sum(1, keepdim=True) - both)  # (N', 101)
+    return torch.cat([torch.stack([lift, pointing, area], 1), ious], 1)
+
+
+def mean_map_figures(figures: Tensor) -> dict[str, float]:
+    """Means over the images of map_figures (N, 104).   Raises: ValueError if there are none.
+
+    Returns: lift         share of the map's mass on the foreground / share of the area; 1 is chance
+             pointing     is the highest place on the foreground? Ties count in part. Chance: area
+             area         the foreground's share of the image
+             iou          intersection over union, map >= half of its range
+             best_iou     the same at best_threshold, one threshold for all images, of 0, 0.01 .. 1
+             images       the number of images
+    """
+    if not len(figures):
+        raise ValueError("no mask has a foreground")
+    lift, pointing, area, *ious = figures.mean(0).tolist()
+    best = max(ious)
+    means = {"lift": lift, "pointing": pointing, "area": area, "iou": ious[50], "best_iou": best}
+    return means | {"best_threshold": ious.index(best) / 100, "images": len(figures)}

@@ -1,0 +1,93 @@
+"""Spectrum: how slowly the singular values of the covariance of an image tower's features decay.
+
+    python -m evals.spectrum --model runs/llip --more runs/clip --data scenes --out spectrum
+
+Lavoie et al. 2024, Fig. 5. The features are the output of ln_post before any projection (evals/features.py).
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import evaluate
+import pretrained
+from evals.features import FeatureFlags, features
+from util import plots
+from util.evaluation import load_options, options_of, start, write_results
+from util.flags import parse
+from util.program import leave, program
+from util.report import format_table
+
+
+def covariance_spectrum(tokens: Tensor) -> Tensor:
+    """Singular values of the covariance of all tokens of all images, descending.
+
+    Lavoie et al. 2024, Fig. 5: tokens concatenated on the batch axis, centred, C = Z^T Z / (N M).
+    Args: tokens (N, M, D).   Returns: (D,) fp64.
+    """
+    z = tokens.flatten(0, 1).double()  # (N M, D)
+    z = z - z.mean(0)
+    return torch.linalg.svdvals(z.t() @ z / len(z))
+
+
+def effective_rank(values: Tensor) -> float:
+    """exp of the entropy of values / their sum: D if all are equal, 1 if only one is not 0.
+
+    Roy and Vetterli 2007, "The effective rank", eq. 4. A slower decay has a higher effective rank.
+    """
+    p = values / values.sum()
+    return torch.special.entr(p).sum().exp().item()
+
+
+def spectrum_row(source: str, tokens: Tensor) -> tuple[dict, list]:
+    """A row of the table, and the natural logarithms by rank; None where a value is 0 within rounding."""
+    values = covariance_spectrum(tokens)
+    N, M, D = tokens.shape
+    zero = values[0] * D * torch.finfo(torch.float64).eps
+    logs = [math.log(v) if v > zero else None for v in values.tolist()]
+    row = {"model": source, "tokens": M, "vectors": N * M, "width": D}
+    row["effective rank"] = effective_rank(values)
+    for name, k in (("1", 0), ("D/4", D // 4), ("D/2", D // 2), ("3D/4", 3 * D // 4)):
+        row[f"ln s at {name}"] = "0" if logs[k] is None else logs[k]
+    return row, logs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags(FeatureFlags):
+    """Flags of this program."""
+
+    more: tuple[str, ...] = ()  # further models
+
+
+@program
+def main(argv: list[str]) -> None:
+    flags = parse(Flags, argv, __doc__)
+    device = start(flags, one_process=True)
+    models, rows, curves = [flags.model, *flags.more], [], {}
+    for source in models:
+        pretrained.locate(source)  # a missing model is reported before the work
+    for source in models:
+        model, _ = evaluate.open_model(source, flags.vocab, towers=True, **load_options(flags))
+        dataset = evaluate.open_data(flags, model, "image")
+        options = options_of(flags, f"spectrum {source}")
+        tokens = features(source, model.to(device), dataset, flags.cache, **options)
+        N, M, D = tokens.shape
+        if N * M <= D:
+            raise ValueError(f"{source}: {N} x {M} vectors span less than the width {D}: use more images")
+        row, curves[source] = spectrum_row(source, tokens)
+        rows.append(row)
+    print(format_table(rows, digits=2))
+    about = {"task": "spectrum", "data": flags.data, "models": models}
+    write_results(flags, about | {"rows": rows, "log_singular_values": curves})
+    if flags.out:
+        lines = {name: [(k, v) for k, v in enumerate(logs) if v is not None] for name, logs in curves.items()}
+        path = Path(flags.out) / "spectrum.png"
+        plots.lines(path, {"ln of the covariance's singular values": lines}, xlabel="rank")
+        print(f"drawn in {path}")
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,187 @@
+"""Typographic attack: how often a wrong class name, written on the image, becomes the answer.
+
+    python -m evals.typographic --model runs/llip --more runs/clip --data PACS --out typographic
+
+Lavoie et al. show one such image in their rebuttal, an apple with "iPod" on it. This program evaluates a data
+set. A blank note in the same place shows the effect of covering a part of the image.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+import data
+import evaluate
+import pretrained
+from model import DualEncoder
+from readers import scenes
+from readers import templates as prompts
+from util.evaluation import DataFlags, ModelFlags, load_options, options_of, start, write_results
+from util.files import write_image
+from util.flags import parse
+from util.metrics import no_nan, places
+from util.plots import font, sheet
+from util.program import leave, program
+from util.report import format_table
+
+KINDS = {"clean": "clean", "blank": "blank note", "word": "word"}  # of image, and their names in the table
+COLUMNS = {"top1": "top-1 %", "word": "answers the word %", "object_wins": "object wins %"}
+
+
+def with_note(image: Image.Image, word: str, blank: bool = False) -> Image.Image:
+    """The image with a white note and the word in black on it, inside the part that a centre crop keeps.
+
+    The word is as large as fits into 0.9 of the width and 0.25 of the height.
+    Args: blank: the note of this size without the word
+    """
+    image = image.convert("RGB")  # a copy, also of an RGB image
+    draw, side = ImageDraw.Draw(image), min(image.size)
+    for size in range(max(side // 4, 5), 4, -1):
+        left, top, right, bottom = draw.textbbox((0, 0), word, font(size))
+        if right - left <= 0.9 * side and bottom - top <= 0.25 * side:
+            break
+    pad = max(1, side // 64)
+    x = (image.width - (right - left)) // 2
+    y = (image.height + side) // 2 - (bottom - top) - 2 * pad - side // 16
+    draw.rectangle([x - pad, y - pad, x + right - left + pad, y + bottom - top + pad], "white")
+    if not blank:
+        draw.text((x - left, y - top), word, "black", font(size))
+    return image
+
+
+class Noted:
+    """Labelled data with a note on every image. Args: words[i] of image i;  blank: as with_note"""
+
+    def __init__(self, dataset, words: list[str], blank: bool = False):
+        self.dataset, self.words, self.blank = dataset, words, blank
+        self.labels, self.classes, self.name = dataset.labels, dataset.classes, dataset.name
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def image(self, i: int) -> Image.Image:
+        return with_note(self.dataset.image(i), self.words[i], self.blank)
+
+
+def three_kinds(dataset, written: list[int]) -> dict:
+    """The data set as it is, with blank notes, and with the names of the written classes."""
+    words = [dataset.classes[c] for c in written]
+    return {"clean": dataset, "blank": Noted(dataset, words, True), "word": Noted(dataset, words)}
+
+
+def wrong_labels(labels: list[int], classes: int, seed: int = 0) -> list[int]:
+    """Another class for every image, uniformly among the others.   Raises: ValueError for one class."""
+    if classes < 2:
+        raise ValueError("one class: there is no wrong name to write on its images")
+    steps = [1 + data.generator(seed, "word", i).randrange(classes - 1) for i in range(len(labels))]
+    return [(y + step) % classes for y, step in zip(labels, steps)]
+
+
+def cosines(model: DualEncoder, dataset, text_features, **options) -> Tensor:
+    """Cosine of every image to every class (N, C). An Llip embeds the image through that class's text."""
+    logits = torch.cat([rows for _, rows in evaluate.score_rows(model, dataset, text_features, **options)])
+    bias = 0.0 if model.logit_bias is None else model.logit_bias
+    return ((logits - bias) / model.logit_scale.exp()).cpu()
+
+
+def note_figures(scores: dict[str, Tensor], labels: Tensor, written: Tensor) -> dict[str, dict]:
+    """The effect of notes, for each kind of image.
+
+    Args:    scores {"clean" | "blank" | "word": (N, C)};  labels (N,), written (N,) classes
+    Returns: for each kind in [0, 1] "top1"; "word": the answer is the written class; "object_wins": the right
+             class scores above the written one; "success": share of the images with the right answer when
+             clean that now get the written class; and the mean cosines "cos_object", "cos_word"
+    """
+    right = places(scores["clean"], labels) == 0  # (N,)
+    figures = {}
+    for kind, rows in scores.items():
+        place, answer = places(rows, labels), no_nan(rows).argmax(1)  # (N,) each
+        own, other = (rows.gather(1, c[:, None])[:, 0] for c in (labels, written))  # (N,) each
+        taken = (answer == written) & (place > 0)
+        means = {"top1": place == 0, "word": taken, "object_wins": own > other, "success": taken[right]}
+        means |= {"cos_object": own, "cos_word": other}
+        figures[kind] = {name: x.double().mean().item() if len(x) else 0.0 for name, x in means.items()}
+    return figures
+
+
+def typographic(
+    model: DualEncoder, dataset, tokenizer, templates=prompts.PHOTO, seed: int = 0, **options
+) -> tuple[dict, list[int], dict]:
+    """Evaluates clean images, the same with a blank note, and with a wrong class name on the note.
+
+    Args:    options of evaluate.score_rows
+    Returns: note_figures; the written class of every image; the scores of each kind (N, C)
+    """
+    written, scores = wrong_labels(dataset.labels, len(dataset.classes), seed), {}
+    sizes = {name: options[name] for name in ("batch_size", "precision") if name in options}
+    with evaluate.evaluating(model):
+        text = evaluate.encode_classes(model, tokenizer, dataset.classes, templates, **sizes)
+        for kind, noted in three_kinds(dataset, written).items():
+            label = f"{options['progress']}, {kind}" if options.get("progress") else ""
+            scores[kind] = cosines(model, noted, text, **options | {"progress": label})
+    return note_figures(scores, torch.tensor(dataset.labels), torch.tensor(written)), written, scores
+
+
+def contact_sheet(dataset, written: list[int], scores: dict, title: str = "") -> Image.Image:
+    """Twelve images, a column for each: the three kinds and the answers, wrong ones in brackets."""
+    N, count = len(dataset), min(12, len(dataset))
+    pictures, answers = [], []
+    for kind, noted in three_kinds(dataset, written).items():
+        for i in (k * N // count for k in range(count)):
+            answer = int(scores[kind][i].argmax())
+            pictures.append(noted.image(i).convert("RGB"))
+            answers.append(
+                dataset.classes[answer] if answer == dataset.labels[i] else f"[{dataset.classes[answer]}]"
+            )
+    return sheet(pictures, answers, count, 128, title)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags(DataFlags, ModelFlags):
+    """Flags of this program."""
+
+    more: tuple[str, ...] = ()  # further models
+    templates: tuple[str, ...] = ()  # as for evaluate.py zeroshot (default: the data's own)
+    seed: int = 0  # of the words that are written
+
+
+@program
+def main(argv: list[str]) -> None:
+    flags = parse(Flags, argv, __doc__)
+    device = start(flags, one_process=True)
+    models, rows, results, pictures = [flags.model, *flags.more], [], {}, {}
+    for source in models:
+        pretrained.locate(source)  # a missing model is reported before the work
+    for number, source in enumerate(models, 1):
+        model, tokenizer = evaluate.open_model(source, flags.vocab, **load_options(flags))
+        dataset = evaluate.open_data(flags, model, "labels")
+        templates = scenes.TEMPLATES if flags.data == "scenes" else prompts.for_data(flags.data)
+        templates = prompts.read_templates(list(flags.templates)) if flags.templates else templates
+        options = options_of(flags, f"typographic {source}")
+        found = typographic(model.to(device), dataset, tokenizer, templates, flags.seed, **options)
+        results[source], written, scores = found
+        for kind, figures in results[source].items():
+            row = {"model": source, "image": KINDS[kind]}
+            row |= {head: 100 * figures[key] for key, head in COLUMNS.items()}
+            row["attack success %"] = 100 * figures["success"] if kind == "word" else ""
+            rows.append(row | {f"cos {x}": f"{figures[f'cos_{x}']:.4f}" for x in ("object", "word")})
+        if flags.out:
+            path = Path(flags.out) / f"typographic{number if flags.more else ''}.png"
+            pictures[path] = contact_sheet(
+                dataset, written, scores, f"{source}: answers, wrong ones in brackets"
+            )
+    print(format_table(rows, digits=2))
+    C = len(dataset.classes)
+    print(f"images {len(dataset):,}  classes {C}  chance {100 / C:.2f} %")
+    about = {"task": "typographic", "data": flags.data, "models": models, "seed": flags.seed}
+    write_results(flags, about | {"chance": 1 / C, "results": results})
+    for path, picture in pictures.items():
+        write_image(path, picture)
+        print(f"drawn in {path}")
+
+
+if __name__ == "__main__":
+    leave(main())

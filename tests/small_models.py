@@ -1,0 +1,28 @@
+"""Small random models of every kind, saved as run directories."""
+
+import torch
+
+import pretrained
+from llip import Llip, PooledTokens
+from model import CLIP, Config
+from readers import scenes
+from tokenizer import Tokenizer
+
+TEXTS = [t.format(k) for k in scenes.KINDS for t in scenes.TEMPLATES]
+TOKENIZER = Tokenizer.learn(TEXTS, 600)
+CONFIG = Config(16, 16, 8, 16, 1, 2, 32, 16, TOKENIZER.vocab_size, 16, 1, 2, 32)
+MODELS = {
+    "clip": CLIP,
+    "siglip": lambda c: CLIP(c, 10.0, -5.0),
+    "llip": lambda c: Llip(c, 3, 2, scale=5.0, bias=-2.0),
+    "pooled": lambda c: PooledTokens(c, 3, "learned", heads=2),
+}
+
+
+def save_all(root):
+    """Writes a run directory for each model; {name: path}."""
+    for name, make in MODELS.items():
+        torch.manual_seed(0)
+        pretrained.save(make(CONFIG), root / name / "checkpoint.pt")
+        TOKENIZER.save(root / name / "tokenizer.json")
+    return {name: root / name for name in MODELS}

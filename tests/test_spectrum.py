@@ -1,0 +1,53 @@
+"""Spectra that are known, and the program for every kind of model."""
+
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from evals import spectrum
+
+
+def test_spectrum_of_a_known_covariance():
+    """+-a_k along axis k, each equally often: the covariance is diagonal with a_k^2 / D, wherever centred."""
+    scale = torch.tensor([4.0, 2.0, 1.0, 0.5])
+    z = torch.cat([torch.diag(scale), -torch.diag(scale)]) + 7.0  # (8, 4)
+    tokens = z.view(4, 2, 4)  # four images of two tokens
+    values = spectrum.covariance_spectrum(tokens)
+    torch.testing.assert_close(values, scale.double().square() / 4)
+    row, logs = spectrum.spectrum_row("x", tokens)
+    assert logs == pytest.approx([math.log(a * a / 4) for a in scale.tolist()])
+    assert (row["tokens"], row["vectors"], row["width"]) == (2, 8, 4)
+    assert row["ln s at D/2"] == logs[2]
+    assert spectrum.effective_rank(torch.ones(5)) == pytest.approx(5)
+    assert spectrum.effective_rank(torch.tensor([3.0, 0, 0])) == pytest.approx(1)
+    z[:, 1] = z[:, 0]  # a direction that nothing points to
+    assert spectrum.spectrum_row("x", z.view(4, 2, 4))[1][-1] is None
+
+
+def command(model, *flags):
+    return spectrum.main(["--model", str(model), "--device", "cpu", *map(str, flags)])
+
+
+def test_spectrum_command(small_runs, tmp_path, capsys):
+    flags = ["--data", "scenes", "--limit", 20, "--cache", tmp_path / "cache", "--out", tmp_path / "out"]
+    others = [small_runs[name] for name in ("siglip", "llip", "pooled")]
+    assert command(small_runs["clip"], "--more", *others, *flags) == 0
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["vectors"] for row in result["rows"]] == [20, 20, 60, 60]
+    said = capsys.readouterr()
+    assert all(f"spectrum {p}  20 of 20 images" in said.err for p in (small_runs["clip"], *others))
+    assert result["models"] == [str(p) for p in (small_runs["clip"], *others)]
+    assert all(len(v) == 16 for v in result["log_singular_values"].values())
+    assert Image.open(tmp_path / "out" / "spectrum.png").width > 300
+    assert f"drawn in {tmp_path / 'out' / 'spectrum.png'}" in said.out
+    assert command(small_runs["clip"], *flags, "--limit", 9) == 2
+    assert "9 x 1 vectors span less than the width 16" in capsys.readouterr().err
+
+
+def test_a_missing_model_is_reported_before_the_work(small_runs, tmp_path, capsys):
+    assert command(small_runs["clip"], "--data", "scenes", "--more", "nowhere.pt", "--cache", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: nowhere.pt: no such file") and error.count("\n") == 1
