@@ -47,6 +47,16 @@ class LabelledBatch(NamedTuple):
     ids: Tensor  # (b,)
 
 
+class Stream(NamedTuple):
+    """Which part of an endless stream is wanted; the batches do not depend on the number of workers."""
+
+    seed: int = 0
+    start_step: int = 0
+    rank: int = 0
+    world: int = 1  # ranks
+    workers: int = 0  # processes that read images
+
+
 class Packet(NamedTuple):
     """What a worker sends: a batch and the broken images that it replaced, or why there is no batch."""
 
@@ -130,13 +140,13 @@ class Source:
 class PairSource(Source):
     """A rank's rows of global batch t of an image-caption data set."""
 
-    def __init__(self, dataset, transform, tokens, batch_size, seed, rank, world):
-        super().__init__(dataset, transform, seed)
-        if batch_size % world:
-            raise ValueError(f"global batch {batch_size} is not divisible by {world} ranks")
+    def __init__(self, dataset, transform, tokens, batch_size, stream):
+        super().__init__(dataset, transform, stream.seed)
+        if batch_size % stream.world:
+            raise ValueError(f"global batch {batch_size} is not divisible by {stream.world} ranks")
         if len(dataset) < batch_size:
             raise ValueError(f"{len(dataset)} images are fewer than one batch of {batch_size}")
-        self.tokens, self.batch_size, self.rank, self.world = tokens, batch_size, rank, world
+        self.tokens, self.batch_size, self.stream = tokens, batch_size, stream
         self.steps_per_epoch, self.epoch, self.order = len(dataset) // batch_size, None, None
 
     def epoch_order(self, epoch: int) -> np.ndarray:
@@ -157,8 +167,8 @@ class PairSource(Source):
 
     def batch(self, step: int, broken: list) -> Batch:
         epoch, k = divmod(step, self.steps_per_epoch)  # an epoch leaves out its last, incomplete batch
-        b = self.batch_size // self.world
-        start = k * self.batch_size + self.rank * b
+        b = self.batch_size // self.stream.world
+        start = k * self.batch_size + self.stream.rank * b
         ids = self.epoch_order(epoch)[start : start + b].tolist()
         images, ids = self.images(ids, [(epoch, i) for i in ids], broken)
         texts = [self.caption(i, epoch) for i in ids]
@@ -168,20 +178,21 @@ class PairSource(Source):
 class DomainSource(Source):
     """A rank's rows of a batch with equally many images of each domain, drawn with replacement."""
 
-    def __init__(self, dataset, pools, transform, batch_size, seed, rank, world):
-        super().__init__(dataset, transform, seed)
-        rows = len(pools) * batch_size
-        if rows % world:
-            raise ValueError(f"{len(pools)} domains x {batch_size} images are not divisible by {world} ranks")
+    def __init__(self, dataset, pools, transform, batch_size, stream):
+        super().__init__(dataset, transform, stream.seed)
+        b, rest = divmod(len(pools) * batch_size, stream.world)
+        if rest:
+            sizes = f"{len(pools)} domains x {batch_size} images"
+            raise ValueError(f"{sizes} are not divisible by {stream.world} ranks")
         self.pools, self.batch_size = pools, batch_size
-        self.share = range(rank * rows // world, (rank + 1) * rows // world)
+        self.rows = range(stream.rank * b, (stream.rank + 1) * b)
 
     def batch(self, step: int, broken: list) -> LabelledBatch:
         ids = []
         for domain, pool in enumerate(self.pools):
             rng = generator(self.seed, "draw", step, domain)
             ids += rng.choices(pool, k=self.batch_size)
-        ids, keys = [ids[k] for k in self.share], [(step, k) for k in self.share]
+        ids, keys = [ids[k] for k in self.rows], [(step, k) for k in self.rows]
         images, ids = self.images(ids, keys, broken)
         labels = [self.dataset.labels[i] for i in ids]
         return LabelledBatch(images, torch.tensor(labels), torch.tensor(ids))
@@ -223,13 +234,11 @@ class Batches:
     """Iterator over a Source, in worker processes or in this one; the numbers are the same.
 
     .broken, .broken_count  images replaced because they could not be read: the first ten, and how many
-    .steps_per_epoch        of pairs; otherwise None
     Raises: ValueError when more than ten images, and more than 1 % of those seen so far, are broken.
     """
 
     def __init__(self, source: Source, steps, workers: int = 0):
         self.source, self.seen, self.broken_count, self.broken = source, 0, 0, []
-        self.steps_per_epoch = getattr(source, "steps_per_epoch", None)
         if workers:
             # TRAP: without a generator, DataLoader draws from torch's global one, and a run with workers
             # would differ from one without
@@ -273,24 +282,13 @@ class Batches:
 
 
 def train_batches(
-    dataset,
-    tokenizer: Callable,
-    *,
-    image_size: int,
-    batch_size: int,
-    context_length: int = 77,
-    seed: int = 0,
-    start_step: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    workers: int = 0,
-    augment: RandomCrop | bool | None = None,
+    dataset, tokenizer, *, image_size: int, batch_size: int, context_length: int = 77, augment=None, **stream
 ) -> Batches:
-    """Endless batches of image-caption pairs, from start_step on.
+    """Endless batches of image-caption pairs.
 
     Args:    dataset with .image, .captions, and .pixels if it is in memory;  image_size S pixels;
              batch_size over all ranks;  augment a RandomCrop; True: RandomCrop(S); False: preprocess(S);
-             None: False if the data set is in memory at this size, otherwise True
+             None: False if the data set is in memory at this size, otherwise True;  stream see Stream
     Returns: iterator of Batch(images (b, 3, S, S), tokens (b, L), ids (b,)), b = batch_size / world: rows
              rank * b to (rank + 1) * b of the global batch
     Raises:  ValueError: fewer images than a batch, or ranks do not divide it; also see Batches.
@@ -299,28 +297,20 @@ def train_batches(
         augment = not in_memory(dataset, image_size)
     if not isinstance(augment, RandomCrop):
         augment = RandomCrop(image_size) if augment else Preprocess(image_size)
-    tokens = Tokens(tokenizer, context_length)
-    source = PairSource(dataset, augment, tokens, batch_size, seed, rank, world)
-    return Batches(source, itertools.count(start_step), workers)
+    stream, tokens = Stream(**stream), Tokens(tokenizer, context_length)
+    source = PairSource(dataset, augment, tokens, batch_size, stream)
+    return Batches(source, itertools.count(stream.start_step), stream.workers)
 
 
 def domain_batches(
-    dataset,
-    *,
-    image_size: int,
-    batch_size: int,
-    seed: int = 0,
-    start_step: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    workers: int = 0,
-    augment: RandomCrop | bool = True,
+    dataset, *, image_size: int, batch_size: int, augment: RandomCrop | bool = True, **stream
 ) -> Batches:
     """Endless batches for fine-tuning: batch_size images of each domain, one domain after another.
 
     REF: CLIPood and AlignCLIP crop 0.7 to 1 of the area, flip, and resize bilinearly, as augment=True does.
     Images are drawn with replacement, as in DomainBed.
-    Args:    dataset labelled, e.g. a Subset of the source domains; without domains it counts as one
+    Args:    dataset labelled, e.g. a Subset of the source domains; without domains it counts as one;
+             stream see Stream
     Returns: iterator of LabelledBatch(images (b, 3, S, S), labels (b,), ids (b,)),
              b = domains * batch_size / world
     """
@@ -331,8 +321,9 @@ def domain_batches(
     if not isinstance(augment, RandomCrop):
         crop = RandomCrop(image_size, (0.7, 1.0), True, "bilinear")
         augment = crop if augment else Preprocess(image_size, "bilinear")
-    source = DomainSource(dataset, list(pools.values()), augment, batch_size, seed, rank, world)
-    return Batches(source, itertools.count(start_step), workers)
+    stream = Stream(**stream)
+    source = DomainSource(dataset, list(pools.values()), augment, batch_size, stream)
+    return Batches(source, itertools.count(stream.start_step), stream.workers)
 
 
 def eval_batches(

@@ -725,7 +725,7 @@ def test_workers_do_not_touch_the_global_random_state(pairs, tokenizer):
 
 def test_epochs_do_not_mix_and_differ(pairs, tokenizer):
     steps = batches(pairs, tokenizer)
-    assert steps.steps_per_epoch == 5
+    assert steps.source.steps_per_epoch == 5
     epochs = [[b.ids.tolist() for b in take(steps, 5)] for _ in range(3)]
     for epoch in epochs:
         assert len(set(sum(epoch, []))) == 20  # no image twice, three left out
