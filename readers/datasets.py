@@ -4,17 +4,15 @@ A data set offers len(d), d.image(i) -> PIL.Image (opened, not decoded), d.name(
 d.captions (the texts of each image, at least one) or d.labels and d.classes, and d.domains and d.domain_names
 if it has domains. Only names and texts are kept in memory.
 
-| path                                        | becomes                                                      |
-|---------------------------------------------|--------------------------------------------------------------|
-| `.csv .tsv .txt`                            | pairs (filepath,title; image,caption; Flickr's lines)        |
-|                                             | or classes (path,label[,domain])                             |
-| `.jsonl`                                    | pairs {"image": file, "captions": [..], "split"}             |
-| Karpathy, COCO captions, CoOp split `.json` | pairs, pairs, classes                                        |
-| `root/<class>/*`, `root/<split>/<class>/*`  | classes, in the order of torchvision's ImageFolder, or of    |
-|                                             | numbers if all names are integers                            |
-| `root/<domain>/<class>/*`                   | classes and domains, in DomainBed's order                    |
-| `shards/{00000..00010}.tar::more.tar`       | pairs, see shards.py                                         |
-| `scenes`, `objects`                         | the embedded data sets, see scenes.py                        |
+    .csv .tsv .txt                            pairs (filepath,title; image,caption; Flickr's lines)
+                                              or classes (path,label[,domain])
+    .jsonl                                    pairs {"image": file, "captions": [..], "split"}
+    Karpathy, COCO captions, CoOp split .json pairs, pairs, classes
+    root/<class>/* root/<split>/<class>/*     classes, in the order of torchvision's ImageFolder, or of
+                                              numbers if all names are integers
+    root/<domain>/<class>/*                   classes and domains, in DomainBed's order
+    shards/{00000..00010}.tar::more.tar       pairs, see shards.py
+    scenes, objects                           the embedded data sets, see scenes.py
 
 A list may come from a stranger. Its names, and links among its images, may therefore not lead out of the
 image root unless allow_outside is set. In a folder of classes, which the user made, links are followed.
@@ -214,7 +212,7 @@ def open_dataset(
     allow_outside: bool = False,
     **scene_options,
 ):
-    """The data set at a path, in any format of the table at the top of this file.
+    """The data set at a path, in any of the formats listed at the top of this file.
 
     Args:    split that must exist; None: default_split if there are splits, otherwise everything;
              image_root the folder that names in a list are relative to (default: the list's folder or one in

@@ -82,11 +82,16 @@ def normalise(pixels: np.ndarray) -> Tensor:
 class Preprocess:
     """OpenAI's transform: short side to S, centre crop, RGB, normalise.
 
-    No equation; openai/CLIP clip/clip.py _transform @d05afc4: torchvision's Resize and CenterCrop.
+    No equation; openai/CLIP clip/clip.py _transform @d05afc4: torchvision's Resize and CenterCrop. The
+    loaders of CLIPood and AlignCLIP resize with interpolation "bilinear".
     """
 
     image_size: int
     interpolation: str = "bicubic"
+
+    def __post_init__(self):
+        if self.interpolation not in FILTERS:
+            raise ValueError(f"interpolation {self.interpolation!r}; known: {', '.join(FILTERS)}")
 
     @decoding()
     def pixels(self, image: Image.Image, rng=None) -> np.ndarray:
@@ -108,14 +113,7 @@ class Preprocess:
         return normalise(self.pixels(image))  # (3, S, S)
 
 
-def preprocess(image_size: int, interpolation: str = "bicubic") -> Preprocess:
-    """The transform of evaluation: PIL image -> (3, S, S) float32, bit-exact with OpenAI's.
-
-    Args: interpolation "bicubic", or "bilinear" as in the CLIPood and AlignCLIP loaders
-    """
-    if interpolation not in FILTERS:
-        raise ValueError(f"interpolation {interpolation!r}; known: {', '.join(FILTERS)}")
-    return Preprocess(image_size, interpolation)
+preprocess = Preprocess  # the transform of evaluation under its public name: preprocess(S)(image)
 
 
 def crop_box(width: int, height: int, rng, scale: tuple, ratio: tuple) -> tuple:
