@@ -1,4 +1,4 @@
-"""A little of what tests/reliability/run.py does; `pytest -m slow tests/test_reliability.py` does more."""
+"""A sample of tests/reliability/run.py; `pytest -m slow tests/test_reliability.py` runs more."""
 
 import os
 import signal
@@ -63,7 +63,7 @@ def test_mutated_files(name):
 
 
 def test_the_fuzzer_notices(monkeypatch):
-    """A reader that crashes, hangs or answers with a page is a failure."""
+    """A reader that crashes is a failure."""
 
     def crash(path):
         if len(path.read_bytes()) != len(fuzz.CSV):
@@ -97,7 +97,7 @@ def test_a_job_that_fails_or_dies_is_a_row(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_its_own_ctrl_c_leaves_nothing(number):
-    """In the middle of kills and of torchrun: nothing that carries the mark is alive a moment later."""
+    """Ctrl-C during kills and torchrun ends every process that has the mark in its environment."""
     mark = f"RELIABILITY_MARK={os.getpid()}-{number}"
     place = Path(tempfile.mkdtemp())
     env = {**os.environ, "TMPDIR": str(place)} | dict([mark.split("=")])
@@ -109,7 +109,7 @@ def test_its_own_ctrl_c_leaves_nothing(number):
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:
                 found += [path] * (mark.encode() in path.read_bytes())
-            except OSError:  # it ended meanwhile
+            except OSError:  # the process has ended
                 pass
         return found
 

@@ -1,9 +1,9 @@
-"""Mutated files: whatever is in them, reading ends soon, in bounded memory, with a result or one known error.
+"""Mutated files: every reader must end soon, in bounded memory, with a result or with one expected error.
 
-Each format has a few good files, a reader, and a list of tokens that mean something in it. A mutation flips
-bits, cuts, repeats, swaps, or puts a token or an extreme number somewhere; of n inputs number i depends on
-(format, i) alone, so that a failure can be made again. The inputs of a format are read in one process of
-their own, whose memory the kernel limits, with an alarm that ends a reader which takes too long.
+A format has some valid files, a reader, and tokens with a meaning in it. A mutation flips bits, cuts, repeats
+or swaps parts, or writes a token or an extreme number. Input i of a format depends on (format, i) only, so
+that a failure can be repeated. One child process reads all inputs of a format. The kernel limits its memory,
+and an alarm ends a reader that takes too long.
 """
 
 import copy
@@ -38,7 +38,7 @@ from readers import datasets, images, shards  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from weights import archive  # noqa: E402
 
-SECONDS, MEMORY = 60, 1 << 30  # for one input; bytes more than the process has at its start
+SECONDS, MEMORY = 60, 1 << 30  # per input; bytes beyond what the process has at its start
 EXTREME = [0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 2**63 - 1, 2**64 - 1]
 NASTY = [
     b"\0",
@@ -71,7 +71,7 @@ NASTY = [
 
 
 def mutate(good: bytes, rng: random.Random, tokens=()) -> bytes:
-    """One to eight small changes."""
+    """Makes one to eight small changes."""
     data = bytearray(good)
     for _ in range(rng.choice([1, 1, 1, 2, 3, 8])):
         at = rng.randrange(len(data) + 1)
@@ -103,7 +103,7 @@ def mutate(good: bytes, rng: random.Random, tokens=()) -> bytes:
     return bytes(data)
 
 
-# TRAP: a checksum hides what is behind it from a fuzzer; most mutants get a right one back
+# TRAP: a wrong checksum would stop the reader early, so most mutants get a correct one
 
 
 def repair_png(data: bytes) -> bytes:
@@ -126,7 +126,7 @@ def repair_tar(data: bytes) -> bytes:
 
 
 def mutate_zip(good: bytes, rng: random.Random, tokens) -> bytes:
-    """A mutant inside: another pickle, or other numbers, in a zip that is right."""
+    """Changes the pickle or the numbers inside a valid zip file."""
     with zipfile.ZipFile(io.BytesIO(good)) as old:
         members = {info.filename: old.read(info) for info in old.infolist()}
     name = next(n for n in members if n.endswith("data.pkl"))
@@ -139,11 +139,11 @@ def mutate_zip(good: bytes, rng: random.Random, tokens) -> bytes:
     return file.getvalue()
 
 
-# TRAP: most changed bytes die in the parser; these mutants are well-formed, and wrong in what they say
+# TRAP: parsers reject most changed bytes; these mutants are well-formed, but their contents are wrong
 
 
 def mutate_png(good: bytes, rng: random.Random, tokens) -> bytes:
-    """Other numbers in the header, or other scan lines, compressed as they should be."""
+    """Changes numbers of the header, or scan lines, which are compressed again."""
     data = bytearray(good)
     if rng.random() < 0.5:
         at = 16 + rng.randrange(13)  # width, height, depth, kind, compression, filter, interlace
@@ -184,7 +184,7 @@ VALUES = [
 
 
 def mutate_json(good: bytes, rng: random.Random, tokens) -> bytes:
-    """Another value, one less, or one twice, somewhere in it; JSON lines one by one."""
+    """Replaces, removes or repeats values; JSON lines are changed one by one."""
     try:
         tree = {"": json.loads(good)}
     except ValueError:
@@ -210,7 +210,7 @@ def mutate_json(good: bytes, rng: random.Random, tokens) -> bytes:
 
 
 def mutate_lines(good: bytes, rng: random.Random, tokens) -> bytes:
-    """Lines swapped, left out, repeated, or with a word of another."""
+    """Swaps, removes or repeats lines, or joins words of two lines."""
     lines = good.split(b"\n")
     for _ in range(rng.choice([1, 1, 2, 4])):
         a, b = rng.randrange(len(lines)), rng.randrange(len(lines))
@@ -227,7 +227,8 @@ def mutate_lines(good: bytes, rng: random.Random, tokens) -> bytes:
     return b"\n".join(lines)
 
 
-DEEPER = {  # format: what to do with this share of its inputs
+# format: (mutation that knows the format, share of the inputs that get it)
+DEEPER = {
     "checkpoint (zip)": (mutate_zip, 0.8),
     "PNG": (mutate_png, 0.5),
     "JSONL": (mutate_json, 0.5),
@@ -253,7 +254,7 @@ def mutant(name: str, number: int) -> bytes:
     return repair(data) if repair and rng.random() < 0.8 else data
 
 
-# The formats: good files, and what reads them --------------------------------------------------------
+# The formats: valid files and their readers
 
 
 def picture(form: str, mode="RGB", **options) -> bytes:
@@ -264,7 +265,7 @@ def picture(form: str, mode="RGB", **options) -> bytes:
 
 
 def read_picture(path: Path):
-    """As training and as evaluation see it; images.IMAGE_ERRORS are what a loader replaces and counts."""
+    """Reads an image as training and evaluation do."""
     for transform in (images.Preprocess(16).pixels, lambda x: images.RandomCrop(16).pixels(x, random)):
         with images.open_image(path.read_bytes()) as image:
             transform(image)
@@ -295,11 +296,11 @@ def read_tar(path: Path):
         try:
             images.Preprocess(16).pixels(found.image(i))
         except images.IMAGE_ERRORS:
-            pass  # data.py replaces and names it
+            pass  # data.py replaces this image and names it
 
 
 def read_listed(path: Path):
-    """The list, and every image that it leads to; none may lie outside its folder."""
+    """Reads a list and opens its images; none of them may be outside the folder of the list."""
     inside = os.path.realpath(path.parent)
     dataset = datasets.open_dataset(path)
     for i in range(min(len(dataset), 50)):
@@ -379,7 +380,8 @@ def read_weights(path: Path):
 
 
 PICKLE = [b"cos\nsystem\n", b"R", b"\x81", b"b", b"0", b"h\x01", b"(", b"t", b"}", b"u", b"Q", b"\x93"]
-FORMATS = {  # name: (suffix, good files, reader, errors, tokens)
+# name: (suffix, valid files, reader, expected errors, tokens)
+FORMATS = {
     "JPEG": (
         ".jpg",
         [picture("JPEG"), picture("JPEG", progressive=True), picture("JPEG", "L")],
@@ -453,7 +455,7 @@ FORMATS = {  # name: (suffix, good files, reader, errors, tokens)
 
 
 class TooLong(BaseException):
-    """Raised by the alarm; no reader may catch it."""
+    """The alarm raises this; readers must not catch it."""
 
 
 def alarm(*_):
@@ -461,7 +463,7 @@ def alarm(*_):
 
 
 def folder_of_lists(place: Path) -> None:
-    """What lists may name: two images, one in a folder, and a link that leads outside."""
+    """Files that lists may name: images, one of them in a folder, and a link to a file outside."""
     (place / "folder").mkdir()
     for name in ("a.png", "b.png", "folder/b.png"):
         (place / name).write_bytes(picture("PNG"))
@@ -470,7 +472,7 @@ def folder_of_lists(place: Path) -> None:
 
 
 def read_mutants(name: str, first: int, last: int, report) -> None:
-    """Inputs first..last of a format, one after another; a line of JSON about each failure, then the sum."""
+    """Reads inputs first..last of a format and reports each failure, then the totals."""
     suffix, good, reader, errors, _ = FORMATS[name]
     signal.signal(signal.SIGALRM, alarm)
     read, refused = 0, 0
@@ -481,7 +483,8 @@ def read_mutants(name: str, first: int, last: int, report) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (pages + MEMORY,) * 2)
         sys.stderr = io.StringIO()
-        for content in good:  # the fuzzing would prove little if these did not get through
+        # the valid files must be readable
+        for content in good:
             (place / f"x{suffix}").write_bytes(content)
             reader(place / f"x{suffix}")
         for i in range(first, last):
@@ -507,7 +510,7 @@ def read_mutants(name: str, first: int, last: int, report) -> None:
 
 
 def fuzz(name: str, count: int) -> dict:
-    """count mutants of a format in a child process.
+    """Reads `count` mutants of a format in a child process.
 
     Returns: {"tried", "read", "refused", "peak_mb", "seconds", "failures": [...]}
     """

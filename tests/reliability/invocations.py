@@ -240,7 +240,7 @@ lab.reproduce --list --device moon
 
 
 def make_place(root: Path) -> dict[str, str]:
-    """The words of the table that stand for paths."""
+    """Makes the data and returns the path of each placeholder of the table."""
     from reliability.kills import make_data
 
     make_data(root)
@@ -254,7 +254,7 @@ def make_place(root: Path) -> dict[str, str]:
 
 
 def commands(place: dict[str, str]) -> list[list[str]]:
-    """Every line of the table as words; what train.py would write goes to the place too."""
+    """Every line of the table as words. Runs write below DATA."""
     found = []
     for number, line in enumerate(WRONG.strip().splitlines()):
         for word, path in place.items():
@@ -263,19 +263,21 @@ def commands(place: dict[str, str]) -> list[list[str]]:
         if words[0] in ("train.py", "lab.compare") and "--out" not in words:
             words += ["--out", f"{place['DATA']}/out-{number}"]
         if words[0] == "train.py" and "--train-size" not in words:
-            words += ["--train-size", "96"]  # a mistake that is found late should not cost a minute
+            # a mistake that is found late must not take a minute
+            words += ["--train-size", "96"]
         found.append(words)
     return found
 
 
 def wrong_in(code: object, out: str, err: str) -> str:
-    """What is not as it should be; "" if all is."""
+    """What is wrong with the outcome of a wrong command; "" if it is status 2 with one line of error."""
     lines = [line for line in err.splitlines() if not line.startswith("warning: ")]
     if code != 2:
         return f"status {code}: {err[-300:]!r}"
     if "Traceback" in err + out:
         return f"traceback: {err[-300:]!r}"
-    usage = lines and lines[0].startswith("usage: ")  # argparse prints it above its own message
+    # argparse prints the usage above its own message
+    usage = lines and lines[0].startswith("usage: ")
     errors = [line for line in lines if line.startswith("error") or ": error: " in line]
     progress = [line for line in lines if " done in " in line]
     if len(errors) != 1 or (not usage and len(lines) - len(progress) != 1):
@@ -284,7 +286,7 @@ def wrong_in(code: object, out: str, err: str) -> str:
 
 
 class TooLong(BaseException):
-    """A wrong command that went to work instead of stopping."""
+    """A wrong command that did not stop within a minute."""
 
 
 def too_long(*_):
@@ -292,7 +294,7 @@ def too_long(*_):
 
 
 def run_here(words: list[str]) -> tuple[object, str, str]:
-    """The command's main in this process: status, stdout, stderr."""
+    """Runs the program's main in this process.   Returns: status, stdout, stderr."""
     out, err = io.StringIO(), io.StringIO()
     signals = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     signal.signal(signal.SIGALRM, too_long)
@@ -319,7 +321,7 @@ def run_apart(words: list[str]) -> tuple[object, str, str]:
 
 
 def check(place: dict[str, str], every: int = 1, apart: int = 0) -> dict:
-    """Tries each `every`-th command in this process and `apart` of them as processes of their own.
+    """Tries each `every`-th command in this process, and `apart` of them as new processes.
 
     Returns: {"tried", "seconds", "failures"}
     """

@@ -1,10 +1,10 @@
-"""Kills: a run killed anywhere, any number of times, must end as the run that nothing happened to.
+"""Kills: a run that is killed anywhere, any number of times, must end like the run that was never killed.
 
-A run here is train.main in a process of its own, forked from a server that has imported torch already, so
-that a start costs a fraction of a second; torchrun's ranks are two such processes, or the real launcher. The
-end is SIGKILL after a random time, SIGKILL before a random file operation (an audit hook sees them all), or
-the kernel's SIGXFSZ in the middle of a write (a limit on the size of files): none of the three can be
-caught, and the product has no code that knows of them.
+A run is train.main in a new process. A server that has already imported torch forks it, so that a start takes
+a fraction of a second. Several ranks are several such processes, or those of the real torchrun. A run is
+ended by SIGKILL after a random time, by SIGKILL before a random file operation (an audit hook sees all of
+them), or by the kernel's SIGXFSZ in the middle of a write (a limit on the size of files). None of the three
+can be caught, and the tested programs contain no code for these tests.
 """
 
 import contextlib
@@ -43,17 +43,18 @@ import train  # noqa: E402
 from model import CLIP, Config  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
-# SPEED: a process' first optimizer makes torch import its compiler, seconds that the server takes once
+# SPEED: the first optimizer of a process makes torch import its compiler; the server does this once
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
 
 COMMON = "--device cpu --threads 1 --batch-size 6 --steps 8 --save-every 2 --log-every 1 --warmup 2"
 COMMON += " --eval-every 4"
 KINDS, DOMAINS = ("cat", "dog", "elk"), ("art", "photo", "sketch")
-WAIT = 240  # seconds after which a run counts as hanging: less than gloo waits, more than a busy machine
+# seconds until a run counts as hanging: gloo waits longer, and a busy machine needs less
+WAIT = 240
 
 
 def make_data(root: Path) -> dict[str, list[str]]:
-    """method -> flags: a list of pairs for llip, three domains and a start for alignclip; all tiny."""
+    """Makes tiny data and a small CLIP.   Returns: flags of a run of llip and of one of alignclip."""
     root.mkdir(parents=True, exist_ok=True)
     rows = ["filepath,title,split"]
     for d, domain in enumerate(DOMAINS):
@@ -80,13 +81,14 @@ def make_data(root: Path) -> dict[str, list[str]]:
     }
 
 
-# One process of a run --------------------------------------------------------------------------------
+# One process of a run
 
 
 def rank_of_a_run(argv: list[str], out: str, env: dict, end: dict) -> None:
-    """train.main(argv) in this process, with an end of it built in."""
+    """Runs train.main(argv) in this process, which build_in ends."""
     os.environ.update(env)
-    multiprocessing.set_start_method("fork", force=True)  # loader workers as in a run of its own
+    # loader workers start as in an ordinary run
+    multiprocessing.set_start_method("fork", force=True)
     log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -104,13 +106,12 @@ def rank_of_a_run(argv: list[str], out: str, env: dict, end: dict) -> None:
 
 
 def build_in(out: str, operation=0, name="", size=0, batch=0, evaluation=0.0, full=False) -> None:
-    """SIGKILL, or another end, at one of these moments; without any, nothing happens.
+    """Ends this process by SIGKILL, or in another way, at one of these moments; without any, nothing happens.
 
-    Args: operation n, name: before the n-th time that something in the directory `out` whose name begins
-          so is opened to write, renamed or removed;  size: not SIGKILL, but from then on no file can
-          grow beyond so many bytes, and the kernel ends a process that tries;  full: nor this, but that
-          operation fails as on a full disk
-          batch: before the n-th batch;  evaluation: so many seconds after the first begins
+    Args: operation, name: before the n-th time that a file in `out` whose name begins with `name` is opened
+          for writing, renamed or removed;  batch: before the n-th batch;  evaluation: so many seconds after
+          the first evaluation begins;  size: instead of SIGKILL, no file can grow beyond this many bytes, and
+          the kernel ends a process that tries;  full: instead, the operation fails as on a full disk
     """
     left = [operation]
 
@@ -119,7 +120,8 @@ def build_in(out: str, operation=0, name="", size=0, batch=0, evaluation=0.0, fu
         if full:
             raise OSError(errno.ENOSPC, "No space left on device", name)
         if size:
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python would make an OSError of it
+            # Python would turn the signal into an OSError
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
         else:
@@ -150,7 +152,7 @@ def build_in(out: str, operation=0, name="", size=0, batch=0, evaluation=0.0, fu
 
 
 def note_samples(seen) -> None:
-    """Every batch that training takes leaves a line: rank and step, then its samples."""
+    """Writes a line for every training batch: rank and step, then the samples."""
     make, following, rank = (data.Batches.__init__, data.Batches.__next__, os.environ.get("RANK", "0"))
 
     def begin(self, source, steps, workers=0):
@@ -169,7 +171,7 @@ def note_samples(seen) -> None:
 
 
 def server():
-    """Forks processes that have imported everything; it finds this file through the environment."""
+    """A server that has imported everything and forks processes. PYTHONPATH leads it to this file."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["reliability.kills"])
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
@@ -185,7 +187,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def no_main():
-    """SPEED: every process of the server would import the main program first."""
+    """SPEED: without this, every process of the server would first import the main program."""
     real, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
     try:
         yield
@@ -194,7 +196,7 @@ def no_main():
 
 
 def start(argv, out, world=1, **end) -> list:
-    """The processes of one run, started; end: as build_in takes it."""
+    """Starts the processes of one run.   Args: end: arguments of build_in"""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = []
     for rank in range(world):
@@ -208,10 +210,10 @@ def start(argv, out, world=1, **end) -> list:
 
 
 def ended(ranks, timeout=WAIT, met=lambda: True) -> list[int]:
-    """Exit codes. One rank that is lost must not leave the other waiting.   Raises: AssertionError.
+    """Waits for the ranks and returns their exit codes.   Raises: AssertionError if one of them hangs.
 
-    Ranks that have not met yet do wait, ten minutes, for one that died on its way: the launcher ends
-    them, and so does this, where met() says that they have not.
+    Ranks that have not connected yet wait ten minutes for a rank that died before. torchrun ends them in this
+    case, and so does this function if met() is false.
     """
     until = time.monotonic() + timeout
     while any(p.is_alive() for p in ranks) and time.monotonic() < until:
@@ -227,7 +229,7 @@ def ended(ranks, timeout=WAIT, met=lambda: True) -> list[int]:
     return [p.exitcode for p in ranks]
 
 
-# What a run left ----------------------------------------------------------------------------------------
+# Results of a run
 
 
 def same(a, b) -> bool:
@@ -240,7 +242,7 @@ def same(a, b) -> bool:
 
 
 def samples(out) -> dict[str, set]:
-    """'rank/step' -> the batches seen there; a half line is one that a kill cut."""
+    """'rank/step' -> the batches that it had. Incomplete lines, which a kill leaves, do not count."""
     found = {}
     for line in Path(f"{out}.ids").read_text().splitlines(keepends=True):
         if line.endswith("]\n"):
@@ -250,16 +252,17 @@ def samples(out) -> dict[str, set]:
 
 
 def ranks_seen(out) -> list[str]:
-    """The rank of every batch noted so far."""
+    """The rank of every batch so far."""
     path = Path(f"{out}.ids")
     return [line.split("/")[0] for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def check_equal(whole: Path, other: Path) -> None:
-    """Weights, optimizer, metrics, results and data order of two runs.   Raises: AssertionError."""
+    """Compares weights, optimizer, metrics, results and data order of two runs.   Raises: AssertionError."""
     a, b = (torch.load(p / "checkpoint.pt", weights_only=True) for p in (whole, other))
     for key in a:
-        if key not in ("config", "commit"):  # where a run lies is in its configuration
+        # the configuration contains the path of the run
+        if key not in ("config", "commit"):
             assert same(a[key], b[key]), f"{other}: {key} differs"
     for name in ("metrics.jsonl", "results.json", "tokenizer.json"):
         assert (whole / name).read_bytes() == (other / name).read_bytes(), f"{other}: {name}"
@@ -269,21 +272,21 @@ def check_equal(whole: Path, other: Path) -> None:
 
 
 def reference(flags: list[str], out: Path, world: int = 1) -> float:
-    """The run that nothing happens to; returns its seconds."""
+    """Runs without a kill.   Returns: seconds."""
     began = time.monotonic()
     codes = ended(start(flags, out, world))
     assert codes == [0] * world, Path(f"{out}.log").read_text()[-2000:]
     return time.monotonic() - began
 
 
-# Killing -------------------------------------------------------------------------------------------------
+# Killing
 
 
 WAYS = ("time", "file operation", "write", "evaluation")
 
 
 def kill_and_resume(flags, folder: Path, kills: int, seed: int, world=1, tell=None) -> dict:
-    """Kills runs at random until there were `kills` of them, lets each finish, and compares.
+    """Kills runs at random moments until `kills` kills are done. Each run then finishes and is compared.
 
     Returns: {"kills", "runs", "by": {how: times}}.   Raises: AssertionError where a run differs or fails.
     """
@@ -310,7 +313,7 @@ def kill_and_resume(flags, folder: Path, kills: int, seed: int, world=1, tell=No
             ranks = start(flags, out, world, **end)
             if how == "time":
                 time.sleep(rng.uniform(0.1, 1.1) * seconds)
-                for process in rng.sample(ranks, rng.randint(1, world)):  # one rank, or all
+                for process in rng.sample(ranks, rng.randint(1, world)):  # one rank or all
                     process.kill()
             codes = ended(ranks, met=lambda n=before, out=out: len({*ranks_seen(out)[n:]}) == world)
             finished = codes == [0] * world
@@ -325,13 +328,13 @@ def kill_and_resume(flags, folder: Path, kills: int, seed: int, world=1, tell=No
     return {"kills": done, "runs": runs, "by": by}
 
 
-# The real launcher ---------------------------------------------------------------------------------------
+# The real launcher
 
 
 def torchrun(flags, out, world=2, restarts=0, victim=None, **end) -> int:
-    """torchrun train.py, as users start it; rank `victim` has an end built in, the first time.
+    """Runs torchrun train.py as users do. build_in ends rank `victim` in the first attempt.
 
-    Returns: the launcher's status; what was said is in OUT.log.   Raises: AssertionError if it hangs.
+    Returns: the status of torchrun; the output is in OUT.log.   Raises: AssertionError if it hangs.
     """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world)]
     launcher += ["--max-restarts", str(restarts), "--master_port", str(free_port())]
@@ -348,7 +351,7 @@ def torchrun(flags, out, world=2, restarts=0, victim=None, **end) -> int:
 
 
 def descendants(of: int) -> list[int]:
-    """Process ids of a process' children, their children..., of any session."""
+    """Process ids of all descendants of a process, in any session."""
     children = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -362,13 +365,13 @@ def descendants(of: int) -> list[int]:
 
 
 def adopt() -> None:
-    """Processes below this one whose parent ends become its own children, so that end_all finds them."""
+    """Makes this process the parent of orphaned descendants, so that end_all finds them."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER, Linux
 
 
 def end_all(of: int) -> None:
-    """SIGKILL to all below a process, until there are none."""
+    """Sends SIGKILL to all descendants of a process until none is left."""
     until = time.monotonic() + 20
     while (found := descendants(of)) and time.monotonic() < until:
         for pid in found:

@@ -1,7 +1,7 @@
-"""Places that cannot be written, files that are in the way, Ctrl-C: one line, and no figure is lost.
+"""Folders that cannot be written, files that are in the way, Ctrl-C: one line each, and no result is lost.
 
-Every command here runs in a fork of this process, so that what is done to it ends with it. Root obeys no
-modes; a fork gives up that privilege first, which an ordinary user does not have.
+Every command runs in a fork of this process, so that changes end with the fork. File modes do not bind root;
+a fork therefore gives up that privilege first.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ MODEL = "--model START --device cpu --batch-size 16"
 BED = f"{MODEL} --data DATA/bed"
 SCENES = f"{MODEL} --data scenes --limit 8"
 TUNED = "--data DATA/bed --init START --quick --targets sketch --tasks domain-shift"
-# OUT is a folder, or a file in it, that cannot be written
+# OUT is a folder that cannot be written
 COMMANDS = f"""
 train.py --method clip --train-size 24 --batch-size 8 --steps 1 --threads 1 --device cpu --out OUT
 lab.compare {TUNED} --methods finetune --steps 1 --threads 1 --device cpu --out OUT
@@ -40,7 +40,7 @@ lab.reproduce --claim l1 --quick --seeds 1 --out OUT
 lab.bench wire --quick --out OUT
 """
 PLACES = ("locked", "locked/new", "file", "file/new")
-# a folder lies where this file should: command, file, and what must be there all the same
+# command | name of a file that is a folder here | result that must exist nevertheless
 IN_THE_WAY = f"""
 evaluate.py zeroshot {BED} | results.json | the table
 evaluate.py zeroshot {BED} | confusion.png | results.json
@@ -60,11 +60,11 @@ LATE = (
     "readers.scenes",
     "evals.surgery",
     "pretrained.py",
-)  # find out when they write, soon enough
+)  # these notice the problem when they write, which is soon
 
 
 def obey_modes() -> None:
-    """Root without CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER: as an ordinary user before a mode."""
+    """Root without CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH and CAP_FOWNER obeys file modes like any user."""
 
     class Head(ctypes.Structure):
         _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
@@ -79,7 +79,7 @@ def obey_modes() -> None:
 
 
 def interrupt() -> None:
-    """Ctrl-C at the moment when the command first opens what it was given."""
+    """Sends Ctrl-C when the command first opens one of its inputs."""
     import sys
 
     done = []
@@ -93,12 +93,13 @@ def interrupt() -> None:
 
 
 def apart(words: list[str], before=lambda: None) -> tuple[object, str, str]:
-    """before(), then the command's main, in a fork: status, stdout, stderr."""
+    """Runs before() and then the program's main in a fork.   Returns: status, stdout, stderr."""
     ends, lines = os.pipe()
     if (pid := os.fork()) == 0:
         try:
             os.close(ends)
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever ran here before
+            # an earlier command may have changed the handler
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             before()
             found = invocations.run_here(words)
             with open(lines, "w") as out:
@@ -115,7 +116,7 @@ def apart(words: list[str], before=lambda: None) -> tuple[object, str, str]:
 
 
 def make_place(root: Path) -> dict[str, str]:
-    """The words that stand for paths; beside the data a folder that nobody may write, and a file."""
+    """Makes the data, a read-only folder and a file.   Returns: the path of each placeholder."""
     place = invocations.make_place(root / "data")
     (root / "locked").mkdir()
     (root / "locked").chmod(0o555)
@@ -130,7 +131,7 @@ def filled(line: str, place: dict[str, str]) -> list[str]:
 
 
 def unwritable(root: Path, place: dict[str, str], leave_out=()) -> dict:
-    """Every command on every place.   Returns: {"tried", "failures"}."""
+    """Tries every command with every unwritable place.   Returns: {"tried", "failures"}."""
     tried, failures = 0, []
     for line in COMMANDS.strip().splitlines():
         for name in PLACES if line.split()[0] not in leave_out else ():
@@ -141,16 +142,16 @@ def unwritable(root: Path, place: dict[str, str], leave_out=()) -> dict:
             code, out, err = apart(words, obey_modes)
             wrong = invocations.wrong_in(code, out, err)
             if not wrong and name.split("/")[0] not in err:
-                wrong = f"the place is not named: {err!r}"
+                wrong = f"the message does not name the place: {err!r}"
             if not wrong and words[0] not in LATE and (" done in " in err or "|" in out):
-                wrong = f"only found out after the work: {(out + err)[-300:]!r}"
+                wrong = f"found only after the work: {(out + err)[-300:]!r}"
             failures += [f"{' '.join(words)}: {wrong}"] * bool(wrong)
     left = [p.name for p in (root / "locked").iterdir()]
     return {"tried": tried, "failures": failures + [f"left behind: {left}"] * bool(left)}
 
 
 def in_the_way(root: Path, place: dict[str, str], leave_out=()) -> dict:
-    """Failing writes at the end of the work; the file in the way gone, the same command finishes."""
+    """Makes a write at the end of the work fail. Without the obstacle, the same command must finish."""
     tried, failures = 0, []
     for number, line in enumerate(IN_THE_WAY.strip().splitlines()):
         line, name, kept = (part.strip() for part in line.split("|"))
@@ -184,7 +185,7 @@ def in_one_line(code, out: str, err: str, name: str) -> str:
 
 
 def interrupted(root: Path, place: dict[str, str], leave_out=()) -> dict:
-    """Ctrl-C in every command: status 130, a line at most, no traceback, nothing half written."""
+    """Sends Ctrl-C to every command: status 130, no traceback, no incomplete file."""
     tried, failures = 0, []
     for number, line in enumerate(COMMANDS.strip().splitlines()):
         if "DATA" not in line and "START" not in line or line.split()[0] in leave_out:

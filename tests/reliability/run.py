@@ -1,16 +1,15 @@
 """The reliability table: kills, lost ranks, full disks, hostile files, wrong commands. One command:
 
-    python tests/reliability/run.py              50 kills of every kind of run, 2,000 inputs a format
-    python tests/reliability/run.py --quick         a few of each: some minutes
-    python tests/reliability/run.py --only fuzz     one part or some: PARTS
-    python tests/reliability/run.py --list          what there is, and minutes of one core for each
+    python tests/reliability/run.py                 50 kills of every kind of run, 2,000 inputs per format
+    python tests/reliability/run.py --quick         a few of each; takes some minutes
+    python tests/reliability/run.py --only fuzz     only some parts: PARTS
+    python tests/reliability/run.py --list          all jobs, with the minutes that each takes on one core
 
-Jobs are tried side by side, as many as there are cores (--jobs). A line when one ends, how long is still
-to go, then the table; --json FILE writes it too. The status is 1 if anything did not end as it should, and
-what that was is printed. Ctrl-C ends every process that was started. tests/test_reliability.py does some.
+Jobs run side by side, one per core (--jobs). Each prints a line with the time left when it ends; the table
+follows, and --json FILE writes it to a file. The status is 1 if anything failed; the failures are printed.
+Ctrl-C ends every process that was started. tests/test_reliability.py runs a small part of the jobs.
 """
 
-import argparse
 import itertools
 import json
 import multiprocessing
@@ -36,22 +35,24 @@ import torch  # noqa: E402
 
 from reliability import fuzz, invocations, kills, outputs  # noqa: E402
 from util.files import write_json  # noqa: E402
+from util.flags import parse  # noqa: E402
+from util.program import leave, program  # noqa: E402
 from util.report import format_table  # noqa: E402
 from util.text import duration  # noqa: E402
 
 
 @dataclass
 class Job:
-    """One row of the table: work(folder) -> what came out, or (how many were tried, what came out)."""
+    """One row of the table. work(folder) returns the outcome, or (number of trials, outcome)."""
 
     what: str
     tried: int
-    seconds: float  # of one core, roughly: for the order and the ETA
+    seconds: float  # of one core, roughly; for the order and the ETA
     work: Callable = field(repr=False)
 
 
 def attempt(job: Job) -> dict:
-    """A job as a row; what its AssertionError says is its failure."""
+    """Does a job and returns its row. The message of an AssertionError is the failure."""
     began, failures, tried = time.monotonic(), [], job.tried
     with tempfile.TemporaryDirectory() as place:
         try:
@@ -69,7 +70,7 @@ def no_failures(found: dict) -> dict:
 
 
 def kill_jobs(count: int, methods=("llip", "alignclip"), workers=(0, 2), worlds=(1, 2), seed=0):
-    """`count` kills of each kind of run: resumed, it ends with the bits of the run that was never killed."""
+    """`count` kills of each kind of run. The resumed run must equal the run without kills to the bit."""
     for method, world, w in itertools.product(methods, worlds, workers):
 
         def work(place, method=method, world=world, w=w):
@@ -83,10 +84,11 @@ def kill_jobs(count: int, methods=("llip", "alignclip"), workers=(0, 2), worlds=
         yield Job(what, count, count * (0.9 + 1.6 * (world - 1)) * (1 + w / 4), work)
 
 
-# Ranks ---------------------------------------------------------------------------------------------------
+# Ranks
 
-# TRAP: the worst moments are inside a save: its file is half written, or the last one has moved already
-LOST = {  # how rank r is lost: build_in's arguments; operations of the second save on checkpoint files
+# how a rank is lost: arguments of build_in; the operations are those of the second save on checkpoint files
+# TRAP: the worst moments are inside a save, when its file is incomplete or the previous one is renamed
+LOST = {
     "at a step": {"batch": 5},
     "before a save": {"operation": 4, "name": "checkpoint"},
     "in the middle of writing a checkpoint": {"operation": 4, "name": "checkpoint", "size": 100_000},
@@ -96,7 +98,7 @@ LOST = {  # how rank r is lost: build_in's arguments; operations of the second s
 
 
 def lost_rank(place: Path, victim: int, how: str, method: str = "llip") -> str:
-    """One of torchrun's ranks is killed; --max-restarts goes on to the same bits."""
+    """A rank of torchrun is killed. With --max-restarts the run must go on and end with the same bits."""
     flags = kills.make_data(place / "data")[method]
     kills.reference(flags, place / "whole", 2)
     code = kills.torchrun(flags, place / "lost", 2, restarts=3, victim=victim, **LOST[how])
@@ -114,7 +116,7 @@ def lost_rank(place: Path, victim: int, how: str, method: str = "llip") -> str:
 
 
 def other_world(place: Path, method: str, first: int = 1, then: int = 2) -> str:
-    """A run begun on `first` ranks goes on on `then`: the same batches, the same losses up to rounding."""
+    """Starts a run on `first` ranks and resumes it on `then`: same batches and, up to rounding, losses."""
     flags = kills.make_data(place / "data")[method]
     kills.reference(flags, place / "whole", first)
     moved = place / "moved"
@@ -132,7 +134,7 @@ def other_world(place: Path, method: str, first: int = 1, then: int = 2) -> str:
 
 
 def rank_jobs(cases=None, methods=("llip", "alignclip")):
-    """cases: (victim, how, method); all of them if None."""
+    """Args: cases: (victim, how, method); all if None"""
     every = [(r, how, "llip") for r in (0, 1) for how in LOST if r == 0 or how == "at a step"]
     for victim, how, method in cases or [*every, (0, "at a step", "alignclip")]:
         what = f"torchrun --max-restarts 3, {method}: rank {victim} killed {how}"
@@ -142,9 +144,9 @@ def rank_jobs(cases=None, methods=("llip", "alignclip")):
         yield Job(what, 1, 12, lambda p, m=method, f=first, t=then: other_world(p, m, f, t))
 
 
-# Disks ---------------------------------------------------------------------------------------------------
+# Disks
 
-# a file of a run, and the time that something is done to it which fails
+# file of a run: the number of the operation on it that fails
 FULL = {
     "checkpoint.part": 2,
     "metrics.jsonl": 6,
@@ -157,7 +159,7 @@ FULL = {
 
 
 def no_room(place: Path, names=tuple(FULL), method="llip") -> str:
-    """The disk is full when this file is written: one line that names it, nothing lost, goes on."""
+    """The disk is full when a file is written: one line names it, nothing is lost, and the run can go on."""
     flags = kills.make_data(place / "data")[method]
     kills.reference(flags, place / "whole")
     for name in names:
@@ -175,11 +177,11 @@ def no_room(place: Path, names=tuple(FULL), method="llip") -> str:
         kills.check_equal(place / "whole", out)
         there = [{p.name for p in (place / d).iterdir()} for d in ("whole", out.name)]
         assert there[0] == there[1], there
-    return "one line that names it, the last checkpoint whole, finished later to the same bits"
+    return "one line that names it; the last checkpoint is whole; finished later with the same bits"
 
 
 def limited(argv: list[str], size: int) -> subprocess.CompletedProcess:
-    """train.py where no file can grow beyond size bytes."""
+    """Runs train.py where no file can grow beyond `size` bytes."""
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -197,20 +199,20 @@ def one_error(done, *words: str) -> None:
 
 
 def cut_write(place: Path) -> str:
-    """The kernel lets no file grow beyond half a checkpoint: one line; with more room the run goes on."""
+    """The kernel allows no file beyond half a checkpoint: one line; with more room the run goes on."""
     flags = kills.make_data(place / "data")["llip"]
     flags = [*flags, "--out", str(place / "run"), "--resume", "auto"]
     one_error(limited(flags, 300_000), "File too large", "checkpoint.pt", "no checkpoint yet")
     assert kills.ended(kills.start(flags, place / "run")) == [0]
     more = [x if x != "8" else "12" for x in flags]
     kept = (place / "run" / "checkpoint.pt").read_bytes()
-    one_error(limited(more, 300_000), "steps 8 -> 12")  # another run is refused before it writes
+    one_error(limited(more, 300_000), "steps 8 -> 12")  # refused before anything is written
     assert (place / "run" / "checkpoint.pt").read_bytes() == kept
     return "one line, then went on"
 
 
 def full_disk(place: Path) -> str | tuple:
-    """A disk of 12 MB, which two checkpoints and a half fill: the run stops, and later goes on."""
+    """A disk of 12 MB has room for two and a half checkpoints: the run stops, and goes on later."""
     disk = place / "disk"
     disk.mkdir()
     mounted = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)]
@@ -243,7 +245,7 @@ def full_disk(place: Path) -> str | tuple:
 def output_job(what: str, tried: int, seconds: float, check: Callable, outcome: str, leave_out=()):
     def work(place):
         before = os.getcwd()
-        os.chdir(place)  # some commands keep things under runs/
+        os.chdir(place)  # some commands write below runs/
         try:
             found = no_failures(check(place, outputs.make_place(place), leave_out))
         finally:
@@ -291,7 +293,7 @@ def stop_jobs():
 
 
 def tested(what: str, seconds: float, file: str, words: str = "", outcome="as it should") -> Job:
-    """Tests of the suite as a row: how many ran, and that none failed."""
+    """A row for tests of the suite: the number of tests, none of which may fail."""
 
     def work(place):
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(ROOT / "tests" / file)]
@@ -341,7 +343,7 @@ def file_jobs():
     )
 
 
-# Mutants, commands, determinism --------------------------------------------------------------------------
+# Mutants, commands, determinism
 
 
 def fuzz_jobs(count: int, formats=fuzz.FORMATS):
@@ -367,7 +369,7 @@ METHODS = "clip siglip llip finetune labelsmooth clipood alignclip flyp coop coc
 
 
 def determinism_jobs(methods=METHODS, workers=(0, 2)):
-    """The same seed twice, with other numbers of workers: the same bits on a CPU, whatever the method."""
+    """The same seed with other numbers of workers gives the same bits on a CPU, for every method."""
     for method in methods:
 
         def work(place, method=method):
@@ -386,7 +388,8 @@ def determinism_jobs(methods=METHODS, workers=(0, 2)):
 
 
 QUICK_RANKS = [(0, "between the two renames of a save", "llip"), (1, "at a step", "llip")]
-PARTS = {  # name: jobs of (quick)
+# name: function of `quick` that gives the jobs
+PARTS = {
     "kills": lambda quick: kill_jobs(3 if quick else 50),
     "ranks": lambda quick: rank_jobs(QUICK_RANKS if quick else None),
     "disk": lambda quick: disk_jobs(),
@@ -398,24 +401,25 @@ PARTS = {  # name: jobs of (quick)
 }
 
 
-# Side by side --------------------------------------------------------------------------------------------
+# Side by side
 
 
 def in_a_process(job: Job, answer) -> None:
-    """A job in a process group of its own: Ctrl-C on the terminal is the first process' affair."""
+    """Does a job in a new process group, so that only the first process receives Ctrl-C of the terminal."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         found = attempt(job)
-    except Exception as error:  # a fault of this harness: one row, not the end of all others
+    except Exception as error:
+        # a fault of these tests fails one row and not all of them
         failure = f"{type(error).__name__}: {error}"
         found = {"what": job.what, "tried": 0, "outcome": "FAILED", "seconds": 0, "failures": [failure]}
     answer.send(found)
 
 
 def side_by_side(jobs: list[Job], count: int, tell: Callable) -> list[dict]:
-    """Rows of all jobs, in their order; the longest begin first. tell(rows so far, running, waiting)."""
+    """Does all jobs, the longest first, and returns their rows. Calls tell(rows so far, running, waiting)."""
     context = multiprocessing.get_context("fork")
     waiting = sorted(range(len(jobs)), key=lambda n: -jobs[n].seconds)
     running, rows = {}, {}
@@ -447,7 +451,7 @@ def side_by_side(jobs: list[Job], count: int, tell: Callable) -> list[dict]:
 
 
 class Teller:
-    """A line for each row, and how long is still to go."""
+    """Prints a line for each finished row, with the time left."""
 
     def __init__(self, jobs: list[Job], count: int):
         self.jobs, self.count, self.told, self.shown = jobs, count, set(), time.monotonic()
@@ -459,7 +463,7 @@ class Teller:
         done = sum(self.jobs[n].seconds for n in rows)
         done += sum(min(s, 0.9 * self.jobs[n].seconds) for n, s in running.items())
         left = sum(job.seconds for job in self.jobs) - done
-        # before much is done the guesses count, then what was measured
+        # at the start the estimates count, later the measured times
         rate = (done + 60 * self.count) / (spent + 60)
         eta = f"{len(rows)} of {len(self.jobs)}  ETA {duration(max(left, 0) / rate)}"
         clear = "\r\x1b[K" if self.tty else ""
@@ -488,30 +492,29 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.replace("PARTS", " ".join(PARTS)),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--quick", action="store_true", help="a few of each")
-    add("--only", nargs="+", choices=PARTS, default=list(PARTS), help="these parts")
-    add("--jobs", type=int, default=min(cores(), 8), metavar="N", help="at a time [a core each]")
-    add("--list", action="store_true", help="say what there is, and try nothing")
-    add("--json", metavar="FILE", help="write the table here too, row by row")
-    args = parser.parse_args(argv)
-    if args.jobs < 1:
-        parser.error(f"--jobs {args.jobs}: must be at least 1")
-    jobs = [job for name in args.only for job in PARTS[name](args.quick)]
-    if args.list:
+@dataclass(frozen=True)
+class Flags:
+    quick: bool = False  # a few of each
+    only: tuple[str, ...] = ()  # only these parts
+    jobs: int = min(cores(), 8)  # at a time, one per core
+    list: bool = False  # print the jobs and do nothing
+    json: str = ""  # file for the table
+
+
+@program
+def main(argv: list[str]) -> int:
+    c = parse(Flags, argv, __doc__.replace("PARTS", " ".join(PARTS)))
+    if c.jobs < 1 or not set(c.only) <= set(PARTS):
+        raise ValueError(f"--jobs must be at least 1, and --only takes {', '.join(PARTS)}")
+    jobs = [job for name in c.only or PARTS for job in PARTS[name](c.quick)]
+    if c.list:
         print(format_table([{"what": j.what, "minutes": j.seconds / 60} for j in jobs], digits=1))
-        print(f"{len(jobs)} jobs, {duration(sum(j.seconds for j in jobs) / args.jobs)} on {args.jobs} cores")
+        print(f"{len(jobs)} jobs, {duration(sum(j.seconds for j in jobs) / c.jobs)} on {c.jobs} cores")
         return 0
-    return run_all(jobs, args.jobs, args.json)
+    return run_all(jobs, c.jobs, c.json)
 
 
-def run_all(jobs: list[Job], count: int, path: str | None) -> int:
+def run_all(jobs: list[Job], count: int, path: str) -> int:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     kills.adopt()
@@ -524,20 +527,14 @@ def run_all(jobs: list[Job], count: int, path: str | None) -> int:
         if path and fresh:
             write_json(path, [rows[n] for n in sorted(rows)])
 
-    # a short name: sockets are made below it, and theirs may have 107 characters
+    # a short name: sockets are made in this folder, and their paths may have 107 characters at most
     with tempfile.TemporaryDirectory(prefix="rel-", ignore_cleanup_errors=True) as place:
-        tempfile.tempdir = place  # all that is written, gone whatever happens
+        tempfile.tempdir = place  # removed with everything in it, whatever happens
         try:
             rows = side_by_side(jobs, count, tell)
-        except KeyboardInterrupt:
-            print("\nstopped: ending what was started", file=sys.stderr)
-            return 130
-        except OSError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
         finally:
             tempfile.tempdir = None
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave processes
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave processes
             kills.end_all(os.getpid())
             signal.signal(signal.SIGINT, signal.default_int_handler)
     shown = [
@@ -551,4 +548,4 @@ def run_all(jobs: list[Job], count: int, path: str | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
