@@ -282,19 +282,17 @@ class Batches:
 
 
 def train_batches(
-    dataset, tokenizer, *, image_size: int, batch_size: int, context_length: int = 77, augment=None, **stream
+    dataset, tokenizer, *, image_size: int, batch_size: int, context_length: int = 77, augment=True, **stream
 ) -> Batches:
     """Endless batches of image-caption pairs.
 
-    Args:    dataset with .image, .captions, and .pixels if it is in memory;  image_size S pixels;
+    Args:    dataset with .image and .captions, and .pixels if it is in memory;  image_size S pixels;
              batch_size over all ranks;  augment a RandomCrop; True: RandomCrop(S); False: preprocess(S);
-             None: False if the data set is in memory at this size, otherwise True;  stream see Stream
+             stream see Stream
     Returns: iterator of Batch(images (b, 3, S, S), tokens (b, L), ids (b,)), b = batch_size / world: rows
              rank * b to (rank + 1) * b of the global batch
     Raises:  ValueError: fewer images than a batch, or ranks do not divide it; also see Batches.
     """
-    if augment is None:
-        augment = not in_memory(dataset, image_size)
     if not isinstance(augment, RandomCrop):
         augment = RandomCrop(image_size) if augment else Preprocess(image_size)
     stream, tokens = Stream(**stream), Tokens(tokenizer, context_length)
@@ -357,8 +355,8 @@ def describe(dataset) -> str:
         lines.append(("classes", f"{len(sizes)}, images per class: {spread(sizes)}"))
         lines.append(("", ", ".join(dataset.classes[:12]) + " ..." * (len(sizes) > 12)))
     if getattr(dataset, "domains", None) is not None:
-        counts = np.bincount(dataset.domains, None, len(dataset.domain_names))
-        lines.append(("domains", ", ".join(f"{n} {c}" for n, c in zip(dataset.domain_names, counts))))
+        sizes = np.bincount(dataset.domains, None, len(dataset.domain_names))
+        lines.append(("domains", ", ".join(f"{n} {c}" for n, c in zip(dataset.domain_names, sizes))))
     if getattr(dataset, "splits", None):
         lines.append(("splits", ", ".join(f"{n} {c}" for n, c in sorted(dataset.splits.items()))))
     return "\n".join(f"{name:9} {value}" for name, value in lines)

@@ -122,8 +122,7 @@ def truths(picture: Picture) -> set[tuple]:
     """Every claim that is true of a picture."""
     true = {("background", picture.background), ("domain", picture.domain), ("count", len(picture.things))}
     for kind, colour, place in picture.things:
-        said = product(["thing"], (kind, GROUP_NAME[kind]), (colour, None), (place, None))
-        true.update(said)
+        true.update(product(["thing"], (kind, GROUP_NAME[kind]), (colour, None), (place, None)))
     for a, b in permutations(picture.things, 2):
         true.update((how, a.kind, b.kind) for how in relations(a, b))
     return true
