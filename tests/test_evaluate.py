@@ -16,6 +16,8 @@ from PIL import Image
 
 import evaluate
 import pretrained
+from baselines import coop
+from clipood import Classes, average_of_patches
 from llip import Llip, PooledTokens
 from model import CLIP, Config
 from readers import scenes
@@ -582,3 +584,75 @@ def test_templates_by_name_as_text_and_from_a_file(tmp_path):
 def test_imagenet80_is_openai_s_list(shared):
     path = shared / "data" / "tokenizer_prompts" / "imagenet_templates_openai80.json"
     assert list(prompts.IMAGENET80) == json.loads(path.read_text())
+
+
+# Fine-tuned runs --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def coop_run(tmp_path):
+    """A run directory of CoOp with random learned contexts, and the method."""
+    names, templates = ["dog", "cat", "bird"], ("a photo of a {}.",)
+    torch.manual_seed(0)
+    clip = CLIP(SIZES).eval()
+    text = torch.nn.functional.normalize(torch.randn(3, SIZES.embed_dim), dim=-1)
+    settings = dict(context=2, context_words="")
+    method = coop.build(coop.Settings(**settings), clip, Classes(names, templates, TOKENIZER, text)).eval()
+    method.ctx.data.normal_()
+    folder = tmp_path / "run"
+    pretrained.save(clip, folder / "checkpoint.pt")
+    TOKENIZER.save(folder / "tokenizer.json")
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    state["task"] = {"classes": names, "templates": list(templates), "learned": method.learned()}
+    torch.save(state, folder / "checkpoint.pt")
+    files.write_json(folder / "config.json", {"method": "coop", "lr": 0.1, **settings})
+    return folder, method
+
+
+@pytest.mark.parametrize("source", ["", "checkpoint.pt"])
+def test_a_prompt_run_is_evaluated_with_what_it_learned(coop_run, source):
+    folder, method = coop_run
+    dataset = Pictures()
+    model, tokenizer = evaluate.open_model(str(folder / source))
+    got = evaluate.classify(model, dataset, tokenizer)
+    expected = evaluate.classify(method.dual_encoder(), dataset, TOKENIZER)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    with torch.no_grad():
+        answers = method.predict(images_of(dataset)).argmax(1)
+    assert torch.equal(got[1], answers) and not model.training
+    with pytest.raises(ValueError, match="retrieval needs captions, but learned prompts take class names"):
+        evaluate.retrieval(model, dataset, tokenizer)
+
+
+def test_a_prompt_run_is_never_evaluated_as_plain_clip(coop_run, capsys):
+    folder, _ = coop_run
+    with pytest.raises(ValueError, match="coop learned more than the weights of a CLIP, so its towers alone"):
+        evaluate.open_model(str(folder), towers=True)
+    (folder / "copy").mkdir()
+    (folder / "checkpoint.pt").rename(folder / "copy" / "checkpoint.pt")
+    TOKENIZER.save(folder / "copy" / "tokenizer.json")
+    flags = ["--model", str(folder / "copy"), "--data", "scenes", "--device", "cpu"]
+    assert evaluate.main(["zeroshot", *flags]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be rebuilt from this checkpoint" in error and error.count("\n") == 1
+    (folder / "copy" / "config.json").write_text("{")
+    assert evaluate.main(["zeroshot", *flags]) == 2
+    assert "config.json: not JSON" in capsys.readouterr().err
+
+
+def test_average_pooling_is_rebuilt(tmp_path):
+    names = ["dog", "cat", "bird"]
+    torch.manual_seed(0)
+    clip = CLIP(SIZES).eval()
+    pretrained.save(clip, tmp_path / "checkpoint.pt")
+    TOKENIZER.save(tmp_path / "tokenizer.json")
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    state["task"] = {"classes": names, "templates": ["a {}"], "learned": {}}
+    torch.save(state, tmp_path / "checkpoint.pt")
+    files.write_json(tmp_path / "config.json", {"method": "finetune", "image_pooling": "average"})
+    model, _ = evaluate.open_model(str(tmp_path))
+    images = images_of(Pictures())
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_image(images), average_of_patches(clip.visual, images))
+    with pytest.raises(ValueError, match="--image-pooling average, so its towers alone are not its model"):
+        evaluate.open_model(str(tmp_path), towers=True)
