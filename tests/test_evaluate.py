@@ -592,6 +592,7 @@ def test_imagenet80_is_openai_s_list(shared):
 @pytest.fixture
 def coop_run(tmp_path):
     """A run directory of CoOp with random learned contexts, and the method."""
+    pytest.importorskip("baselines.methods")
     names, templates = ["dog", "cat", "bird"], ("a photo of a {}.",)
     torch.manual_seed(0)
     clip = CLIP(SIZES).eval()
@@ -641,6 +642,7 @@ def test_a_prompt_run_is_never_evaluated_as_plain_clip(coop_run, capsys):
 
 
 def test_average_pooling_is_rebuilt(tmp_path):
+    pytest.importorskip("baselines.methods")
     names = ["dog", "cat", "bird"]
     torch.manual_seed(0)
     clip = CLIP(SIZES).eval()
