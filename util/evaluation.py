@@ -41,6 +41,9 @@ class DataFlags:
     split: str = ""  # of data with splits (default: test)
     image_root: str = ""  # folder of the images of a list (default: the list's own)
     allow_outside: bool = False  # read images that a list names outside of that folder
+    image_key: str = ""  # column of a list with the images (default: by the usual names)
+    caption_key: str = ""  # column of a list with the captions
+    label_key: str = ""  # column of a list with the labels
     limit: int | None = None  # only so many images, evenly spaced (scenes: how many to draw, 1024)
 
 
@@ -79,5 +82,6 @@ def options_of(flags, progress: str = "") -> dict:
 
 
 def where_of(flags) -> dict:
-    """The flags of data.open_dataset about where images may be."""
-    return {"image_root": flags.image_root or None, "allow_outside": flags.allow_outside}
+    """The flags of data.open_dataset about the images and columns of a list."""
+    names = ("image_root", "image_key", "caption_key", "label_key")
+    return {name: getattr(flags, name) or None for name in names} | {"allow_outside": flags.allow_outside}
