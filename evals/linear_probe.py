@@ -2,9 +2,8 @@
 
     python -m evals.linear_probe --model runs/llip --data scenes
 
-The features are the output of ln_post before any projection, as in CLIP's own probes. Solvers: L-BFGS
-(Radford et al. 2021, appendix A.3) and AdamW (CLIP_benchmark). Lavoie et al. 2024 probe "the mixture tokens
-directly" and do not say how M tokens become one feature: both mean and concatenation are evaluated.
+The features are the output of ln_post before any projection, as in CLIP's own probes. Lavoie et al. 2024 do
+not say how the M mixture tokens become one feature. Their mean and their concatenation are evaluated.
 """
 
 import math
@@ -31,8 +30,8 @@ def fit_lbfgs(x: Tensor, y: Tensor, classes: int, strength: float) -> tuple[Tens
 
     Radford et al. 2021, appendix A.3 (scikit-learn's objective): sum_i CE_i + strength / 2 |W|^2 with a free
     bias, at most 1,000 iterations. REF: it ends where no slope exceeds 1e-5; scikit-learn's default is 1e-4.
-    SPEED: it solves for A in W = P A, where P are the principal axes of x, scaled so that the loss has equal
-    curvature along all of them: the same optimum in tens of iterations instead of thousands.
+    SPEED: W = P A, where P are the principal axes of x, scaled so that the loss has equal curvature along all
+    of them. Solving for A takes tens of iterations instead of thousands.
     Args: x (N, D), y (N,).   Returns: W (D, C), b (C,).
     """
     N, mean = len(x), x.double().mean(0)
@@ -47,9 +46,8 @@ def fit_lbfgs(x: Tensor, y: Tensor, classes: int, strength: float) -> tuple[Tens
     z = x @ basis  # (N, r)
     weight = torch.zeros(z.shape[1], classes, dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
-    tolerance = dict(tolerance_grad=1e-5, tolerance_change=1e-12)
-    search = dict(max_iter=1000, history_size=20, line_search_fn="strong_wolfe")
-    solver = torch.optim.LBFGS([weight, bias], **tolerance, **search)
+    options = dict(tolerance_grad=1e-5, tolerance_change=1e-12, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS([weight, bias], max_iter=1000, history_size=20, **options)
 
     def objective() -> Tensor:
         solver.zero_grad()
@@ -116,8 +114,7 @@ SOLVERS = {"l-bfgs": (fit_lbfgs, 1e-6, 1e6, False), "adamw": (fit_adamw, 1e-6, 1
 def probe(solver: str, parts: dict, classes: int, progress: str = "", **more) -> dict:
     """Chooses the regularisation on validation, then fits train and validation together and tests.
 
-    Args:    parts: {"train" | "val" | "test": (x (N, D), y (N,))};  progress: label of the progress line,
-             empty for none;  more: arguments of fit
+    Args:    parts: {"train" | "val" | "test": (x (N, D), y (N,))};  more: arguments of fit
     Returns: "top1" and "val" in [0, 1], "strength"
     """
     fit, low, high, unit = SOLVERS[solver]
@@ -148,25 +145,21 @@ def split_for(parts: dict, seed: int) -> dict:
     """
     if "val" in parts:
         return parts
-    source, shares = ("all", (0.2, 0.2)) if "all" in parts else ("train", (0.2,))
-    x, y = parts[source]
-    first, others = [], [[] for _ in shares]
-    draw = data.generator(seed, "probe")
+    x, y = parts["all" if "all" in parts else "train"]
+    first, others, draw = [], [[] for _ in range(2 if "all" in parts else 1)], data.generator(seed, "probe")
     for c in y.unique().tolist():
         ids = (y == c).nonzero()[:, 0].tolist()
-        if len(ids) <= len(shares):
-            first += ids
-            continue
-        ids, rest = draw.sample(ids, len(ids)), len(ids)
-        for part, share in zip(others, shares):
-            n = min(max(1, round(share * len(ids))), rest - 1)
-            part += ids[rest - n : rest]
-            rest -= n
-        first += ids[:rest]
+        if len(ids) > len(others):
+            share, ids = max(1, round(0.2 * len(ids))), draw.sample(ids, len(ids))
+            for part in others:
+                n = len(ids) - min(share, len(ids) - 1)
+                part += ids[n:]
+                ids = ids[:n]
+        first += ids
     if not others[-1]:
-        raise ValueError(f"no class has {1 + len(shares)} images, one for each part of the split")
-    rows = map(sorted, [first, *others])
-    return parts | {name: (x[ids], y[ids]) for name, ids in zip(("train", "val", "test"), rows)}
+        raise ValueError(f"no class has {1 + len(others)} images, one for each part of the split")
+    rows = zip(("train", "val", "test"), map(sorted, [first, *others]))
+    return parts | {name: (x[ids], y[ids]) for name, ids in rows}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +172,7 @@ class Flags(FeatureFlags):
 
 
 def probe_data(flags: Flags, model: nn.Module) -> dict:
-    """Labelled data by part: train, test and perhaps val, or "all" if there is no test part."""
+    """Labelled data: "train", "test" (or the validation part, as for ImageNet), perhaps "val"; or "all"."""
     if flags.split:
         raise ValueError("--split: a probe trains on one part and tests on another, leave it out")
     names = ["train", "val", "test"]
@@ -191,7 +184,6 @@ def probe_data(flags: Flags, model: nn.Module) -> dict:
     flags_of = {name: replace(flags, split="" if name == "all" else name) for name in names}
     parts = {name: evaluate.open_data(flags_of[name], model, "labels") for name in names}
     if "test" not in names and "val" in names:
-        # as for ImageNet, whose validation part is the test
         parts["test"] = parts.pop("val")
     classes = parts[names[0]].classes
     if any(part.classes != classes for part in parts.values()):
@@ -222,9 +214,8 @@ def main(argv: list[str]) -> None:
             for seed in range(1 if solver == "l-bfgs" and "val" in parts else flags.seeds):
                 more = {} if solver == "l-bfgs" else {"seed": seed, "epochs": flags.epochs}
                 label = f"linear-probe {kind}, {solver}, seed {seed}"
-                found = probe(solver, split_for(parts, seed), len(classes), label, **more)
                 about = {"feature": kind, "width": parts[name][0].shape[1], "solver": solver, "seed": seed}
-                records.append(about | found)
+                records.append(about | probe(solver, split_for(parts, seed), len(classes), label, **more))
     rows = grouped_means(records, ("feature", "width", "solver"), ("val", "top1"))
     heads = {"val": "val %", "top1": "top-1 %"}
     shown = [row | {head: plus_minus(*row[key], digits=2) for key, head in heads.items()} for row in rows]

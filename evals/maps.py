@@ -10,11 +10,10 @@ util.metrics.map_figures compares the map with the thing's mask. There are three
     a method      the same similarity from the features of plain CLIP, maskclip, sclip, gem or clearclip;
                   surgery is vvv, and alignclip is dv
     attention     cls is the class token's attention over the patches in the last block (AlignCLIP, Fig. 1 and
-                  4), cls-early its mean over the blocks that AlignCLIP aligns. The foreground is all things
-                  together. An Llip has surgery.llip_caption_map and cls, the mean of its mixture tokens
+                  4), cls-early its mean over the blocks that AlignCLIP aligns. All things are foreground.
+                  An Llip has caption (surgery.llip_caption_map) and cls, the mean of its mixture tokens
 
-Baselines without a model: uniform is chance; centre is a cone, because large things are seldom at the margin;
-mask is the true mask averaged over each patch of the first model, the best that its grid allows.
+Baselines without a model: uniform; centre, a cone; mask, the true mask averaged over the patches of a model.
 """
 
 import json
@@ -72,8 +71,7 @@ def raw_maps(model: DualEncoder, images: Tensor, name: str, text: Tensor) -> Ten
     if name == "plain":
         tokens = visual.head(visual.transformer(visual.embed(images)))  # (B, 1 + P, E)
     else:
-        method = {"kind": name} if name in KINDS else {"method": name}
-        tokens = surgery.dense_features(visual, images, **method)
+        tokens = surgery.dense_features(visual, images, **{"kind" if name in KINDS else "method": name})
     return surgery.similarity_map(tokens, text)
 
 
@@ -95,10 +93,7 @@ def enlarge(maps: Tensor, size: int) -> Tensor:
 
 
 def things_of(dataset, ids: list[int], together: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The things in pictures: each for itself, or all of a picture as one.
-
-    Returns: (N,) row of the picture, (N,) index in scenes.KINDS (of the first thing), (N, S, S) bool mask
-    """
+    """Things, or all of a picture as one: (N,) row of the picture, (N,) kind, (N, S, S) bool mask."""
     rows, kinds, masks = [], [], []
     for row, i in enumerate(ids):
         found = torch.from_numpy(dataset.masks(i))  # (things, S, S)
@@ -120,15 +115,7 @@ def names_as_text(model: DualEncoder, tokenizer) -> Tensor:
 
 
 def measure(
-    model: DualEncoder,
-    tokenizer,
-    dataset,
-    names: list[str],
-    batch_size: int = 256,
-    precision: str = "fp32",
-    workers: int = 0,
-    show: tuple[int, ...] = (),
-    progress: str = "",
+    model, tokenizer, dataset, names, show=(), batch_size=256, precision="fp32", workers=0, progress=""
 ) -> tuple[dict[str, dict], dict[int, Tensor]]:
     """Figures of maps on a data set, in batches; memory does not grow with the number of pictures.
 
@@ -138,8 +125,9 @@ def measure(
     """
     figures, kept = {name: [] for name in names}, {i: [] for i in show}
     shown, S = Progress(progress, len(dataset), "images"), dataset.image_size
-    transform = data.preprocess(model.config.image_size)
-    batches = data.eval_batches(dataset, transform, batch_size, workers=workers)
+    batches = data.eval_batches(
+        dataset, data.preprocess(model.config.image_size), batch_size, workers=workers
+    )
     with evaluate.evaluating(model) as device:
         text = names_as_text(model, tokenizer)
         for images, ids in batches:
@@ -163,10 +151,7 @@ def measure(
 
 
 def kind_of(source: str) -> tuple[str, str]:
-    """A model's name for the table, and the flags that tell it from others; only the seed may differ.
-
-    A run that started from another run counts as started from the kind of that run.
-    """
+    """A model's name for the table, and the flags of its run (and of the run before) but for the seed."""
     path = Path(source) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if "method" not in config:
@@ -205,7 +190,6 @@ def draw_sheet(path: Path, dataset, kept: dict[int, Tensor], names: list[str], t
 class Flags(ModelFlags, DataFlags):
     """Flags of this program."""
 
-    # which maps of which models
     more: tuple[str, ...] = ()  # further models: fine-tuned, other seeds
     structures: tuple[Literal[KINDS], ...] = ()  # attention structures (default: all, if no --methods)
     methods: tuple[Literal[METHODS], ...] = ()  # methods (default: all, if no --structures)
@@ -240,8 +224,8 @@ def main(argv: list[str]) -> None:
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
         show = tuple(sorted(order[: flags.show].tolist())) if flags.out else ()
         options = options_of(flags, source) | {"show": show}
-        extra = () if number else BASELINES
-        found, kept = measure(model.to(device), tokenizer, dataset, [*names, *extra], **options)
+        sought = names if number else [*names, *BASELINES]
+        found, kept = measure(model.to(device), tokenizer, dataset, sought, **options)
         label, kind = kind_of(source)
         for name, figures in found.items():
             about = {"model": label, "first_run": first.setdefault(kind, source)}

@@ -142,7 +142,7 @@ def dense_features(
 
 
 def as_grid(x: Tensor) -> Tensor:
-    """The patches of a square image to rows and columns: (B, P, C) -> (B, rows, columns, C)."""
+    """Patches of a square image to rows and columns: (B, P, C) -> (B, rows, columns, C)."""
     side = math.isqrt(x.shape[1])
     if side * side != x.shape[1]:
         raise ValueError(f"{x.shape[1]} patches are not a square")
@@ -271,9 +271,7 @@ def open_for_maps(source: str, vocab: str = "", **load_options) -> tuple:
     model, tokenizer = evaluate.open_model(source, vocab, towers=True, **load_options)
     evaluate.check_vocabulary(model, tokenizer)
     if model.visual.tokens > 1 and not model.conditional:
-        raise ValueError(
-            f"{source} pools {model.visual.tokens} tokens without a text: it has no map per text"
-        )
+        raise ValueError(f"{source} pools {model.visual.tokens} tokens without a text: no map per text")
     return model, tokenizer
 
 
@@ -294,12 +292,13 @@ def split_words(words: tuple[str, ...], out: str) -> tuple[list[Path], list[str]
     if paths[0].is_dir():
         inside = sorted(p for p in paths[0].iterdir() if p.name.lower().endswith(IMAGE_SUFFIXES))
         # the picture of an earlier call is not an image of the folder
-        paths[:1] = [p for p in inside if p.resolve() != target]
-        if not paths:
-            raise ValueError(f"{words[0]}: no image in this folder ({', '.join(IMAGE_SUFFIXES)})")
+        inside = [p for p in inside if p.resolve() != target]
+        if not inside:
+            raise ValueError(f"{paths[0]}: no image in this folder ({', '.join(IMAGE_SUFFIXES)})")
+        paths[:1] = inside
     if len(paths) * (len(texts) + 1) > MAX_TILES:
         raise ValueError(
-            f"{len(paths)} images x {len(texts)} texts: a sheet has {MAX_TILES} pictures, name fewer"
+            f"{len(paths)} images x {len(texts)} texts: at most {MAX_TILES} pictures, name fewer"
         )
     return paths, texts
 
@@ -338,7 +337,7 @@ def main(argv: list[str]) -> None:
     patch, size = model.visual.patch_size, flags.size or model.config.image_size
     if size < patch or size % patch:
         raise ValueError(
-            f"--size {size}: take a multiple of the patch, {max(1, round(size / patch)) * patch}"
+            f"--size {size}: no multiple of the patch, take {max(1, round(size / patch)) * patch}"
         )
     method = "Llip, tokens mixed by the text" if model.conditional else flags.method
     tokens = tokenizer(texts, model.config.context_length)  # (C, L)

@@ -68,3 +68,18 @@ def test_a_matrix_and_nothing_to_show(tmp_path):
     assert len(np.unique(pixels(tmp_path / "a.png").reshape(-1, 3), axis=0)) > 3
     plots.lines(tmp_path / "b.png", {"training loss": {"loss": []}})
     plots.bars(tmp_path / "c.png", {"g": {"a": (0.0, 0.0)}})
+
+
+def test_a_sheet_is_narrow_and_shows_every_picture_and_text():
+    colours = [(200, 10 * k, 0) for k in range(20)]
+    tiles = [Image.new("RGB", (10, 5 + k), rgb) for k, rgb in enumerate(colours)]
+    for columns in (1, 7, 20, 10**6):
+        page = plots.sheet(tiles, [f"text {k} " * 20 for k in range(20)], columns, title="title")
+        assert page.width <= plots.MAX_WIDTH
+        shown = {tuple(rgb) for rgb in np.asarray(page).reshape(-1, 3).tolist()}
+        assert set(colours) <= shown
+    row = plots.sheet(tiles[:2], ["a", "b"], 2, 60)
+    assert row.size == (2 * 66, 2 + 36 + 21)  # pictures of 60 x 30 and 60 x 36, and a line of text
+    array = np.zeros((4, 4, 3), np.uint8)
+    plots.sheet([array], ["\u72ac \U0001f415"], 1)
+    plots.sheet([], [], 3)

@@ -14,11 +14,15 @@ from util.text import number
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
 INK, GRID = "#222222", "#dddddd"
 MAX_WIDTH = 1600  # pixels of a contact sheet
-NEAREST, BICUBIC = Image.Resampling.NEAREST, Image.Resampling.BICUBIC
 
 
 def font(size: int = 13) -> ImageFont.ImageFont:
     return ImageFont.load_default(size)
+
+
+def write(draw, where: tuple[float, float], text: str, size: int = 12, anchor: str = "la", fill=INK) -> None:
+    # Pillow's font lacks all other characters
+    draw.text(where, text.encode("latin-1", "replace").decode("latin-1"), fill, font(size), anchor)
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -42,11 +46,7 @@ def colour(k: int) -> tuple[int, int, int]:
 def legend(draw, where: tuple[float, float], label: str, k: int) -> None:
     x, y = where
     draw.rectangle([x, y + 3, x + 10, y + 12], fill=colour(k))
-    draw.text((x + 16, y), label, fill=INK, font=font(12))
-
-
-def cell_text(x: float) -> str:
-    return f"{x:.2g}" if abs(x) < 10 else f"{x:.0f}"
+    write(draw, (x + 16, y), label)
 
 
 def doubling(values: list[float]) -> list[float]:
@@ -66,15 +66,13 @@ class Canvas:
         self.draw, (self.left, self.top, self.right, self.bottom) = draw, box
         self.log = len(marks) > 0
         self.xlim, self.ylim = xlim, ylim
-        draw.text((self.left, self.top - 22), title, fill=INK, font=font(14))
+        write(draw, (self.left, self.top - 22), title, 14)
         for t in ticks(*ylim):
             draw.line([(self.left, self.y(t)), (self.right, self.y(t))], fill=GRID)
-            draw.text((self.left - 6, self.y(t)), number(t), fill=INK, font=font(11), anchor="rm")
+            write(draw, (self.left - 6, self.y(t)), number(t), 11, "rm")
         for t in (marks or ticks(*xlim)) if xticks else []:
-            where = (self.x(t), self.bottom + 5)
-            draw.text(where, number(t), fill=INK, font=font(11), anchor="mt")
-        middle = ((self.left + self.right) / 2, self.bottom + 20)
-        draw.text(middle, xlabel, fill=INK, font=font(12), anchor="mt")
+            write(draw, (self.x(t), self.bottom + 5), number(t), 11, "mt")
+        write(draw, ((self.left + self.right) / 2, self.bottom + 20), xlabel, 12, "mt")
         draw.rectangle(box, outline=INK)
 
     def x(self, value: float) -> float:
@@ -99,10 +97,8 @@ def lines(path: str | Path, panels: dict[str, dict[str, list]], xlabel: str = "s
     A single point is drawn as a dot. The x axis is logarithmic if each x is at least twice the one before.
     """
     width, height, margin = 420, 260, 60
-    # the legend has two labels in a row
-    rows = (max(map(len, panels.values())) + 1) // 2
-    size = (width + margin) * len(panels) + 30, height + 85 + 15 * rows
-    image = Image.new("RGB", size, "white")
+    legend_rows = (max(map(len, panels.values())) + 1) // 2
+    image = Image.new("RGB", ((width + margin) * len(panels) + 30, height + 85 + 15 * legend_rows), "white")
     draw = ImageDraw.Draw(image)
     for n, (title, series) in enumerate(panels.items()):
         points = [p for line in series.values() for p in line] or [(0, 0)]
@@ -117,8 +113,7 @@ def lines(path: str | Path, panels: dict[str, dict[str, list]], xlabel: str = "s
                 draw.line(line, fill=colour(k), width=2, joint="curve")
             for x, y in line if len(line) < 30 else line[-1:]:
                 draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour(k))
-            where = (left + 4 + (k % 2) * width // 2, 40 + height + 36 + 15 * (k // 2))
-            legend(draw, where, label, k)
+            legend(draw, (left + 4 + (k % 2) * width // 2, 76 + height + 15 * (k // 2)), label, k)
     write_image(path, image)
 
 
@@ -144,11 +139,9 @@ def bars(path: str | Path, groups: dict[str, dict[str, tuple[float, float]]], ti
             draw.rectangle([left, top, left + each - 6, bottom], fill=colour(labels.index(label)))
             x, highest = left + (each - 6) / 2, panel.y(mean + spread)
             draw.line([(x, panel.y(mean - spread)), (x, highest)], fill=INK, width=2)
-            where = (x, min(top, highest) - 4)
-            draw.text(where, number(mean), fill=INK, font=font(10), anchor="mb")
+            write(draw, (x, min(top, highest) - 4), number(mean), 10, "mb")
             left += each
-        middle = start + (slot - gap) / 2
-        draw.text((middle, 46 + height), name, fill=INK, font=font(12), anchor="mt")
+        write(draw, (start + (slot - gap) / 2, 46 + height), name, 12, "mt")
         start += slot
     for k, label in enumerate(labels):
         legend(draw, (64, 70 + height + 18 * k), label, k)
@@ -173,34 +166,28 @@ def sheet(pictures: list, texts: list[str], columns: int, tile: int = 128, title
     columns = max(1, min(columns, len(pictures), MAX_WIDTH // 70))
     tile = min(tile, MAX_WIDTH // columns - gap)
     images = [fit(p if isinstance(p, Image.Image) else Image.fromarray(p), tile) for p in pictures]
-    high = max((image.height for image in images), default=tile) + 44
+    wrap = textwrap.TextWrapper(max(tile // 6, 4), max_lines=3, placeholder=" ...")
+    lines = [wrap.wrap(text) for text in texts]
+    high = max((image.height for image in images), default=tile) + 6 + 15 * max(map(len, lines), default=0)
     width = max(columns * (tile + gap), min(MAX_WIDTH, 8 * len(title)))
     page = Image.new("RGB", (width, top + -(-len(images) // columns) * high), "white")
     draw = ImageDraw.Draw(page)
-    draw.text((4, 4), in_font(title), fill=INK, font=font(14))
-    for k, (image, text) in enumerate(zip(images, texts)):
+    write(draw, (4, 4), title, 14)
+    for k, (image, text) in enumerate(zip(images, lines)):
         x, y = k % columns * (tile + gap), top + k // columns * high
         page.paste(image, (x, y))
-        lines = textwrap.wrap(in_font(text), max(tile // 6, 4), max_lines=3, placeholder=" ...")
-        draw.multiline_text((x + 1, y + image.height), "\n".join(lines), INK, font(11), spacing=1)
+        write(draw, (x + 1, y + image.height), "\n".join(text), 11)
     return page
-
-
-def in_font(text: str) -> str:
-    """The text with "?" for characters that Pillow's font lacks."""
-    return text.encode("latin-1", "replace").decode("latin-1")
 
 
 def fit(image: Image.Image, tile: int) -> Image.Image:
     """The image with its longer side scaled to `tile` pixels."""
     scale = tile / max(image.size)
     size = tuple(max(1, round(scale * side)) for side in image.size)
-    return image.resize(size, NEAREST if scale > 1 else BICUBIC)
+    return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
 
 
-def matrix(
-    path: str | Path, values: np.ndarray, rows: list[str], columns: list[str], title: str = ""
-) -> None:
+def matrix(path: str | Path, values: np.ndarray, rows: list, columns: list, title: str = "") -> None:
     """Writes a labelled matrix as coloured cells, with the numbers in cells that are large enough."""
     cell = int(np.clip(900 / max(values.shape), 8, 44))
     left = 20 + 7 * max(map(len, rows))
@@ -208,21 +195,21 @@ def matrix(
     size = (left + cell * len(columns) + 30, top + cell * len(rows) + 20)
     image = Image.new("RGB", (max(size[0], 9 * len(title)), size[1]), "white")
     draw = ImageDraw.Draw(image)
-    draw.text((10, 8), title, fill=INK, font=font(14))
+    write(draw, (10, 8), title, 14)
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     colours = heat((values - low) / ((high - low) or 1))
     for i, row in enumerate(rows):
-        draw.text((left - 6, top + (i + 0.5) * cell), row, fill=INK, font=font(12), anchor="rm")
+        write(draw, (left - 6, top + (i + 0.5) * cell), row, 12, "rm")
         for j in range(len(columns)):
             x, y = left + j * cell, top + i * cell
             draw.rectangle([x, y, x + cell - 1, y + cell - 1], fill=tuple(int(v) for v in colours[i, j]))
             if cell >= 30:
+                text = f"{values[i, j]:.2g}" if abs(values[i, j]) < 10 else f"{values[i, j]:.0f}"
                 ink = "black" if colours[i, j].mean() > 110 else "white"
-                where = (x + cell / 2, y + cell / 2)
-                draw.text(where, cell_text(float(values[i, j])), fill=ink, font=font(10), anchor="mm")
+                write(draw, (x + cell / 2, y + cell / 2), text, 10, "mm", ink)
     # the names of the columns are drawn on strips and turned by 90 degrees
     for j, column in enumerate(columns):
         strip = Image.new("RGB", (top - 34, 16), "white")
-        ImageDraw.Draw(strip).text((0, 1), column, fill=INK, font=font(12))
+        write(ImageDraw.Draw(strip), (0, 1), column)
         image.paste(strip.rotate(90, expand=True), (left + j * cell + (cell - 16) // 2, 30))
     write_image(path, image)
