@@ -97,8 +97,8 @@ def test_the_dual_encoder_answers_for_any_classes(clip, classes, tokenizer, modu
         assert torch.equal(features.long(), tokens)
         scores = dual.pair_logits(dual.encode_image(images), features)
         torch.testing.assert_close(scores, method.predict(images, tokens))
-    with pytest.raises(ValueError, match="4 prompts for 2 classes: a learned prompt takes one"):
-        evaluate.encode_classes(dual, tokenizer, ["cat", "dog"], PHOTO + ("a {}.",))
+    with pytest.raises(ValueError, match="3 prompts for 2 classes: a learned prompt takes one"):
+        evaluate.encode_classes(dual, tokenizer, [["cat", "kitten"], "dog"], PHOTO)
 
 
 def test_class_contexts_answer_for_the_classes_of_training_only(clip, classes, tokenizer, images):
