@@ -1,4 +1,4 @@
-"""AlignCLIP: fine-tuning that aligns attention with the label's text, and predictions with the classes'.
+"""AlignCLIP: fine-tuning that aligns the class token's attention with where the label's text is found.
 
 Han et al. 2025, "AlignCLIP: navigating the misalignments for robust vision-language generalization"
 (Machine Learning 114:58, doi 10.1007/s10994-025-06742-z); CLIPood plus two ideas:
@@ -10,30 +10,32 @@ Han et al. 2025, "AlignCLIP: navigating the misalignments for robust vision-lang
     A    = mean_{l=1..5} of the class token's attention     what it does attend to
     L    = L_SLS + w (KL(G || A) + L_sim)                   eq. 6 is KL(G || A), "AAL"
 
-L_SLS is the margin softmax under semantic label smoothing (section 3.3, losses.smoothing_targets); L_sim
-aligns S with S_s in the last layer. The branch has no weight of its own and exists in training only: the
+L_SLS is the margin softmax under semantic label smoothing (section 3.3, losses.smoothing_targets). L_sim
+aligns S with S_s in the last layer. The branch has no weights of its own and exists only in training: the
 finished model is a plain CLIP, and an image's embedding does not depend on any text.
 
-Sources: the abstract, the authors' replies to their reviewers (numbers of equations, sections and figures
-as there) and their training loop, zhyhan/AlignCLIP@bb8c449. The vision tower that the loop calls was
+Sources: the abstract, the authors' replies to their reviewers (the numbers of equations, sections and figures
+are from there) and their training loop, zhyhan/AlignCLIP@bb8c449. The vision tower that the loop calls was
 never published, so the branch is inferred.
-    REF: it is taken to be CLIP Surgery's (last six blocks, input from the plain path, residual kept, no
-    MLP), to which the loop's tensors point: the attention changes shape at block index 6.
-    REF: released weight is w = 10; the submission's code had 1.
-    REF: as released, gradients flow into G and S_s too; detach=True makes the branch a mere teacher.
-    REF: L_sim gathers the label's map and then sums over all classes ("all"); "label" is what its
-    comments describe. The default here is "label".
-    REF: --layer is ignored there, five layers and 196 patches are fixed in the code; here both vary.
-    REF: the smoothing as released does not sum to 1 (losses.smoothing_targets, form "released").
+    REF: the branch is taken to be CLIP Surgery's (last six blocks, input from the plain path, residual kept,
+    no MLP). The loop's tensors point to it: the shape of the attention changes at block index 6.
+    REF: the released weight is w = 10; the submission's code had 1.
+    REF: as released, gradients flow into G and S_s too. The loss can then become small by flattening the
+    guidance instead of moving the attention. detach=True makes the branch a fixed teacher.
+    REF: the released L_sim gathers the label's map and then sums over all classes ("all"); its comments
+    describe the label's map only ("label"), the default here.
+    REF: the released code ignores --layer and fixes five layers and 196 patches; here both vary.
+    REF: the released smoothing does not sum to 1 (losses.smoothing_targets, form "released").
     REF: CLIP Surgery converts its blocks at the first forward, after the optimiser and the moving average
-    took their copies. Nothing is converted here: the structure is an argument of the call.
-    PAPER: G is nearly uniform at temperature 1, since cosines of patches differ by some 0.03: the demo
-    below. As released AAL mostly flattens early attention; 0.01 to 0.1 makes G pointed.
-    PAPER: the rebuttal's 1549 times fewer GFLOPs compares projections with mixing, see attention.flops.
+    took their copies. Here nothing is converted: the attention structure is an argument of the call.
+    PAPER: G is nearly uniform at temperature 1, because cosines of patches differ by about 0.03 (see the
+    demo below). At 0.01 to 0.1 it is pointed.
+    PAPER: the rebuttal's "1549 times fewer GFLOPs" compares projections with mixing, see attention.flops.
     PAPER: the shaded band of Fig. 3c (aligned layers) is random.uniform(0.5, 1) in the authors' notebook.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -41,18 +43,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import clipood
 from attention import attend
-from clipood import FineTune, full_precision, unit
+from clipood import Classes, FineTune, full_precision, unit
 from losses import attention_alignment, similarity_alignment
 from model import CLIP, Block, VisionTransformer
 
 BRANCHES = ("dv", "vvv", "qqv", "kkv")
 
 
+def default_blocks(depth: int) -> tuple[int, int]:
+    """Index of the second branch's first block, and the number of aligned blocks, for a tower of any depth.
+
+    The branch has the last six blocks, as CLIP Surgery, but at most two thirds of the stack. The first five
+    blocks are aligned, as released, or fewer where the branch starts earlier.
+    """
+    first_dual_block = depth - min(6, depth - depth // 3)
+    return first_dual_block, max(1, min(5, first_dual_block))
+
+
 def cls_attention(weights: list[Tensor]) -> Tensor:
     """What the class token attends to among the patches, averaged over layers: A_c of eq. 6.
 
-    Its weight on itself is dropped, the rest is normalised to sum 1 in every layer, then averaged.
+    The class token's weight on itself is dropped, the rest of each layer is normalised to sum 1.
     Args:    weights: for each layer, heads averaged, (B, L, L), or only the class token's row (B, 1, L)
     Returns: (B, P), rows sum to 1.
     """
@@ -71,29 +84,20 @@ def guidance(similarity: Tensor, labels: Tensor, temperature: float = 1.0) -> Te
     return (own / temperature).softmax(-1)
 
 
-def default_blocks(depth: int) -> tuple[int, int]:
-    """Index of the first block of the second branch, and number of the first blocks that are aligned.
-
-    The branch has the last six blocks, as in CLIP Surgery, but at most two thirds of the stack. The released
-    code aligns five blocks; a tower whose branch starts earlier aligns the blocks before the branch.
-    """
-    first = depth - min(6, depth - depth // 3)
-    return first, max(1, min(5, first))
-
-
 def dual_block(
     block: Block, x: Tensor, branch: str | Callable | None, need_row: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """One block of the plain path, and what the second branch takes from it.
 
-    Args:    x (B, L, D) plain path;  branch: the second attention structure, or None before it starts. A
-             function (q, k, v, LN1 x) -> (B, H, L, K) computes a structure that is not in attention.KINDS
+    Args:    x (B, L, D) plain path
+             branch: the second attention structure, a kind of attention.attend or a function
+             (q, k, v, LN1 x) -> (B, H, L, K); None before the branch starts
     Returns: the plain path after the block (B, L, D), the branch's attention output (B, L, D) or None,
              the class token's attention averaged over heads (B, 1, L) or None.
-    Cost:    beside the block's own: one output projection for dv, 2 L D^2; vvv, qqv, kkv 4 L^2 D more.
+    Cost:    in addition to the block, one output projection for dv, 2 L D^2; vvv, qqv, kkv 4 L^2 D more.
     """
     attn = block.attn
-    # SPEED: LN1, queries, keys and values once for both paths; calling block.attn twice is the same
+    # SPEED: LN1, queries, keys and values are computed once for both paths
     normed = block.ln_1(x)  # (B, L, D)
     q, k, v = attn.project(normed, "qkv")  # (B, H, L, K) each
     y = row = None
@@ -101,30 +105,29 @@ def dual_block(
         y = branch(q, k, v, normed) if callable(branch) else attend(q, k, v, branch)  # (B, H, L, K)
         y = attn.merge(y)  # (B, L, D)
     if need_row:
-        # SPEED: only the class token's query; all (L, L) weights would leave the fused kernel
+        # SPEED: only the class token's query; asking for all (L, L) weights would leave the fused kernel
         row = attend(q[:, :, :1], k, v, need_weights=True)[1].mean(1)  # (B, 1, L)
     x = x + attn.merge(attend(q, k, v))
     return x + block.mlp(block.ln_2(x)), y, row
 
 
 def two_paths(
-    visual: VisionTransformer, x: Tensor, branch: str | Callable, dual_from: int, layers: int
+    visual: VisionTransformer, x: Tensor, branch: str | Callable, first_dual_block: int, layers: int
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """The image tower with its second branch, before the head.
 
-    z = x^(dual_from) + sum over the blocks from there on of attn_branch(LN1(x)), x from the plain path.
-    Args:    x (B, 1 + P, D) from visual.embed;  dual_from: index of the branch's first block
-             layers: number of the first blocks whose class token attention is returned
-    Returns: x (B, 1 + P, D) plain path, z (B, 1 + P, D) or None without a block left for it, and the
-             attention rows, layers times (B, 1, 1 + P).
+    z = x^(first_dual_block) + sum over the blocks from there on of attn_branch(LN1(x)), x the plain path.
+    Args:    x (B, 1 + P, D) from visual.embed;  layers: return the class token's attention of so many blocks
+    Returns: x (B, 1 + P, D) plain path, z (B, 1 + P, D) or None if no block is left for the branch, and the
+             attention rows, a list of (B, 1, 1 + P).
     """
     transformer, rows, z = visual.transformer, [], None
     run = dual_block
     if transformer.grad_checkpointing and torch.is_grad_enabled():
         run = partial(checkpoint, dual_block, use_reentrant=False)
     for i, block in enumerate(transformer.resblocks):
-        z = x if i == dual_from else z
-        x, y, row = run(block, x, branch if i >= dual_from else None, i < layers)
+        z = x if i == first_dual_block else z
+        x, y, row = run(block, x, branch if i >= first_dual_block else None, i < layers)
         if y is not None:
             z = z + y  # (B, 1 + P, D)
         if row is not None:
@@ -137,19 +140,15 @@ class AlignCLIP(FineTune):
 
     L = L_SLS + weight * (KL(G || A) + L_sim), see above; predictions and parameters are those of CLIP.
     Args:   clip, text, margin, epsilon, scale, smoothing: as in clipood.FineTune
-            branch: structure of the second branch, dv, vvv, qqv or kkv
-            dual_from: index of its first block. None: the branch has the last six blocks, as CLIP Surgery
-            whatever the depth, but at most two thirds of the stack, as in surgery.dense_features
-            layers: how many blocks, from the first, are aligned. None is the released 5, or fewer in a
-            tower whose branch starts before block 5
-            attention, similarity: AAL on or off; L_sim over the "label"'s map, "all" maps or "none".
-            With both off the branch is not computed at all
+            branch: structure of the second branch, dv, vvv, qqv or kkv;  first_dual_block, layers: index of
+            its first block, and number of aligned blocks; None: default_blocks
+            attention: AAL on or off;  similarity: L_sim over the "label"'s map, "all" maps or "none". With
+            both off the branch is not computed
             guidance_temperature: of G;  detach: the branch gets no gradient
     Raises: ValueError for an unknown branch or similarity, or blocks that the tower does not have.
     Cost:   B/16, both passes: 10.7 % more FLOPs than CLIPood with dv, 12.9 % with vvv (paper, seconds per
-            step: 10.5 % and 31.6 %), of which 5.6 are the last MLP on patches: as published CLIPood
-            computes it too, and the ratios to that are 1.049 and 1.069; no byte more between ranks:
-            nothing is added that learns.
+            step: 10.5 % and 31.6 %). 5.6 % of these are the last MLP on the patches, which the published
+            CLIPood computes too; over that the ratios are 1.049 and 1.069. Ranks exchange nothing more.
     """
 
     def __init__(
@@ -158,7 +157,7 @@ class AlignCLIP(FineTune):
         text: Tensor,
         *,
         branch: str = "dv",
-        dual_from: int | None = None,
+        first_dual_block: int | None = None,
         layers: int | None = None,
         weight: float = 10.0,
         smoothing: str = "mixture",
@@ -172,27 +171,34 @@ class AlignCLIP(FineTune):
     ):
         super().__init__(clip, text, smoothing=smoothing, epsilon=epsilon, scale=scale, margin=margin)
         depth = len(clip.visual.transformer.resblocks)
-        dual_from = default_blocks(depth)[0] if dual_from is None else dual_from
-        layers = max(1, min(5, dual_from)) if layers is None else layers
+        first_dual_block = default_blocks(depth)[0] if first_dual_block is None else first_dual_block
+        layers = max(1, min(5, first_dual_block)) if layers is None else layers
         if branch not in BRANCHES:
             raise ValueError(f"branch {branch!r}: expected one of {', '.join(BRANCHES)}")
         if similarity not in ("label", "all", "none"):
             raise ValueError(f"similarity {similarity!r}: expected label, all or none")
-        if not 0 <= dual_from < depth or not 1 <= layers <= depth:
-            raise ValueError(f"dual_from {dual_from}, layers {layers}: the image tower has {depth} blocks")
-        self.branch, self.dual_from, self.layers, self.weight = branch, dual_from, layers, weight
+        if not 0 <= first_dual_block < depth or not 1 <= layers <= depth:
+            raise ValueError(
+                f"first_dual_block {first_dual_block}, layers {layers}: the image tower has {depth} blocks"
+            )
+        self.branch, self.first_dual_block, self.layers = branch, first_dual_block, layers
+        self.weight = weight
         self.attention, self.similarity, self.detach = attention, similarity, detach
         self.guidance_temperature = guidance_temperature
+        on = ["attention"] * attention + ["similarity"] * (similarity != "none")
+        if on:
+            self.loss_terms = f"classification + {weight:g} x ({' + '.join(on)})"
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images (B, 3, S, S), labels (B,) -> loss (), and its parts to log, without gradient."""
+        """Images (B, 3, S, S), labels (B,) -> loss (), and its parts without gradient to log."""
         if not self.attention and self.similarity == "none":
             return super().loss(images, labels)
         visual, layers = self.clip.visual, self.layers if self.attention else 0
-        x, z, rows = two_paths(visual, visual.embed(images), self.branch, self.dual_from, layers)
+        x = visual.embed(images)  # (B, 1 + P, D)
+        x, z, rows = two_paths(visual, x, self.branch, self.first_dual_block, layers)
         image = unit(visual.head(x if self.similarity != "none" else x[:, :1]))  # (B, 1 + P, E)
         guide = unit(visual.head(z[:, 1:]))  # (B, P, E)
-        # REF: the margin moves the class token's feature only; the maps are of unmoved features
+        # REF: the margin moves only the class token's feature; the maps use unmoved features
         loss, logs = self.classification(image[:, 0], labels)
         logs["classification"] = loss.detach()
         for name, value in self.alignment(image[:, 1:], guide, rows, labels).items():
@@ -202,10 +208,11 @@ class AlignCLIP(FineTune):
     def alignment(
         self, image: Tensor, guide: Tensor, rows: list[Tensor], labels: Tensor
     ) -> dict[str, Tensor]:
-        """The alignment losses of unit patch features (B, P, E) of both paths: those that are on."""
+        """The alignment losses that are on, from unit patch features (B, P, E) of both paths."""
         if self.similarity == "all":
             names, own = self.text.t(), labels  # (E, C)
-        else:  # SPEED: one map instead of C; with a single class, "sum over all" is the label's own
+        else:
+            # SPEED: one map instead of C; the sum over all maps of a single class is the label's map
             names, own = self.text[labels].unsqueeze(-1), torch.zeros_like(labels)  # (B, E, 1)
         losses = {}
         with full_precision(image):
@@ -219,8 +226,79 @@ class AlignCLIP(FineTune):
         return losses
 
 
+# The method's flags and published settings -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Flags of alignclip."""
+
+    # classification loss
+    margin: float = 0.3  # lambda of the margin metric softmax
+    smoothing: str = "mixture"  # none, uniform, mixture or released
+    epsilon: float = 0.9  # the label's own share of a smoothed target
+    smoothing_scale: float = 35.0  # of the text cosines that distribute the rest
+    bma_beta: float = 0.5  # Beta moving average of the weights, which is the reported model; 0: off
+    # alignment
+    align_attention: bool = True  # attention alignment (AAL)
+    similarity: str = "label"  # align the label's map in the last layer, all maps, or none
+    align_weight: float = 10.0  # of both alignment losses; the submission had 1
+    align_layers: int = 0  # first blocks whose attention is aligned; 0: 5, or fewer in a shallow tower
+    branch: str = "dv"  # second branch: dv vvv qqv or kkv
+    guidance_temperature: float = 1.0  # 1 is nearly uniform, 0.01 pointed
+    detach: bool = False  # no gradient into the second branch
+
+
+DEFAULTS, TINY = clipood.DEFAULTS, clipood.TINY
+# zhyhan/AlignCLIP@bb8c449, by (task, data set): changes to DEFAULTS. The batch is 36 of each source domain
+PUBLISHED = {
+    ("domain-shift", "PACS"): dict(batch_size=108),
+    ("domain-shift", "VLCS"): dict(batch_size=108),
+    ("domain-shift", "TerraIncognita"): dict(batch_size=108),
+    ("domain-shift", "OfficeHome"): dict(batch_size=108, lr=1e-5),
+    ("domain-shift", "DomainNet"): dict(batch_size=180, lr=1e-5, steps=10000, margin=0.1),
+    ("open-class", ""): dict(steps=500, bma_beta=0.1),
+    ("open-class", "ImageNet"): dict(steps=5000, bma_beta=0.1),
+    ("open-class", "FGVCAircraft"): dict(steps=5000, bma_beta=0.1),
+    ("open-class", "StanfordCars"): dict(steps=2500, bma_beta=0.1),
+    ("open-class", "SUN397"): dict(steps=2500, bma_beta=0.1),
+    ("open-class", "UCF101"): dict(steps=1000, bma_beta=0.1),
+    ("in-the-wild", "OfficeHome"): dict(batch_size=108, lr=3e-6, margin=0.1, bma_beta=0.1),
+    ("in-the-wild", "DomainNet"): dict(batch_size=180, lr=5e-6, steps=10000),
+}
+PRESETS = {
+    # the released training loop, line by line: both slips of its losses included
+    "alignclip-released": dict(align_weight=10.0, similarity="all", smoothing="released"),
+    # the code of the submission: the same losses with weight 1
+    "alignclip-submission": dict(align_weight=1.0, similarity="all", smoothing="released"),
+    # a fixed teacher: with a gradient into the guidance the loss can flatten the guidance instead
+    "alignclip-detached": dict(detach=True),
+}
+TASK = "labels"
+
+
+def build(settings: Settings, clip: CLIP, classes: Classes) -> AlignCLIP:
+    """The module that is trained."""
+    s = settings
+    return AlignCLIP(
+        clip,
+        classes.text,
+        branch=s.branch,
+        layers=s.align_layers or None,
+        weight=s.align_weight,
+        smoothing=s.smoothing,
+        epsilon=s.epsilon,
+        scale=s.smoothing_scale,
+        margin=s.margin,
+        guidance_temperature=s.guidance_temperature,
+        attention=s.align_attention,
+        similarity=s.similarity,
+        detach=s.detach,
+    )
+
+
 if __name__ == "__main__":
-    # how pointed is the guidance? cosines of 196 patches that differ by 0.03
+    # how pointed is the guidance for cosines of 196 patches that differ by 0.03?
     torch.manual_seed(0)
     cosines, label = 0.2 + 0.03 * torch.randn(2000, 196, 1), torch.zeros(2000, dtype=torch.long)
     even = torch.full((2000, 196), 1 / 196)

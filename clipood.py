@@ -1,42 +1,47 @@
-"""Fine-tuning CLIP towards a set of classes: plain, label smoothing, CLIPood, WiSE-FT.
+"""Fine-tuning CLIP's image tower against frozen text: plain, label smoothing, CLIPood, WiSE-FT.
 
-The classes' text features are computed once and stay; they are the classification head, so step 0 is
-zero-shot CLIP and classes never trained on can be scored afterwards. Only the image tower learns.
+The text features of the classes are computed once and stay fixed. They are the classification head: step 0 is
+zero-shot CLIP, and classes that were never trained on can be scored afterwards. Only the image tower learns.
 
-    method       in this file                                          source
+    method       here                                                  source
     finetune     FineTune(clip, text)                                  cross-entropy on exp(t) * cos
     labelsmooth  FineTune(clip, text, smoothing="uniform")             Szegedy et al. 2016
     clipood      FineTune(clip, text, margin=0.3), BetaMovingAverage   Shu et al. 2023 (arXiv:2302.00864)
     wise_ft      wise_ft(zero_shot, fine_tuned, alpha)                 Wortsman et al. 2022 (arXiv:2109.01903)
 
-A fine-tuning method is a module with loss(images, labels) -> (loss, logs) and predict(images) -> (B, C);
-forward is loss, which is the call that DistributedDataParallel wraps. method.clip stays a plain CLIP and
-its state dict is the checkpoint. train() and eval() make no difference: there is no dropout.
+This file also holds the protocol of all fine-tuning methods: LabelMethod and Classes.
 
-    REF: thuml/CLIPood@bc0d874 holds the weights in fp16 between steps without a master copy: at its
-    learning rate of 5e-6 many updates round away. Weights are fp32 here; autocast belongs to the loop.
+    REF: thuml/CLIPood@bc0d874 holds the weights in fp16 between steps, without a master copy. At its learning
+    rate of 5e-6 many updates round away. Weights are fp32 here.
     REF: its "batch 36" is 12 images from each of 3 source domains; AlignCLIP's code takes 36 from each.
+
+    python clipood.py wise-ft ZERO_SHOT FINE_TUNED --alpha 0.5 --out CHECKPOINT
 """
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import pretrained
 from losses import at_least_fp32, margin_metric_logits, smoothing_targets, soft_cross_entropy
 from model import CLIP
+from util.flags import parse
+from util.program import leave, program
 
 
 def unit(x: Tensor) -> Tensor:
-    """Normalises the last axis to unit length, in fp32 or fp64: (..., E) -> (..., E)."""
+    """Unit length along the last axis, never in half precision: (..., E) -> (..., E)."""
     return F.normalize(at_least_fp32(x), dim=-1)
 
 
 def full_precision(x: Tensor) -> torch.autocast:
-    """Switches autocast off for x's device: bf16 is for the towers, cosines and losses are fp32."""
+    """Switches autocast off on x's device: bf16 serves the towers, cosines and losses are at least fp32."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -46,18 +51,21 @@ def require_clip(clip: nn.Module) -> None:
         raise ValueError(f"fine-tuning needs a CLIP, not a {type(clip).__name__}")
 
 
+# The protocol of fine-tuning methods ----------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Classes:
     """The classes that a method is fine-tuned on."""
 
     names: list[str]
-    templates: tuple[str, ...]  # of the frozen text features; the first one also for methods with one prompt
+    templates: tuple[str, ...]  # of the frozen text features
     tokenizer: Callable  # texts, context_length -> (N, L)
     text: Tensor  # (C, E) unit norm: the names in the templates, by the CLIP that is fine-tuned
 
     def tokens(self, template: str, context_length: int) -> Tensor:
         """Token ids (C, L) of every name in one template."""
-        texts = [template.replace("{}", name) for name in self.names]
+        texts = [template.replace("{}", name).replace("{c}", name) for name in self.names]
         return self.tokenizer(texts, context_length).to(self.text.device)
 
 
@@ -65,9 +73,9 @@ class LabelMethod(nn.Module):
     """The protocol of fine-tuning methods: a module around .clip with loss and predict.
 
     loss(images, labels) -> (loss (), {name: tensor to log});  predict(images) -> (B, C)
-    starts_as     what is true of the first step, for the line about the loss to expect
-    loss_terms    what the logged loss adds up, if it is more than one cross-entropy
-    whole_batch   the loss is no mean over images, so a batch cannot be cut into chunks
+    starts_as     what is true of the first step, for the line about the expected loss
+    loss_terms    the sum that is logged as the loss, where it is more than one cross-entropy
+    whole_batch   the loss is not a mean over images, so a batch cannot be cut into chunks
     one_process   a layer must see the whole batch, so there can be no other ranks
     new_classes   classes that were not trained on can be scored
     """
@@ -79,12 +87,16 @@ class LabelMethod(nn.Module):
         """The loss: the call that DistributedDataParallel wraps."""
         return self.loss(images, labels)
 
+    def first_loss(self, classes: int, batch_size: int) -> str:
+        """The loss of a model that knows nothing, as text."""
+        return f"ln {classes} = {math.log(classes):.2f} for a blind answer"
+
     def dual_encoder(self, clip: CLIP | None = None) -> nn.Module:
-        """The dual encoder that answers for this method, with `clip` (say, averaged weights) for its own."""
+        """The dual encoder that answers for this method, with clip (e.g. averaged weights) for its own."""
         return self.clip if clip is None else clip
 
     def learned(self) -> dict[str, Tensor]:
-        """All that was learned except CLIP's weights, for the checkpoint: {} for most methods."""
+        """What was learned apart from CLIP's weights, for the checkpoint; {} for most methods."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith("clip.")}
 
     def load_learned(self, state: dict[str, Tensor]) -> None:
@@ -97,25 +109,44 @@ class LabelMethod(nn.Module):
         self.load_state_dict(self.state_dict() | state)
 
 
+# The methods ----------------------------------------------------------------------------------------------
+
+
 def average_of_patches(visual: nn.Module, images: Tensor) -> Tensor:
-    """The other pooling, (B, 3, S, S) -> (B, E): the mean over the patches after the projection."""
+    """Average pooling, (B, 3, S, S) -> (B, E): the mean over the patches after the projection."""
     tokens = visual.head(visual.transformer(visual.embed(images)))  # (B, 1 + P, E)
     return tokens[:, visual.tokens :].mean(1)  # (B, E)
+
+
+class AveragePooled(nn.Module):
+    """A CLIP that embeds an image as the average of its patches, for --image-pooling average."""
+
+    conditional, takes_captions = False, True
+
+    def __init__(self, clip: CLIP):
+        super().__init__()
+        self.clip, self.config = clip, clip.config
+        self.encode_text, self.ensemble_text = clip.encode_text, clip.ensemble_text
+        self.pair_logits, self.class_templates = clip.pair_logits, clip.class_templates
+        self.train(clip.training)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return average_of_patches(self.clip.visual, images)  # (B, E)
 
 
 class FineTune(LabelMethod):
     """Cross-entropy between an image's cosines to the class texts and its label; margin 0.3 is CLIPood.
 
     CLIPood's margin metric softmax:  L = -log softmax_y(exp(t) * (f_c + margin * (1 - T_y . T_c))),  f_c the
-    cosine to class c; losses.margin_metric_logits has the other, shorter form of the same number.
+    cosine to class c. losses.margin_metric_logits computes a shorter form of the same number.
     Args:   clip: every parameter but those of clip.visual is frozen, the logit scale exp(t) included
             text (C, E) unit-norm text features of the classes: the head, never trained
             smoothing, epsilon, scale: the target of each label, see losses.smoothing_targets
             margin: lambda; CLIPood has 0.3, and 0.1 under domain shift and new classes together
             pooling: "cls", or "average" of the patches after projection (AlignCLIP rebuttal, Table 3)
     Raises: ValueError if clip is no CLIP, or text has another width or is not of unit norm.
-    Cost:   forward, I FLOPs of the image tower an image: B (I + 2 C E). 4 bytes of gradient for each of the
-            image tower's weights are all that ranks exchange
+    Cost:   forward, I FLOPs of the image tower an image: B (I + 2 C E). Ranks exchange only the gradient of
+            the image tower, 4 bytes for each weight.
     """
 
     def __init__(
@@ -139,7 +170,7 @@ class FineTune(LabelMethod):
             worst = length[(length - 1).abs().argmax()]
             raise ValueError(f"text features must have length 1, one has {worst:.4g}: normalise them")
         if pooling not in ("cls", "average"):
-            raise ValueError(f"pooling {pooling!r}: expected cls or average")
+            raise ValueError(f"--image-pooling {pooling}: expected cls or average")
         self.clip = clip.requires_grad_(False)
         clip.visual.requires_grad_(True)
         self.margin, self.pooling = margin, pooling
@@ -156,7 +187,7 @@ class FineTune(LabelMethod):
     def classification(self, image: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of unit features (B, E) under labels (B,), and the accuracy.
 
-        REF: as in the official code the accuracy is that of the margin's logits, below predict's.
+        REF: as in the official code this accuracy includes the margin, so it is below predict's.
         """
         with full_precision(image):
             scale = self.clip.logit_scale.exp()
@@ -165,14 +196,18 @@ class FineTune(LabelMethod):
         return loss, {"accuracy": (logits.argmax(-1) == labels).float().mean()}
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images (B, 3, S, S), labels (B,) -> loss (), and what to log, as tensors without gradient."""
+        """Images (B, 3, S, S), labels (B,) -> loss (), and tensors without gradient to log."""
         return self.classification(self.features(images), labels)
 
     def predict(self, images: Tensor, text: Tensor | None = None) -> Tensor:
-        """Cosines (B, C) to the classes trained on, or to any others' text features (C, E); no margin."""
+        """Cosines (B, C) to the classes trained on, or to other text features (C, E); without the margin."""
         image = self.features(images)
         with full_precision(image):
             return image @ unit(self.text if text is None else text).t()  # (B, C)
+
+    def dual_encoder(self, clip: CLIP | None = None) -> nn.Module:
+        clip = self.clip if clip is None else clip
+        return AveragePooled(clip) if self.pooling == "average" else clip
 
 
 class BetaMovingAverage:
@@ -180,9 +215,9 @@ class BetaMovingAverage:
 
     CLIPood's Beta moving average:  theta_BMA = sum_t a_t theta_t / sum_t a_t,  t = 0 ... T,
     a_t = density of Beta(beta, beta) at (t + 0.5) / (T + 1); its constant cancels. beta = 1 is the plain
-    mean, beta = 0.5 weighs the first and the last tenth of the steps 20 % each.
-    REF: parameters only, buffers stay those of the start; the official code averages in fp16.
-    Args: module: its present weights are step 0;  total_steps T;  beta 0.5, CLIPood's few-shot runs 0.1
+    mean. beta = 0.5 gives the first and the last tenth of the steps 20 % of the weight each.
+    REF: only parameters are averaged, buffers stay those of the start; the official code averages in fp16.
+    Args: module: its present weights are step 0;  total_steps T;  beta: 0.5, in CLIPood's few-shot runs 0.1
     Use:  update(module) after every optimiser step; average is a module of the same structure and names.
     """
 
@@ -206,12 +241,12 @@ class BetaMovingAverage:
         self.step += 1
         self.weight_sum += self.weight(self.step)
         share = self.weight(self.step) / self.weight_sum
-        # lerp and not a weighted sum: weights that never change stay bit for bit what they are
+        # lerp and not a weighted sum: weights that never change keep their bits
         for mean, new in zip(self.average.parameters(), module.parameters(), strict=True):
             mean.lerp_(new.to(mean.dtype), share)
 
     def state_dict(self) -> dict:
-        """All that resuming needs: plain numbers and the averaged weights."""
+        """Everything that resuming needs: plain numbers and the averaged weights."""
         numbers = {k: getattr(self, k) for k in ("total_steps", "beta", "step", "weight_sum")}
         return {**numbers, "average": self.average.state_dict()}
 
@@ -219,7 +254,7 @@ class BetaMovingAverage:
         """Takes up a saved average.   Raises: ValueError if it was made for other steps or beta."""
         saved, here = (state["total_steps"], state["beta"]), (self.total_steps, self.beta)
         if saved != here:
-            raise ValueError(f"a moving average over (steps, beta) {saved} cannot go on as {here}")
+            raise ValueError(f"a moving average over (steps, beta) {saved} cannot continue as {here}")
         self.step, self.weight_sum = state["step"], state["weight_sum"]
         self.average.load_state_dict(state["average"])
 
@@ -230,9 +265,9 @@ def wise_ft(
     """Robust fine-tuning by a straight line between two checkpoints.
 
     Wortsman et al. 2022:  (1 - alpha) theta_zero-shot + alpha theta_fine-tuned, for every entry.
-    REF: mlfoundations/wise-ft@58b7a4b also interpolates a trained head; text features, the head here,
-    are the same at both ends when only the image tower was trained.
-    Args:   two state dicts of one architecture;  alpha 0 is zero-shot and 1 fine-tuned, both exactly
+    REF: mlfoundations/wise-ft@58b7a4b also interpolates a trained head. Here the head is the text features,
+    which are the same at both ends when only the image tower was trained.
+    Args:   two state dicts of one architecture;  alpha: 0 is exactly zero-shot, 1 exactly fine-tuned
     Raises: ValueError if names or shapes differ.
     """
     shapes = [{k: tuple(v.shape) for k, v in state.items()} for state in (zero_shot, fine_tuned)]
@@ -245,8 +280,82 @@ def wise_ft(
     return {k: torch.lerp(v, fine_tuned[k].to(v), alpha) for k, v in zero_shot.items()}
 
 
+# The method's flags and published settings -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Flags of finetune, labelsmooth and clipood."""
+
+    # classification loss
+    margin: float = 0.3  # lambda of the margin metric softmax; finetune, labelsmooth: 0
+    smoothing: str = "none"  # none, uniform, mixture or released; labelsmooth: uniform
+    epsilon: float = 0.9  # the label's own share of a smoothed target
+    smoothing_scale: float = 35.0  # of the text cosines that distribute the rest
+    image_pooling: str = "cls"  # cls, or average of the patches
+    bma_beta: float = 0.5  # Beta moving average of the weights, which is the reported model; 0: off
+
+
 DEFAULTS = dict(
     lr=5e-6, steps=5000, batch_size=36, warmup=0, weight_decay=0.1, beta2=0.999, eps=1e-8, crop_scale=0.7
 )
 DEFAULTS |= dict(train_size=2048)  # scenes to draw
 TINY = dict(lr=5e-4, steps=300)
+# thuml/CLIPood@bc0d874 main.py, scripts.sh, by (task, data set): changes to DEFAULTS. 500 steps are an epoch
+PUBLISHED = {
+    ("domain-shift", "OfficeHome"): dict(lr=1e-5),
+    ("domain-shift", "DomainNet"): dict(lr=1e-5, steps=10000, batch_size=60),
+    ("open-class", ""): dict(steps=500, bma_beta=0.1, shots=16),
+    ("open-class", "ImageNet"): dict(steps=5000, bma_beta=0.1, shots=16),
+    ("open-class", "FGVCAircraft"): dict(steps=5000, bma_beta=0.1, shots=16),
+    ("open-class", "StanfordCars"): dict(steps=2500, bma_beta=0.1, shots=16),
+    ("open-class", "SUN397"): dict(steps=2500, bma_beta=0.1, shots=16),
+    ("open-class", "UCF101"): dict(steps=1000, bma_beta=0.1, shots=16),
+    ("in-the-wild", "OfficeHome"): dict(lr=3e-6, margin=0.1, bma_beta=0.1),
+    ("in-the-wild", "DomainNet"): dict(lr=5e-6, steps=10000, batch_size=60, margin=0.1),
+}
+PRESETS = {}
+TASK = "labels"
+
+
+def build(settings: Settings, clip: CLIP, classes: Classes) -> FineTune:
+    """The module that is trained."""
+    s = settings
+    return FineTune(
+        clip,
+        classes.text,
+        smoothing=s.smoothing,
+        epsilon=s.epsilon,
+        scale=s.smoothing_scale,
+        margin=s.margin,
+        pooling=s.image_pooling,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Flags of python clipood.py wise-ft."""
+
+    command: str  # wise-ft
+    zero_shot: str  # checkpoint before fine-tuning
+    fine_tuned: str  # checkpoint after it
+    alpha: float = 0.5  # 0 is zero-shot, 1 fine-tuned
+    out: str  # file to write
+
+
+@program
+def main(argv: list[str]) -> None:
+    """Interpolates two checkpoints, so that the result loads like either of them."""
+    c = parse(Flags, argv, __doc__, positional=("command", "zero_shot", "fine_tuned"))
+    if c.command != "wise-ft":
+        raise ValueError(f"{c.command}: the only command is wise-ft")
+    if Path(c.out).exists():
+        raise ValueError(f"{c.out} exists already: give another --out")
+    model = pretrained.load(c.zero_shot)
+    mixed = wise_ft(model.state_dict(), pretrained.load(c.fine_tuned).state_dict(), c.alpha)
+    model.load_state_dict(mixed)
+    print(f"written to {pretrained.save(model, c.out)}")
+
+
+if __name__ == "__main__":
+    leave(main())

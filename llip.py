@@ -1,35 +1,40 @@
-"""Llip: an image is encoded as M mixture tokens, and each caption picks its own mixture of them.
+"""Llip: an image is encoded as M mixture tokens, and each caption mixes them in its own way.
 
 Lavoie et al. 2024, "Modeling Caption Diversity in Contrastive Vision-Language Pretraining"
-(arXiv:2405.00740, PMLR 235), section 3; heads m, mixture tokens k, image i, caption j:
+(arXiv:2405.00740, PMLR 235), section 3. Image i, caption j; m counts heads and k counts mixture tokens:
 
     h_i = ViT([M mixture tokens, patches])[:M]             one learned token and position per mixture token
-    K_i[k] = h_i[k] W_K[k],  V_i[k] = h_i[k] W_V[k]        a matrix of its own for every mixture token
+    K_i[k] = h_i[k] W_K[k],  V_i[k] = h_i[k] W_V[k]        every mixture token has its own two matrices
     Q_j = h_j W_Q,           t_j = h_j W_T                 h_j: the text feature before any projection
-    Phi_ijk^m = softmax_k(Q_j^m . K_ik^m / tau)            eq. 1; tau fixed, no 1/sqrt(K)
+    Phi_ijk^m = softmax_k(Q_j^m . K_ik^m / tau)            eq. 1; tau is fixed, and no 1/sqrt(head width)
     z_ij = concat_m(sum_k Phi_ijk^m V_ik^m) W_O            eq. 2
     logits_ij = exp(a) cos(z_ij, t_j) + b                  under losses.siglip, eq. 3
 
-Written from the paper's equations. What the paper leaves open follows the released checkpoints' layout.
-    REF: eq. 3 is printed without its minus sign and with -b; losses.siglip has the form that is meant.
-    REF: the paper says a larger tau is sharper; with its own eq. 1 (and in the code) it is softer.
+Llip.mixing_weights, mix and pair_logits below execute these equations. Training and evaluation run them, but
+for batches so large that scale/llip_tiles.py computes the same logits without storing z.
+
+This file was written from the paper's equations. Where the paper leaves a choice open, the file follows the
+layout of the released checkpoints.
+    REF: eq. 3 is printed without its minus sign and with -b; losses.siglip has the intended form.
+    REF: the paper says that a larger tau is sharper; under its own eq. 1, and in the code, it is softer.
     REF: the released code starts a at ln(1/0.07), the paper at ln 10 as SigLIP does: ln 10 here.
-Under several processes only queries and text features travel; an image's M keys and values never do.
+Under several processes only queries and text features travel. The M keys and values of an image never do.
 """
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import CLIP, Config, DualEncoder, VisionTransformer, group_mean, initialize, tower_flops
-from scale import llip_tiles as tiles
+
+PLAIN_BYTES = 256 << 20  # the plain form holds at most so many bytes of pairs where no gradient is needed
 
 
 def mixture_tokens(visual: VisionTransformer, images: Tensor, all_tokens: bool = False) -> Tensor:
-    """(B, 3, S, S) -> (B, M, D): the mixture tokens of the last layer, or with all_tokens (B, M + P, D).
+    """The mixture tokens of the last layer: (B, 3, S, S) -> (B, M, D), or (B, M + P, D) with all_tokens.
 
     One LayerNorm (ln_post) serves all of them.
     """
@@ -38,13 +43,13 @@ def mixture_tokens(visual: VisionTransformer, images: Tensor, all_tokens: bool =
 
 
 def project_each(x: Tensor, weight: Tensor) -> Tensor:
-    """Every token through a matrix of its own: (B, M, D), (M, D, E) -> (B, M, E); or a shared (D, E)."""
+    """Every token through its own matrix: (B, M, D), (M, D, E) -> (B, M, E); or through one shared (D, E)."""
     weight = weight.to(x.dtype)
     return x @ weight if weight.dim() == 2 else torch.einsum("bmd,mde->bme", x, weight)  # (B, M, E)
 
 
 class Mixer(nn.Module):
-    """Holds W_O under the released checkpoints' name pred.out_proj."""
+    """Holds W_O under the name of the released checkpoints, pred.out_proj."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -52,24 +57,22 @@ class Mixer(nn.Module):
 
 
 class Llip(DualEncoder):
-    """Llip over a CLIP configuration.
+    """CLIP whose image embedding depends on the caption (Lavoie et al. 2024, section 3; equations above).
 
-    Lavoie et al. 2024, section 3; parameter names of the released checkpoints.
-    Args:   mixture_tokens M;  heads H of the pooling, E divisible by H
-            temperature: tau of eq. 1, fixed. REF: the released configurations have 5 (B, H, G) and 1 (L);
-            the paper's sweep on B/32 is flat from 1 to 8. A head's logits have variance K at the start, so
-            tau = sqrt(K) is the usual attention scaling.
-            norm: LayerNorm on keys, values and queries, as in the released H/14 and G/14
-            all_tokens: patches serve as keys and values too (Fig. 7)
-            shared: one W_K and one W_V for all tokens: far fewer parameters, and not what was published
-            scale, bias: starts of exp(logit_scale) and logit_bias. PAPER: 10 and -10, as SigLIP; for
-            small batches of N pairs -ln(N - 1) is the better start.
-    Cost:   a pair costs 4 M E + 2 E^2 FLOPs as written above, mostly W_O; tiles.flops as computed.
-            An image sends nothing, a caption 2 E numbers to each other rank. W_K and W_V are 2 M D E
-            parameters: B/32 grows from 151 to 202 M at M = 64, 50 M of them here.
-            PAPER: "without changing the model size" is not to be taken literally; shared=True has 152 M.
-            REF: M = 1 fails in the official class. Here it is SigLIP with one more projection, since a
-            softmax over one token is 1.
+    mixture_tokens  M, the number of learned tokens in front of the patches
+    heads           H, the heads of the pooling; must divide the embedding E
+    temperature     tau of eq. 1, fixed. The released models use 5 (B, H, G) and 1 (L); on B/32 anything from
+                    1 to 8 works equally well. sqrt(head width) would be ordinary attention scaling.
+    norm            LayerNorm on keys, values and queries, as in the released H/14 and G/14
+    all_tokens      the patches are keys and values too (Fig. 7)
+    shared          one W_K and one W_V for all tokens: much smaller, never published
+    scale, bias     starts of exp(logit_scale) and logit_bias. PAPER: 10 and -10, as SigLIP. For a small
+                    batch of N pairs -ln(N - 1) is a better start.
+    Parameters have the names of the released checkpoints.
+    Cost: a pair takes 4 M E + 2 E^2 FLOPs, mostly W_O. A caption sends 2 E numbers to each other rank. W_K
+    and W_V have 2 M D E parameters: B/32 grows from 151 to 202 million at M = 64.
+    PAPER: "without changing the model size" is true only with shared=True (152 million).
+    REF: the official class fails for M = 1. Here M = 1 is SigLIP with one more projection.
     """
 
     conditional = True
@@ -123,45 +126,28 @@ class Llip(DualEncoder):
         return (scores / self.temperature).softmax(-1)
 
     def mix(self, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
-        """Every image seen through every caption, eq. 2: z (B_img, B_txt, E), not normalised."""
+        """z, eq. 2: every image seen through every caption, (B_img, B_txt, E), not normalised."""
         phi = self.mixing_weights(keys, queries)
         y = torch.einsum("ijhm,ihmk->ijhk", phi, values)  # (B_img, B_txt, H, K)
         return y.flatten(2) @ self.pred.out_proj  # (B_img, B_txt, E)
 
-    def pair_cosines(self, keys: Tensor, values: Tensor, queries: Tensor, text: Tensor) -> Tensor:
-        """cos(z_ij, t_j) of every pair, in one piece: (B_img, B_txt)."""
-        z = F.normalize(self.mix(keys, values, queries), dim=-1)  # (B_img, B_txt, E)
-        return torch.einsum("ije,je->ij", z, F.normalize(text, dim=-1))  # (B_img, B_txt)
-
-    def pair_inputs(self, image_side: tuple, text_side: tuple) -> tuple:
-        """What the cosines of pairs depend on, never in half precision."""
-        inputs = (*image_side, *text_side, self.pred.out_proj)
-        return tuple(x if x.dtype == torch.float64 else x.float() for x in inputs)
-
     def pair_logits(self, image_side: tuple, text_side: tuple) -> Tensor:
-        """exp(logit_scale) * cos(z_ij, t_j) + logit_bias of every pair: (B_img, B_txt).
+        """exp(logit_scale) * cos(z_ij, t_j) + logit_bias of every pair, eq. 3: (B_img, B_txt).
 
-        SPEED: pair_cosines is the plain twin; tiles.cosines holds one tile of pairs at a time and no z.
+        Without a gradient the captions are taken in chunks, so that z stays below PLAIN_BYTES.
         """
-        inputs = self.pair_inputs(image_side, text_side)
-        return self.scale_logits(tiles.cosines(*inputs, self.temperature))  # (B_img, B_txt)
-
-    def pair_loss(self, image_side: tuple, text_side: tuple, loss: Callable) -> Tensor:
-        """A loss that is a sum over pairs, its gradient taken tile by tile: ().
-
-        Args: loss(logits (I, J), first row, first column) -> () for a tile. gradcache.py asks where it is.
-        SPEED: pair_logits must compute the pairs again in the backward pass, or keep them; this need not.
-        """
-        scaling = [p for p in (self.logit_scale, self.logit_bias) if p is not None]
-        return tiles.tiled_loss(
-            self.pair_inputs(image_side, text_side),
-            self.temperature,
-            lambda cosines, row, column: loss(self.scale_logits(cosines), row, column),
-            [p for p in scaling if p.requires_grad],
-        )
+        (keys, values), (queries, text) = image_side, text_side
+        texts = len(text)
+        if not torch.is_grad_enabled():
+            texts = max(1, PLAIN_BYTES // plain_bytes(self, len(keys), 1))
+        parts = []
+        for q, t in zip(queries.split(texts), text.split(texts)):
+            z = F.normalize(self.mix(keys, values, q), dim=-1)  # (B_img, b, E)
+            parts.append(torch.einsum("ije,je->ij", z, F.normalize(t, dim=-1)))  # (B_img, b)
+        return self.scale_logits(parts[0] if len(parts) == 1 else torch.cat(parts, 1))  # (B_img, B_txt)
 
     def ensemble_text(self, text_side: tuple, group: Tensor) -> tuple[Tensor, Tensor]:
-        """Prompts to classes: raw queries are averaged, and normalised text features.
+        """Prompts to classes: the mean of the queries, and of the normalised text features.
 
         PAPER: appendix A, "we average the text predictions and the cross-attention queries".
         Args: queries (N, H, K), text (N, E), class of each prompt (N,).  Returns: (C, H, K), (C, E) unit.
@@ -171,15 +157,21 @@ class Llip(DualEncoder):
         return group_mean(queries, group), F.normalize(text, dim=-1)
 
 
-class PooledTokens(CLIP):
-    """The ladder between SigLIP and Llip: M tokens, pooled without looking at the caption.
+def plain_bytes(model: Llip, images: int, texts: int) -> int:
+    """Bytes that the plain form holds for these pairs: scores and weights (H M), y, z and their unit (E)."""
+    tokens = model.k_proj.shape[0] if model.k_proj.dim() == 3 else model.visual.tokens
+    return 4 * images * texts * (2 * model.heads * tokens + 4 * model.config.embed_dim)
 
-    Lavoie et al. 2024, Fig. 3. Token k has a projection of its own, visual.proj[k] (D, E).
-        register   token 0 only; the other tokens just take part in the towers' attention
+
+class PooledTokens(CLIP):
+    """The ladder between SigLIP and Llip: M tokens, pooled without the caption.
+
+    Lavoie et al. 2024, Fig. 3. Token k has its own projection, visual.proj[k] (D, E).
+        register   token 0 only; the other tokens only take part in the attention of the tower
         average    the mean over the tokens
-        learned    cross-attention over the tokens with one learned query that all images share
-    Cost: an image: model.tower_flops of M tokens, where average projects all of them, 2 M D E FLOPs, and
-    register one, 2 D E; learned 2 M D E + 4 M E + 2 E^2 more. A pair: 2 E, as CLIP's.
+        learned    cross-attention over the tokens with one learned query for all images
+    Cost: an image takes model.tower_flops of M tokens. average projects all of them, 2 M D E FLOPs, register
+    one, 2 D E; learned takes 2 M D E + 4 M E + 2 E^2 more. A pair takes 2 E, as CLIP's.
     """
 
     def __init__(
@@ -205,15 +197,14 @@ class PooledTokens(CLIP):
 
     def build_visual(self, config: Config) -> nn.Module:
         visual = VisionTransformer(config, self.mixture_tokens, project=False)
-        shape = (self.mixture_tokens, config.vision_width, config.embed_dim)
-        visual.proj = nn.Parameter(torch.empty(shape))
+        visual.proj = nn.Parameter(torch.empty(self.mixture_tokens, config.vision_width, config.embed_dim))
         return visual
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, E), not normalised."""
         x = mixture_tokens(self.visual, images)  # (B, M, D)
         if self.pooling == "register":
-            # SPEED: one product. The other projections get the gradient 0, not None: DDP would fail
+            # SPEED: one product. The other projections get the gradient 0 and not None: DDP would fail
             return x[:, 0] @ self.visual.proj[0].to(x.dtype)  # (B, E)
         values = project_each(x, self.visual.proj)  # (B, M, E)
         if self.pooling == "average":
@@ -223,51 +214,6 @@ class PooledTokens(CLIP):
         phi = (torch.einsum("bmhk,hk->bmh", keys, query) / self.temperature).softmax(1)  # (B, M, H)
         y = torch.einsum("bmh,bmhk->bhk", phi, values.unflatten(-1, (self.heads, -1)))  # (B, H, K)
         return y.flatten(1) @ self.pred.out_proj.to(y.dtype)  # (B, E)
-
-
-class LatentTextLlip(Llip):
-    """Ours, published nowhere: T learned tokens follow a caption, and each asks the image for itself.
-
-    "Was there any attempt to introduce K latent tokens on the text side?", a reviewer of Llip asked; "an
-    interesting follow-up" was the answer. The simplest design with Llip's own parts: the tokens stand after
-    the end token, so that by the causal mask they see the words and nobody sees them; each gives a query
-    and a text feature, and a pair's cosine is the mean over the T of them:
-        logits_ij = exp(a) mean_t cos(z_ijt, t_jt) + b
-    Args: text_tokens T;  the others as Llip.   Cost: the pairs of Llip T times, the text tower's tokens + T.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        mixture_tokens: int,
-        heads: int,
-        text_tokens: int = 4,
-        temperature: float = 5.0,
-        norm: bool = False,
-        scale: float = 10.0,
-        bias: float = -10.0,
-    ):
-        super().__init__(config, mixture_tokens, heads, temperature, norm, scale=scale, bias=bias)
-        self.text_tokens = nn.Parameter(torch.randn(text_tokens, config.text_width) * 0.02)
-
-    def text_features(self, tokens: Tensor) -> Tensor:
-        """Token ids (B, L) to the features of the latent tokens (B, T, D), before any projection."""
-        (B, L), T = tokens.shape, len(self.text_tokens)
-        x = self.token_embedding(tokens) + self.positional_embedding[:L]
-        x = F.pad(x, (0, 0, 0, T))  # (B, L + T, D)
-        row = torch.arange(B, device=x.device)[:, None]
-        place = tokens.argmax(-1)[:, None] + 1 + torch.arange(T, device=x.device)  # (B, T)
-        # no position is added: each latent token is a vector of its own, wherever the caption ends
-        x = x.index_put((row, place), self.text_tokens.to(x.dtype).expand(B, -1, -1))
-        return self.ln_final(self.transformer(x, "causal", lambda x: x[row, place]))  # (B, T, D)
-
-    pair_loss = None  # TRAP: a mean over T is no sum over Llip's own pairs
-
-    def pair_logits(self, image_side: tuple, text_side: tuple) -> Tensor:
-        """Keys, values (B, H, M, K) and queries (B, T, H, K), text (B, T, E) -> (B_img, B_txt)."""
-        flat = tuple(part.flatten(0, 1) for part in text_side)  # (B_txt T, ...)
-        logits = super().pair_logits(image_side, flat)  # (B_img, B_txt T)
-        return logits.unflatten(1, (-1, len(self.text_tokens))).mean(-1)  # (B_img, B_txt)
 
 
 @torch.no_grad()
@@ -282,15 +228,13 @@ def warm_start_llip(
     noise: float = 0.1,
     seed: int = 0,
 ) -> Llip:
-    """A Llip that begins where a CLIP is: its towers, and tokens that all begin as its class token.
+    """A Llip that starts from the towers of a CLIP, with every mixture token near the class token.
 
-    No equation: Llip was trained from scratch. Every mixture token starts as the class token with its
-    position, every v_proj[k] as visual.proj, W_O as the identity, W_K and W_Q at random. So z is a mean
-    of M near copies of CLIP's image feature, whatever the caption; with one token and without norm it
-    is CLIP's feature.
-    TRAP: equal tokens stay equal: noise, in standard deviations of the class token, sets them apart.
-    M class tokens also draw M times the attention of one, so z is near CLIP's feature, not equal to it.
-    Args: scale, bias: starts of exp(logit_scale), None for CLIP's own, and of logit_bias
+    No equation: the paper trains from scratch. Every mixture token starts as the class token with its
+    position, every v_proj[k] as visual.proj, W_O as the identity, W_K and W_Q at random. z starts as a mean
+    of M near copies of CLIP's image feature for any caption. With one token and without norm it is CLIP's.
+    TRAP: equal tokens would stay equal: noise, in standard deviations of the class token, separates them.
+    Args: scale, bias: starts of exp(logit_scale), None for CLIP's value, and of logit_bias
     """
     if type(clip) is not CLIP:
         raise ValueError(f"a warm start takes a CLIP, not a {type(clip).__name__}")
@@ -306,8 +250,8 @@ def warm_start_llip(
     state["visual.positional_embedding"] = torch.cat([copies, positions[1:]])  # (M + P, D)
     state["v_proj"] = proj.repeat(mixture_tokens, 1, 1)  # (M, D, E)
     for name in ("k_proj", "q_proj"):
-        like = model.get_parameter(name)
-        state[name] = torch.randn(like.shape, generator=generator) * like.shape[-2] ** -0.5
+        shape = model.get_parameter(name).shape
+        state[name] = torch.randn(shape, generator=generator) * shape[-2] ** -0.5
     state["pred.out_proj"] = torch.eye(proj.shape[1])
     for name in ("K_norm", "V_norm", "Q_norm") if norm else ():
         state |= {f"{name}.weight": torch.ones(len(proj[0])), f"{name}.bias": torch.zeros(len(proj[0]))}
@@ -315,30 +259,117 @@ def warm_start_llip(
         state["logit_scale"] = torch.tensor(math.log(scale))
     state["logit_bias"] = torch.tensor(float(bias))
     model.load_state_dict(state, assign=True)
-    return model.to(clip.logit_scale.device).train(clip.training)
+    return model.requires_grad_().to(clip.logit_scale.device).train(clip.training)
 
 
 def flops(config: Config, tokens: int, prompts: int = 0, all_tokens: bool = False) -> dict[str, int]:
     """FLOPs of Llip for one image, one text, and one image against the given number of prompts.
 
-    Two per multiply-add, as model.tower_flops. "pairs" is 4 M E + 2 E^2 per prompt: scores, mix and W_O, the
-    plain form; tiles.flops counts what pair_logits and pair_loss do.
+    Two per multiply-add, as model.tower_flops. "pairs" is 4 M E + 2 E^2 per prompt: scores, mix and W_O of
+    the plain form; llip_tiles.flops counts the tiled one.
     """
     c = config
     used = tokens + c.patches * all_tokens
     tower = tower_flops(c, tokens, used)
-    heads = 2 * used * c.vision_width * c.embed_dim  # counted there, replaced by k_proj, v_proj
+    # tower_flops counts one head per token; k_proj and v_proj take its place
+    heads = 2 * used * c.vision_width * c.embed_dim
     return {
-        "image": tower["image"] - heads + 2 * 2 * used * c.vision_width * c.embed_dim,
+        "image": tower["image"] + heads,
         "text": tower["text"] + 2 * c.text_width * c.embed_dim,
         "pairs": prompts * (4 * used * c.embed_dim + 2 * c.embed_dim**2),
     }
 
 
-if __name__ == "__main__":  # what a caption changes: the weights of four tokens, two heads
+# The method's flags and published settings -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Flags of llip."""
+
+    # Llip
+    mixture_tokens: int = 8  # mixture tokens M
+    mixture_heads: int = 4  # heads of the pooling
+    temperature: float = 5.0  # tau of eq. 1; larger is softer
+    mixture_norm: bool = False  # LayerNorm on keys, values and queries
+    all_tokens: bool = False  # patches are keys and values too
+    pooling: str = "text"  # text; or without the text, the ladder of Fig. 3: register average learned
+    pairs: str = "auto"  # how pairs are computed: plain (eq. 1 to 3), tiled, or auto by memory
+    # loss
+    objective: str = "siglip"  # infonce or siglip
+    logit_scale: float = 0.0  # start of exp(logit_scale); 0: 1/0.07 for infonce, 10 for siglip
+    logit_bias: float = math.nan  # start of the bias; nan: -ln(batch - 1), at least -10
+
+
+def start_of_scale(objective: str, given: float) -> float:
+    """exp(logit_scale) at the start: the given one, or that of the objective's paper."""
+    return given or (10.0 if objective == "siglip" else 1 / 0.07)
+
+
+def start_of_bias(given: float, batch_size: int) -> float:
+    """logit_bias at the start. PAPER: SigLIP's -10 is the log-odds of one pair among 22,000."""
+    return max(-10.0, -math.log(max(batch_size - 1, 1))) if math.isnan(given) else given
+
+
+def paper(model: str, lr: float, **changes) -> dict:
+    """Flags of the paper's runs (facebookresearch/Llip@d5649c3): 12.8 billion samples in all."""
+    run = dict(model=model, lr=lr, batch_size=32768, steps=390625, warmup=2000, beta2=0.95, eps=1e-6)
+    run |= dict(weight_decay=0.2, precision="bf16", compile=True, workers=8, log_every=100, save_every=1000)
+    return run | changes
+
+
+def _preset(model: str, tokens: int, tau: float, lr: float, **changes) -> dict:
+    return paper(model, lr, mixture_tokens=tokens, mixture_heads=8, temperature=tau, **changes)
+
+
+_BIG = dict(mixture_norm=True, grad_checkpointing=True, compile=False)
+DEFAULTS, TINY = {}, {}
+# Lavoie et al. 2024, Table 1, on MetaCLIP's 2.5 billion pairs: hardware; zero-shot ImageNet top-1 at the end
+PRESETS = {
+    # 128 V100; 70.4
+    "llip-B-32": _preset("ViT-B-32", 64, 5.0, 5e-4),
+    # 128 V100; 75.3 with 64 tokens. REF: the released model has 32
+    "llip-B-16": _preset("ViT-B-16", 32, 5.0, 5e-4),
+    # 128 A100; 80.9
+    "llip-L-14": _preset("ViT-L-14", 32, 1.0, 4e-4),
+    # 82.7
+    "llip-H-14": _preset("ViT-H-14", 64, 5.0, 4e-4, **_BIG),
+    # 83.5
+    "llip-G-14": _preset("ViT-bigG-14", 64, 5.0, 4e-4, **_BIG),
+}
+TASK = "pairs"
+
+
+def build(settings: Settings, start: Config | nn.Module, batch_size: int) -> DualEncoder:
+    """The dual encoder that is trained.
+
+    Args:   start: sizes, for random weights, or a loaded CLIP or Llip;  batch_size: pairs over all ranks
+    Raises: ValueError for a variant that cannot start from a checkpoint, and for one that does not exist.
+    """
+    s = settings
+    if s.pooling not in ("text", "register", "average", "learned"):
+        raise ValueError(f"--pooling {s.pooling}: expected text, register, average or learned")
+    if s.pooling != "text" and s.all_tokens:
+        raise ValueError("--all-tokens: only with --pooling text")
+    numbers = dict(scale=start_of_scale(s.objective, s.logit_scale))
+    numbers |= dict(bias=start_of_bias(s.logit_bias, batch_size), temperature=s.temperature)
+    if not isinstance(start, Config):
+        if s.pooling != "text" or s.all_tokens:
+            raise ValueError("--pooling and --all-tokens train from scratch: leave out --init")
+        if isinstance(start, Llip):
+            return start
+        return warm_start_llip(start, s.mixture_tokens, s.mixture_heads, norm=s.mixture_norm, **numbers)
+    if s.pooling != "text":
+        return PooledTokens(start, s.mixture_tokens, s.pooling, s.mixture_heads, **numbers)
+    variant = dict(norm=s.mixture_norm, all_tokens=s.all_tokens)
+    return Llip(start, s.mixture_tokens, s.mixture_heads, **variant, **numbers)
+
+
+if __name__ == "__main__":
+    # what a caption changes: the weights of four tokens, in the first of two heads
     torch.manual_seed(0)
     model = Llip(Config(8, 16, 8, 32, 1, 2, 64, 8, 50, 16, 1, 2, 32), 4, 2, temperature=1.0)
     keys, values = model.encode_image(torch.randn(1, 3, 16, 16))
     queries, _ = model.encode_text(torch.tensor([[48, 5, 49, 0], [48, 6, 49, 0]]))
-    print("weights of four mixture tokens under one image, first head; a row for each of two captions:")
+    print("weights of four mixture tokens for one image, first head; one row for each of two captions:")
     print(model.mixing_weights(keys, queries)[0, :, 0].detach())  # two different rows

@@ -29,13 +29,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from llip import LatentTextLlip, Llip, PooledTokens
+from llip import Llip, PooledTokens
 from model import CLIP, Config, DualEncoder
 from tokenizer import Tokenizer, is_saved
 from weights import archive, layouts
 from weights.download import NAMES, canonical_name, fetch
 
-CLASSES = {c.__name__: c for c in (CLIP, Llip, PooledTokens, LatentTextLlip)}
+CLASSES = {c.__name__: c for c in (CLIP, Llip, PooledTokens)}
 FOLDER_FILES = (
     "checkpoint.pt",
     "model.safetensors",
@@ -279,9 +279,10 @@ def describe(model: DualEncoder) -> dict:
     Plain values only, so that weights_only=True loads them. The starts of scale and bias are not kept,
     since both are weights, only whether there is a bias.
     """
-    name = type(model).__name__
-    if CLASSES.get(name) is not type(model):
-        raise ValueError(f"{name} is none of {', '.join(CLASSES)}")
+    known = [name for name, cls in reversed(CLASSES.items()) if isinstance(model, cls)]
+    if not known:
+        raise ValueError(f"{type(model).__name__} is none of {', '.join(CLASSES)}")
+    name = known[0]
     found = {"class": name, "config": asdict(model.config)}
     if name != "CLIP":
         found["mixture_tokens"] = model.visual.tokens
@@ -291,9 +292,6 @@ def describe(model: DualEncoder) -> dict:
         return found | {"norm": norm, "all_tokens": bool(model.all_tokens), "shared": shared}
     if name == "PooledTokens":
         found["pooling"] = model.pooling
-    if name == "LatentTextLlip":
-        norm = isinstance(model.K_norm, nn.LayerNorm)
-        return found | {"norm": norm, "text_tokens": len(model.text_tokens)}
     return found | {"bias": None if model.logit_bias is None else -10.0}
 
 
@@ -319,7 +317,6 @@ def build(description: dict) -> DualEncoder:
     pooled = {
         "mixture_tokens": size(2**16),
         "heads": size(2**16),
-        "text_tokens": size(2**16),
         "temperature": lambda value: number(value) and value > 0,
         "norm": lambda value: type(value) is bool,
         "all_tokens": lambda value: type(value) is bool,

@@ -1,96 +1,110 @@
-"""Pre-training on image-caption pairs: model, data, step and evaluation of clip, siglip and llip.
+"""What the loop of train.py trains: pairs of images and captions, or images with labels.
 
-A task is what train.py's loop needs to know of a method: .model, .train, .tokenizer, batches(start_step),
-step(model, batch, device), evaluate(model), chance(). c is the run's TrainConfig. .model is what is trained,
-.clip the dual encoder in it: the same thing here, but not where a method wraps a CLIP (finetuning.py).
+Task declares everything that the loop uses. PairTask pre-trains clip, siglip and llip. LabelTask fine-tunes
+a CLIP on classes and evaluates it with the protocol of evals/open_world.py. Its batches hold equally many
+images of each source domain. c is a run's TrainConfig, s the Settings of its method.
 """
 
 import contextlib
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 import evaluate
-import llip
+import losses
 import pretrained
-from model import CLIP, CONFIGS, Config
-from readers import scenes
-from readers import templates as prompts
-from scale import distributed
-from scale.gradcache import training_step
+from baselines.methods import METHODS
+from clipood import BetaMovingAverage, Classes, require_clip
+from evals import open_world, protocol
+from model import CONFIGS
+from readers import scenes, templates
+from scale import distributed, llip_tiles
+from scale.gradcache import float_features, training_step
+from scale.llip_tiles import TiledLlip
 from tokenizer import Tokenizer
 
 
-def build_model(c, config: Config) -> nn.Module:
-    """The dual encoder of c.method over config, from scratch or from c.init."""
-    scale = c.logit_scale or (10.0 if c.objective == "siglip" else 1 / 0.07)
-    # PAPER: SigLIP starts at -10, the log-odds of one pair among 22,000; -ln(N - 1) is that for N pairs
-    bias = max(-10.0, -math.log(max(c.batch_size - 1, 1))) if math.isnan(c.logit_bias) else c.logit_bias
-    mixing = dict(temperature=c.temperature, norm=c.mixture_norm)
-    sizes = (config, c.mixture_tokens, c.mixture_heads)
-    if c.init and (c.pooling != "text" or c.all_tokens or c.text_tokens):
-        raise ValueError("--pooling, --all-tokens and --text-tokens train from scratch: no --init")
-    if not c.init:
-        if c.pooling != "text":
-            ladder = dict(temperature=c.temperature, scale=scale, bias=bias)
-            return llip.PooledTokens(*sizes[:2], c.pooling, c.mixture_heads, **ladder)
-        if c.text_tokens:
-            return llip.LatentTextLlip(*sizes, c.text_tokens, scale=scale, bias=bias, **mixing)
-        if c.method == "llip":
-            return llip.Llip(*sizes, all_tokens=c.all_tokens, scale=scale, bias=bias, **mixing)
-        return CLIP(config, scale=scale, bias=bias if c.objective == "siglip" else None)
-    model = pretrained.load(c.init)
-    if c.method != "llip" and type(model) is not CLIP:
-        raise ValueError(f"--method {c.method}, but {c.init} is a {type(model).__name__}")
-    if c.image_size not in (0, model.config.image_size):
-        size = model.config.image_size
-        raise ValueError(f"--image-size {c.image_size}, but {c.init} has {size}: leave it out")
-    if c.method == "llip" and not isinstance(model, llip.Llip):
-        return llip.warm_start_llip(
-            model, c.mixture_tokens, c.mixture_heads, scale=scale, bias=bias, **mixing
-        )
-    if type(model) is CLIP and (model.logit_bias is None) == (c.objective == "siglip"):
-        model.logit_bias = nn.Parameter(torch.tensor(bias)) if c.objective == "siglip" else None
-    return model
+class Task:
+    """What the loop needs of a task.
 
+    unit            what a batch counts, "pairs" or "images"
+    train           the training data
+    tokenizer       saved beside the checkpoint
+    model           the module that is trained;  clip: the dual encoder in it, which may be the same
+    config          sizes of clip
+    autocast        context manager for the precision of the towers, set by the loop
+    """
 
-class PairTask:
-    """Pre-training on image-caption pairs: what the loop trains, on what, and how it is judged."""
+    unit, autocast = "pairs", contextlib.nullcontext
 
-    unit = "pairs"
+    def __init__(self, c, s):
+        self.c, self.s = c, s
 
-    def __init__(self, c):
+    def begin(self, c) -> None:
+        """Called before the first step and before load, when the number of steps is known."""
         self.c = c
-        self.train, self.val, self.aspects, self.objects, self.templates = pair_data(c)
+
+    def batches(self, start: int) -> data.Batches:
+        """Batches from step `start` on, without end."""
+        raise NotImplementedError
+
+    def step(self, model: nn.Module, batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward and backward of all chunks of a batch: the loss () and more to log, detached."""
+        raise NotImplementedError
+
+    def after_step(self) -> None:
+        """Called after the optimizer's step."""
+
+    def evaluate(self, model: nn.Module) -> dict[str, dict]:
+        """Results by name, each with its figures and "chance"."""
+        raise NotImplementedError
+
+    def state(self) -> dict:
+        """The task's part of a checkpoint: enough to rebuild the model, and to continue."""
+        raise NotImplementedError
+
+    def load(self, saved: dict) -> None:
+        """Takes up state()."""
+        raise NotImplementedError
+
+    def expected_loss(self) -> str:
+        """What the loss should be at the start."""
+        raise NotImplementedError
+
+    def overfit_ok(self, loss: float) -> bool:
+        """Whether --overfit succeeded."""
+        raise NotImplementedError
+
+
+# Pre-training on pairs ------------------------------------------------------------------------------------
+
+
+class PairTask(Task):
+    """Pre-training on image-caption pairs."""
+
+    def __init__(self, c, s):
+        super().__init__(c, s)
+        found = pair_data(c)
+        self.train, self.found = found.train, found
         self.tokenizer = pair_tokenizer(c, self.train.captions)
-        config = CONFIGS[c.model]
-        if c.image_size:
-            config = replace(config, image_size=c.image_size)
-        self.model = build_model(c, replace(config, vocab_size=self.tokenizer.vocab_size))
-        self.config = self.model.config
+        start = starting_point(c, self.tokenizer.vocab_size)
+        self.model = METHODS[c.method].module.build(s, start, c.batch_size)
+        self.clip, self.config = self.model, self.model.config
         if self.tokenizer.vocab_size != self.config.vocab_size:
             raise ValueError(
                 f"{c.init} has {self.config.vocab_size} token embeddings, the tokenizer"
-                f" {self.tokenizer.vocab_size} tokens: give its own with --vocab"
+                f" {self.tokenizer.vocab_size} tokens: name its vocabulary with --vocab"
             )
-        self.clip = self.model
-        self.autocast = contextlib.nullcontext
+        rows = c.batch_size // distributed.world_size()
+        llip_tiles.select(self.model, getattr(s, "pairs", "auto"), rows, c.batch_size)
+        alone = distributed.world_size() == 1 and c.accumulate == 1
+        self.plain = alone and not isinstance(self.model, TiledLlip)
 
-    def begin(self, c) -> None:
-        """Before the first step, and before a checkpoint is loaded: the number of steps is known."""
-        self.c = c
-
-    def state(self) -> dict:
-        """What a checkpoint holds of the task: enough to rebuild the model, and to go on."""
-        return {"state_dict": self.model.state_dict(), "model": pretrained.describe(self.model)}
-
-    def load(self, saved: dict) -> None:
-        self.model.load_state_dict(saved["state_dict"])
-
-    def batches(self, start: int):
+    def batches(self, start: int) -> data.Batches:
         augment = data.RandomCrop(self.config.image_size, (self.c.crop_scale, 1.0))
         if self.c.crop_scale == 1 or self.c.overfit or hasattr(self.train, "pixels"):
             augment = False  # scenes are random already
@@ -108,100 +122,110 @@ class PairTask:
             augment=augment,
         )
 
-    def step(self, model: nn.Module, batch, device: torch.device) -> Tensor:
-        tokens = batch.tokens
-        if not self.c.compile:  # SPEED: nothing looks ahead of the end token: the rest is cut off
+    def step(self, model: nn.Module, batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        tokens, objective = batch.tokens, self.s.objective
+        if not self.c.compile:
+            # SPEED: the text tower reads the end token and no token attends to a later one
             tokens = tokens[:, : int(tokens.argmax(-1).max()) + 1]
         images, tokens = (x.to(device, non_blocking=True) for x in (batch.images, tokens))
-        return training_step(
-            model, images, tokens, self.c.objective, self.c.accumulate, autocast=self.autocast
-        )
+        if not self.plain:
+            loss = training_step(model, images, tokens, objective, self.c.accumulate, self.autocast)
+            return loss, {}
+
+        # the plain step; training_step computes the same on more ranks, in chunks, and in tiles
+        with self.autocast():
+            image, text = model(images, tokens)
+        logits = self.model.pair_logits(float_features(image), float_features(text))  # (B, B)
+        loss = losses.siglip(logits) if objective == "siglip" else losses.info_nce(logits)
+        loss.backward()
+        return loss.detach(), {}
 
     def after_step(self) -> None:
-        """PAPER: the scale is kept from exceeding 100; Llip's code keeps it above 1."""
+        """PAPER: the scale is kept from exceeding 100; Llip's code also keeps it above 1."""
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, math.log(100))
 
-    def logged(self, steps: int) -> dict[str, float]:
-        """More figures for the log than the loss: none."""
-        return {}
+    def evaluate(self, model: nn.Module) -> dict[str, dict]:
+        """retrieval: Recall@k; aspects (scenes only): which short captions are true; zeroshot: accuracy."""
+        rows, found = {}, self.found
+        if found.val is not None:
+            rows["retrieval"] = figures(evaluate.retrieval(model, found.val, self.tokenizer), "@")
+        if found.aspects is not None:
+            rows["aspects"] = figures(evaluate.retrieval(model, found.aspects, self.tokenizer), "_")
+        if found.objects is not None:
+            rows["zeroshot"] = evaluate.zeroshot(model, found.objects, self.tokenizer, found.templates)
+        return rows
 
-    def fits(self, loss: float) -> bool:
-        """Whether --overfit succeeded."""
-        return loss < 0.05
+    def state(self) -> dict:
+        return {"state_dict": self.model.state_dict(), "model": pretrained.describe(self.model)}
 
-    def chance(self) -> str:
+    def load(self, saved: dict) -> None:
+        self.model.load_state_dict(saved["state_dict"])
+
+    def expected_loss(self) -> str:
         n = self.c.batch_size
-        if self.c.objective == "infonce":
+        if self.s.objective == "infonce":
             return f"ln {n} = {math.log(n):.2f}; a random CLIP starts a little above"
         b = self.model.logit_bias.item()
         start = math.log1p(math.exp(-b)) + (n - 1) * math.log1p(math.exp(b))
         return f"{start:.2f} at cosine 0: softplus({-b:.2f}) + {n - 1} softplus({b:.2f})"
 
-    def evaluate(self, model: nn.Module) -> dict[str, dict]:
-        """retrieval: Recall@k; aspects (scenes only): which short captions are true; zeroshot: accuracy."""
-        rows = {}
-        if self.val is not None:
-            result = evaluate.retrieval(model, self.val, self.tokenizer)
-            rows["retrieval"] = figures(result, "@")
-        if self.aspects is not None:
-            result = evaluate.retrieval(model, self.aspects, self.tokenizer)
-            rows["aspects"] = figures(result, "_")
-        if self.objects is not None:
-            rows["zeroshot"] = evaluate.zeroshot(model, self.objects, self.tokenizer, self.templates)
-        return rows
+    def overfit_ok(self, loss: float) -> bool:
+        return loss < 0.05
 
 
 def figures(result: dict, mark: str) -> dict:
-    """A retrieval result with only the figures of a kind: "@" Recall@k, "_" those of relevance."""
+    """A retrieval result with one kind of figures only: "@" Recall@k, "_" those of relevance."""
     kept = {k for k in result["chance"] if ("_" if "_" in k else "@") == mark}
     parts = {k: {n: v for n, v in result.get(k, {}).items() if n in kept} for k in ("chance", "ceiling")}
     others = {k: v for k, v in result.items() if k not in result["chance"] and k not in parts}
     return {k: result[k] for k in result["chance"] if k in kept} | parts | others
 
 
-def pair_data(c):
-    """Training pairs; or None: retrieval set, scenes with one-aspect captions, labelled set; templates."""
-    aspects, templates = None, prompts.PHOTO
-    keys = dict(
-        image_root=c.image_root or None,
-        image_key=c.image_key or None,
-        caption_key=c.caption_key or None,
-        allow_outside=c.allow_outside,
-    )
+@dataclass
+class PairData:
+    """The data of a pre-training run; what is missing is None and is not evaluated."""
+
+    train: object
+    val: object = None  # pairs for retrieval
+    aspects: object = None  # scenes with captions about one aspect each
+    objects: object = None  # labelled images for zero-shot classification
+    templates: tuple[str, ...] = templates.PHOTO
+
+
+def pair_data(c) -> PairData:
+    """Raises: ValueError for training data without captions."""
+    keys = dict(image_root=c.image_root or None, allow_outside=c.allow_outside)
+    keys |= dict(image_key=c.image_key or None, caption_key=c.caption_key or None)
     size = c.image_size or CONFIGS[c.model].image_size
     if c.train_data == "scenes":
         look = dict(image_size=size, domains=("photo",))
-        train = scenes.Scenes("train", c.train_size, seed=c.seed, bias=c.bias, **look)
-        val = scenes.Scenes("test", 500, c.test_seed, **look)
-        aspects = scenes.Scenes("test", 500, c.test_seed, captions="aspects", **look)
-        objects = scenes.Objects("test", 960, c.test_seed, **look)
-        templates = scenes.TEMPLATES
+        found = PairData(scenes.Scenes("train", c.train_size, seed=c.seed, bias=c.bias, **look))
+        found.val = scenes.Scenes("test", 500, c.test_seed, **look)
+        found.aspects = scenes.Scenes("test", 500, c.test_seed, captions="aspects", **look)
+        found.objects, found.templates = scenes.Objects("test", 960, c.test_seed, **look), scenes.TEMPLATES
     elif c.train_data == "broad":
-        train, val = scenes.Broad("train", c.train_size, c.seed, size, c.bias), None
-        objects, templates = scenes.Objects("test", 960, c.test_seed, size), scenes.TEMPLATES
+        found = PairData(scenes.Broad("train", c.train_size, c.seed, size, c.bias))
+        found.objects, found.templates = scenes.Objects("test", 960, c.test_seed, size), scenes.TEMPLATES
     else:
-        train = data.open_dataset(c.train_data, default_split="train", **keys)
-        val = objects = None
-        if not hasattr(train, "captions"):
+        found = PairData(data.open_dataset(c.train_data, default_split="train", **keys))
+        if not hasattr(found.train, "captions"):
             raise ValueError(f"{c.train_data}: no captions in it; --method {c.method} learns from pairs")
     if c.val_data:
-        val = data.open_dataset(c.val_data, default_split="test", **keys)
-    elif val is None and c.train_data != "broad" and ".tar" not in c.train_data:
-        held_out = [s for s in ("test", "val") if s in getattr(train, "splits", {})]
-        val = data.open_dataset(c.train_data, held_out[0], **keys) if held_out else None
-    if c.zeroshot_data == "scenes" and objects is None:
-        objects, templates = scenes.Objects("test", 960, image_size=size), scenes.TEMPLATES
+        found.val = data.open_dataset(c.val_data, default_split="test", **keys)
+    elif found.val is None and c.train_data != "broad" and ".tar" not in c.train_data:
+        held_out = [split for split in ("test", "val") if split in getattr(found.train, "splits", {})]
+        found.val = data.open_dataset(c.train_data, held_out[0], **keys) if held_out else None
+    if c.zeroshot_data == "scenes" and found.objects is None:
+        found.objects, found.templates = scenes.Objects("test", 960, image_size=size), scenes.TEMPLATES
     elif c.zeroshot_data and c.zeroshot_data != "scenes":
-        objects = data.open_dataset(c.zeroshot_data, default_split="test")
-        templates = prompts.PHOTO
-    if c.overfit:
-        train, val, aspects, objects = FirstPairs(train, c.overfit), None, None, None
-    return train, val, aspects, objects, templates
+        found.objects = data.open_dataset(c.zeroshot_data, default_split="test")
+        found.templates = templates.PHOTO
+    return PairData(FirstPairs(found.train, c.overfit)) if c.overfit else found
 
 
 class FirstPairs:
-    """The first n pairs with one caption each, the longest: enough to tell them apart by heart."""
+    """The first n pairs, each with its longest caption only, so that they can be told apart."""
 
     def __init__(self, dataset, n: int):
         self.dataset, self.n = dataset, min(n, len(dataset))
@@ -215,10 +239,10 @@ class FirstPairs:
 
 
 def pair_tokenizer(c, captions) -> Tokenizer:
-    """A file's, OpenAI's, the one beside --init, or one learned from the training captions."""
+    """The tokenizer of a file, OpenAI's, the one beside --init, or one learned from the training captions."""
     if c.init:
         if distributed.rank() == 0:
-            pretrained.locate(c.init)  # a download, if it is one, happens once
+            pretrained.locate(c.init)  # one download for all ranks
         distributed.barrier()
         beside = pretrained.tokenizer_beside(pretrained.locate(c.init))
         if beside is not None and not c.vocab:
@@ -226,6 +250,181 @@ def pair_tokenizer(c, captions) -> Tokenizer:
     small = CONFIGS[c.model].vocab_size != 49408 and not c.init
     vocab = c.vocab or ("learn" if small else "openai")
     if vocab == "learn":
-        texts = (text for some in captions for text in some)
-        return Tokenizer.learn(texts, CONFIGS[c.model].vocab_size)
+        return Tokenizer.learn((text for texts in captions for text in texts), CONFIGS[c.model].vocab_size)
     return Tokenizer.from_openai() if vocab == "openai" else pretrained.tokenizer_for("", vocab)
+
+
+def starting_point(c, vocab_size: int):
+    """The sizes of --model, for random weights, or the model of --init."""
+    if not c.init:
+        config = CONFIGS[c.model]
+        return replace(config, image_size=c.image_size or config.image_size, vocab_size=vocab_size)
+    model = pretrained.load(c.init)
+    check_image_size(c, model.config.image_size)
+    return model
+
+
+def check_image_size(c, size: int) -> None:
+    if c.image_size not in (0, size):
+        raise ValueError(f"--image-size {c.image_size}, but {c.init} has {size}: leave it out")
+
+
+# Fine-tuning on classes -------------------------------------------------------------------------------------
+
+
+class LabelTask(Task):
+    """Fine-tuning a CLIP on labelled images."""
+
+    unit = "images"
+
+    def __init__(self, c, s):
+        super().__init__(c, s)
+        self.average, self.zero_shot, self.beta = None, None, getattr(s, "bma_beta", 0.0)
+        if c.vocab == "learn":
+            raise ValueError("--vocab learn: a checkpoint keeps the vocabulary it was trained with")
+        self.tokenizer = pair_tokenizer(c, ())
+        # all ranks may encode classes together, which NCCL does on GPUs only
+        clip = pretrained.load(c.init).to(distributed.setup(c.device))
+        try:
+            require_clip(clip)
+        except ValueError as error:
+            raise ValueError(f"{c.init}: {error}") from None
+        self.clip, self.config = clip, clip.config
+        check_image_size(c, self.config.image_size)
+        self.protocol = protocol.protocol(
+            c.train_data,
+            c.open_task,
+            c.target_domain,
+            whole=c.whole_target,
+            shots=c.shots,
+            seed=c.seed,
+            image_root=c.image_root or None,
+            allow_outside=c.allow_outside,
+            image_size=self.config.image_size,
+            size=c.train_size,
+            bias=c.bias,
+            test_seed=c.test_seed,
+        )
+        self.train = self.protocol.train
+        self.templates = protocol.templates(c.train_data)
+        if c.template:
+            self.templates = evaluate.read_templates([c.template])
+        names = self.train.classes
+        with evaluate.evaluating(clip):
+            text = evaluate.encode_classes(clip, self.tokenizer, names, self.templates)  # (C, E)
+        classes = Classes(names, self.templates, self.tokenizer, text)
+        self.model = METHODS[c.method].module.build(s, clip, classes)
+        self.mixed = bool(self.model.learned())  # prompts and TeS draw from all domains alike
+        if c.overfit or self.mixed:
+            self.train = first_images(self.train, c.overfit or len(self.train))
+        self.domains = len(set(getattr(self.train, "domains", None) or [0]))
+        self.check()
+
+    def check(self) -> None:
+        """Raises: ValueError for batches, chunks or ranks that the method or the data cannot have."""
+        c, model = self.c, self.model
+        if c.batch_size % self.domains:
+            near = max(c.batch_size // self.domains, 1) * self.domains
+            raise ValueError(
+                f"--batch-size {c.batch_size} is not divisible by {self.domains} source domains: try {near}"
+            )
+        if model.whole_batch and c.accumulate > 1:
+            raise ValueError(f"--accumulate {c.accumulate}: the loss of {c.method} needs the whole batch")
+        if not model.new_classes and c.open_task != "domain-shift":
+            raise ValueError(
+                f"--open-task {c.open_task}: what {c.method} learns with these flags scores no new classes"
+            )
+        if model.one_process and distributed.world_size() > 1:
+            raise ValueError(f"{c.method} has a BatchNorm, which must see the whole batch: use one process")
+
+    def begin(self, c) -> None:
+        self.c = c
+        if self.beta:
+            self.average = BetaMovingAverage(self.clip, c.steps, self.beta)
+
+    def batches(self, start: int) -> data.Batches:
+        # scenes are random already, and --overfit must see the same images again
+        fixed = self.c.overfit or hasattr(self.train, "pixels") or self.c.crop_scale == 1
+        crop = data.RandomCrop(self.config.image_size, (self.c.crop_scale, 1.0), True, "bilinear")
+        return data.domain_batches(
+            self.train,
+            image_size=self.config.image_size,
+            batch_size=self.c.batch_size // self.domains,
+            seed=self.c.seed,
+            start_step=start,
+            rank=distributed.rank(),
+            world=distributed.world_size(),
+            workers=self.c.workers,
+            augment=False if fixed else crop,
+        )
+
+    def step(self, model: nn.Module, batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses are means over images, so the mean over chunks is exact."""
+        chunks = self.c.accumulate
+        images, labels = (x.to(device, non_blocking=True) for x in (batch.images, batch.labels))
+        parts, total, sums = list(zip(images.chunk(chunks), labels.chunk(chunks))), 0.0, {}
+        for k, (x, y) in enumerate(parts, 1):
+            synchronise = k == len(parts) or not isinstance(model, DistributedDataParallel)
+            with contextlib.nullcontext() if synchronise else model.no_sync():
+                with self.autocast():
+                    loss, logs = model(x, y)
+                (loss / chunks).backward()
+            total = total + loss.detach() / chunks
+            for name, value in logs.items():
+                sums[name] = sums.get(name, 0.0) + value / chunks
+        return total, sums
+
+    def after_step(self) -> None:
+        if self.average is not None:
+            self.average.update(self.clip)
+
+    def evaluate(self, model: nn.Module) -> dict[str, dict]:
+        """The start, the fine-tuned model, and its average, which is then the reported model."""
+        if self.zero_shot is None:
+            start = pretrained.load(self.c.init).to(next(model.parameters()).device)
+            self.zero_shot = self.score(start if self.mixed else self.model.dual_encoder(start))
+        rows = {"zero-shot": self.zero_shot, "fine-tuned": self.score(self.model.dual_encoder())}
+        if self.average is not None:
+            rows["averaged"] = self.score(self.model.dual_encoder(self.average.average))
+        return rows
+
+    def score(self, model: nn.Module) -> dict:
+        return open_world.evaluate_protocol(model, self.protocol, self.tokenizer, self.templates)
+
+    def state(self) -> dict:
+        """The reported CLIP is "state_dict", so that a run loads as a CLIP; "task" holds everything else."""
+        reported = self.clip if self.average is None else self.average.average
+        more = {"classes": list(self.protocol.train.classes), "templates": list(self.templates)}
+        more["learned"] = self.model.learned()
+        if self.average is not None:
+            more |= {"clip": self.clip.state_dict(), "average": self.average.state_dict()}
+        return {"state_dict": reported.state_dict(), "model": pretrained.describe(reported), "task": more}
+
+    def load(self, saved: dict) -> None:
+        more = saved["task"]
+        self.clip.load_state_dict(more.get("clip", saved["state_dict"]))
+        self.model.load_learned(more["learned"])
+        if self.average is not None:
+            self.average.load_state_dict(more["average"])
+
+    def expected_loss(self) -> str:
+        parts = [self.model.first_loss(len(self.train.classes), self.c.batch_size), self.model.starts_as]
+        if self.model.loss_terms:
+            parts.append(f"the logged loss is {self.model.loss_terms}, and this is its first term")
+        return "; ".join(filter(None, parts))
+
+    def overfit_ok(self, loss: float) -> bool:
+        """Smoothed targets keep the loss above 0, so the predictions decide."""
+        place, _ = evaluate.classify(self.model.dual_encoder(), self.train, self.tokenizer, self.templates)
+        return bool((place == 0).all())
+
+
+def first_images(dataset, n: int) -> data.Subset:
+    """n images, evenly spread because folders are sorted by class, as one domain."""
+    n = min(n, len(dataset))
+    part = data.Subset(dataset, [k * len(dataset) // n for k in range(n)])
+    part.domains = None
+    return part
+
+
+TASKS = {"pairs": PairTask, "labels": LabelTask}

@@ -11,13 +11,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 import pretrained
+from baselines.methods import METHODS
 from clipood import Classes
 from weights import archive
-
-try:
-    from baselines.methods import METHODS
-except ImportError:  # until the list of methods exists
-    METHODS = {}
 
 
 @dataclass(frozen=True)
@@ -83,6 +79,4 @@ def run_config(source: str) -> dict:
 def fine_tuned(config: dict) -> bool:
     """Whether a run was fine-tuned on labelled images."""
     name = config.get("method")
-    if not METHODS:  # until the list of methods exists
-        return name in "finetune labelsmooth clipood alignclip flyp coop cocoop maple tes".split()
     return name in METHODS and METHODS[name].module.TASK == "labels"

@@ -62,7 +62,7 @@ def pair_bytes(model: DualEncoder, objective: str, rows: int, columns: int) -> i
     if not M:
         return logits
     squares = 4 * E * E
-    if tiles.form(columns, M, model.heads, E) == "gram":
+    if tiles.tile_form(columns, M, model.heads, E) == "gram":
         squares += 3 * (model.heads * M) ** 2
     features = 4 * rows * M * E + 14 * columns * E
     tile = tiles.GPU_TILES * tiles.TILE_BYTES

@@ -1,8 +1,10 @@
-"""The contrastive training step: any number of ranks, any number of chunks, one and the same gradient.
+"""The contrastive training step on any number of ranks and in any number of chunks, with one exact gradient.
 
-Radford et al. 2021 (arXiv:2103.00020), section 2.5, shards the loss over ranks; Gao et al. 2021
-(arXiv:2101.06983), GradCache, splits a rank's batch into chunks. Both are exact here: each rank computes
-its rows against every rank's columns, and the gather carries gradients (distributed.py).
+Radford et al. 2021 (arXiv:2103.00020), section 2.5, distributes the loss over ranks. GradCache (Gao et al.
+2021, arXiv:2101.06983) computes a rank's batch in chunks. Both are exact here: each rank computes its rows
+against the columns of all ranks, and the gather carries gradients (distributed.py).
+
+The plain step for one process and one chunk is in tasks.py; a test compares the two.
 """
 
 import contextlib
@@ -14,31 +16,34 @@ from torch.nn.parallel import DistributedDataParallel
 import losses
 from model import DualEncoder
 from scale import distributed
+from scale.llip_tiles import TiledLlip
 
 
-def sides_of(side) -> tuple[Tensor, ...]:
-    return side if isinstance(side, tuple) else (side,)
+def parts_of(features) -> tuple[Tensor, ...]:
+    """Features as a tuple of tensors: Llip's are one already."""
+    return features if isinstance(features, tuple) else (features,)
 
 
-def float_side(side):
-    """fp32 from here on: normalisation, logits and losses are never computed in half precision."""
-    full = tuple(losses.at_least_fp32(x) for x in sides_of(side))
-    return full if isinstance(side, tuple) else full[0]
+def float_features(features):
+    """At least fp32 from here on: normalisation, logits and losses are never computed in half precision."""
+    full = tuple(losses.at_least_fp32(x) for x in parts_of(features))
+    return full if isinstance(features, tuple) else full[0]
 
 
 def contrastive_loss(model: nn.Module, image_side, text_side, objective: str) -> Tensor:
-    """This rank's rows of the global loss: local images against every rank's texts.
+    """This rank's rows of the global loss: local images against the texts of all ranks.
 
-    Only text travels (and for InfoNCE the logits' other half); the mean over ranks is the global loss.
+    Only text is sent, and for InfoNCE the other half of the logits. The mean over ranks is the global loss.
     """
-    rows, texts = len(sides_of(image_side)[0]), distributed.gather(text_side)
-    offset = distributed.rank() * rows  # column of the first row's pair
-    if objective == "siglip" and getattr(model, "pair_loss", None):
-        # SPEED: tile by tile, where a model offers it because its pairs are costly
+    rows, texts = len(parts_of(image_side)[0]), distributed.gather(text_side)
+    # column of the first row's pair
+    offset = distributed.rank() * rows
+    if objective == "siglip" and isinstance(model, TiledLlip):
 
         def part(logits: Tensor, row: int, column: int) -> Tensor:
             return losses.siglip_sum(logits, offset + row - column)
 
+        # SPEED: the gradient of each tile is taken at once
         return model.pair_loss(image_side, texts, part) / rows
     logits = model.pair_logits(image_side, texts)  # (B, G)
     if objective == "siglip":
@@ -54,18 +59,18 @@ def training_step(
     chunks: int = 1,
     autocast=contextlib.nullcontext,
 ) -> Tensor:
-    """Forward and backward of one step; gradients are left in .grad, to be averaged over ranks by DDP.
+    """Forward and backward of one step; gradients are left in .grad, where DDP averages them over ranks.
 
     chunks > 1 is GradCache (Gao et al. 2021, arXiv:2101.06983), exact in every gradient:
-        1. encode every chunk without a graph;  2. the loss of all pairs and its gradient with respect
-        to the sides (and to the parameters behind them, as logit_scale);  3. encode each chunk again
-        and push its part of that gradient through the tower.
-    Averaging the losses of chunks instead would drop the negatives between them (cosine 0.86 to this).
+        1. encode every chunk without a graph;  2. compute the loss of all pairs and its gradient with respect
+        to the features (and to the parameters after them, as logit_scale);  3. encode each chunk again and
+        push its part of that gradient through the tower.
+    The mean of the chunks' losses would drop the negatives between chunks (cosine 0.86 to this gradient).
     Args:    images (B, 3, S, S), tokens (B, L) of this rank, the same B on every rank
              model: a dual encoder, or DistributedDataParallel around one;  objective "infonce" | "siglip"
-             autocast: context manager for the towers' precision
+             autocast: context manager for the precision of the towers
     Returns: () this rank's loss, detached.
-    Cost:    chunks > 1 adds one forward pass of the towers, and holds both sides three times (by chunk,
+    Cost:    chunks > 1 adds one forward pass of the towers, and holds all features three times (by chunk,
              joined, gradients): 24 B E bytes for CLIP, 24 B E (M + 1) for Llip.
     Raises:  ValueError if B is not divisible by chunks, or the objective is unknown.
     """
@@ -79,37 +84,43 @@ def training_step(
     def encode(through, x, t, *after_text):
         with autocast():
             image_side, text_side = through(x, t, *after_text)
-        return float_side(image_side), text_side if after_text else float_side(text_side)
+        return float_features(image_side), text_side if after_text else float_features(text_side)
 
     if chunks == 1:
-        # SPEED: texts travel while the images are encoded, their gradients while the images' go back
-        after_text = [lambda side: distributed.start_gather(float_side(side))]
+        # SPEED: texts are sent while images are encoded, and their gradients during the images' backward pass
+        after_text = [lambda features: distributed.start_gather(float_features(features))]
         after_text *= distributed.world_size() > 1 and isinstance(inner, DualEncoder)
         loss = contrastive_loss(inner, *encode(model, images, tokens, *after_text), objective)
         loss.backward()
         return loss.detach()
 
+    # 1. all features, without a graph
     parts = list(zip(images.chunk(chunks), tokens.chunk(chunks)))
     with torch.no_grad():
-        encoded = [[sides_of(side) for side in encode(inner, *part)] for part in parts]
+        encoded = [[parts_of(features) for features in encode(inner, *part)] for part in parts]
     full = [
-        tuple(torch.cat(xs).requires_grad_() for xs in zip(*(sides[which] for sides in encoded)))
+        tuple(torch.cat(xs).requires_grad_() for xs in zip(*(features[which] for features in encoded)))
         for which in (0, 1)
     ]
     del encoded
-    image_side, text_side = (side if len(side) > 1 else side[0] for side in full)
+
+    # 2. the loss, and its gradient with respect to the features and to the parameters after them
+    image_side, text_side = (features if len(features) > 1 else features[0] for features in full)
     loss = contrastive_loss(inner, image_side, text_side, objective)
     leaves, parameters = [*full[0], *full[1]], [p for p in inner.parameters() if p.requires_grad]
     grads = torch.autograd.grad(loss, leaves + parameters, allow_unused=True)
+
+    # 3. each chunk again, with a graph
     rows = len(images) // chunks
     for n, part in enumerate(parts):
         last = n == chunks - 1
         with model.no_sync() if wrapped and not last else contextlib.nullcontext():
-            sides = [x for side in encode(model, *part) for x in sides_of(side)]
+            features = [x for side in encode(model, *part) for x in parts_of(side)]
             own = [g[n * rows : (n + 1) * rows] for g in grads[: len(leaves)]]
-            surrogate = sum((x * g).sum() for x, g in zip(sides, own))
-            if last:  # TRAP: the parameters behind the sides must take part in the backward that DDP reduces
-                behind = zip(parameters, grads[len(leaves) :])
-                surrogate = surrogate + sum((p * g).sum() for p, g in behind if g is not None)
+            surrogate = sum((x * g).sum() for x, g in zip(features, own))
+            if last:
+                # TRAP: the parameters after the features must take part in the backward pass that DDP reduces
+                after = zip(parameters, grads[len(leaves) :])
+                surrogate = surrogate + sum((p * g).sum() for p, g in after if g is not None)
             surrogate.backward()
     return loss.detach()

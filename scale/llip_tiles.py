@@ -1,43 +1,46 @@
-"""Llip's cosines of all pairs without the features of any pair: SPEED's side of llip.py.
+"""The tiled form of Llip: the cosines of all pairs without the image features z of any pair.
 
-The plain form (llip.Llip.pair_cosines) mixes, projects by W_O, normalises and takes an inner product: E
-numbers and E^2 multiply-adds for every pair, 80 to 92 % of its cost in W_O. Here, with u_j = W_O t_j once
-per caption, t_j unit, and A = W_O W_O^T once per batch, the same number is a ratio of two forms in one
-vector x of the pair:
+The plain form (llip.Llip.pair_logits) mixes, projects by W_O, normalises and takes an inner product. A pair
+takes E stored numbers and E^2 multiply-adds, and W_O is 80 to 92 % of the cost. Here u_j = W_O t_j is
+computed once per caption, with t_j unit, and A = W_O W_O^T once per batch. The same cosine is then a ratio of
+two forms in one vector x of the pair:
 
     cos(z_ij, t_j) = <x, l> / sqrt(x^T S x)
 
-    form     x                            l                         S                        for
-    "value"  y_ij = sum_k Phi_k V_k (E)   u_j                       A             (E, E)     many tokens
-    "gram"   Phi_ij              (H M)    <V_ik^m, u_j^m>  (H M)    G_i = V A V^T (HM, HM)   few tokens
+    tile form  x                            l                         S                        for
+    "value"    y_ij = sum_k Phi_k V_k (E)   u_j                       A             (E, E)     many tokens
+    "gram"     Phi_ij              (H M)    <V_ik^m, u_j^m>  (H M)    G_i = V A V^T (HM, HM)   few tokens
 
-So z is never formed. A pair costs 4 M E + 2 E^2 FLOPs in the first form and 4 M E + 2 (H M)^2 in the second,
-which pays an image 2 M E^2 + 2 H M^2 E besides for G_i (V block-diagonal over heads); a training step takes
-three times the first term and twice the others. The second wins where H M < E, tokens < head width, if there
-are captions enough to share G_i: `form` decides, `python bench.py llip` measures the break-even.
+z is never formed. A pair costs 4 M E + 2 E^2 FLOPs in the first form and 4 M E + 2 (H M)^2 in the second. The
+second form also costs 2 M E^2 + 2 H M^2 E per image for G_i (V is block-diagonal over heads). A training step
+takes three times the first term and twice the others. The second form is cheaper where H M < E and enough
+captions share G_i: tile_form decides.
 
-Pairs are taken in tiles of some images and some captions, small enough for a cache, and forgotten:
+Pairs are computed in tiles of some images and some captions that fit a cache, and are then dropped:
     cosines     any loss on top; the backward pass computes every tile again
-    tiled_loss  a loss that is a sum over pairs (losses.siglip_sum): the gradient of a tile is known as
-                soon as the tile is: nothing is computed again, and not even all logits are held
-Precision: fp32 (or fp64), never autocast. x^T S x rounds by eps (sum of |terms| / |z|^2), the plain form by
-its root; for random features the two differ in the sixth digit. |z| is clamped at 1e-12 as F.normalize does.
+    tiled_loss  a loss that is a sum over pairs (losses.siglip_sum). The gradient of a tile is taken at once:
+                nothing is computed twice, and not even all logits are stored
+Precision: fp32 or fp64, never autocast. x^T S x rounds by eps (sum of |terms| / |z|^2), the plain form by its
+root; for random features the two differ in the sixth digit. |z| is clamped at 1e-12 as in F.normalize.
 """
 
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-TILE_BYTES = 16 << 20  # what the pairs of a tile may take: half of a CPU's last cache
-GPU_TILES = 64  # times as much on a GPU, which wants few and large kernels
-TILE_TEXTS = 256  # captions in a tile, at most; times 16 on a GPU
+from llip import PLAIN_BYTES, Llip, plain_bytes
+from losses import at_least_fp32
+
+TILE_BYTES = 16 << 20  # memory of a tile: half of the last cache of a CPU
+GPU_TILES = 64  # times as much on a GPU, where few large kernels are faster
+TILE_TEXTS = 256  # most captions in a tile; times 16 on a GPU
 
 
-def form(texts: int, tokens: int, heads: int, width: int) -> str:
-    """Which of the two forms takes fewer multiply-adds for these pairs, as a training step counts them."""
+def tile_form(texts: int, tokens: int, heads: int, width: int) -> str:
+    """The form that takes fewer multiply-adds for these pairs in a training step."""
     wide = heads * tokens
     setup = tokens * width**2 + heads * tokens**2 * width  # G_i, shared by an image's captions
     return "gram" if wide**2 + 1.5 * setup / max(1, texts) < width**2 else "value"
@@ -46,9 +49,10 @@ def form(texts: int, tokens: int, heads: int, width: int) -> str:
 def flops(images: int, texts: int, tokens: int, heads: int, width: int, train: bool, which: str = "") -> int:
     """FLOPs of cosines (or with train of tiled_loss, both passes), two per multiply-add.
 
-    As torch's FlopCounterMode counts them: matrix products only.  which: a form, else the one taken
+    Only matrix products count, as in torch's FlopCounterMode.
+    Args: which: a tile form; empty: the one that tile_form chooses
     """
-    which = which or form(texts, tokens, heads, width)
+    which = which or tile_form(texts, tokens, heads, width)
     wide = heads * tokens if which == "gram" else width
     linear = 2 * 2 * tokens * width  # scores and, over values, either mixture or <V, u>
     setup = 2 * images * (tokens * width**2 + heads * tokens**2 * width) * (which == "gram")
@@ -73,8 +77,9 @@ def tile_shape(keys: Tensor, texts: int) -> tuple[int, int]:
 class Cosine(torch.autograd.Function):
     """<x, l> / sqrt(x^T S x) for every column: x (I, F, J), l (I or 1, F, J), S (I or 1, F, F) -> (I, J).
 
-    SPEED: by hand for S x alone: the forward pass's product serves the backward pass, where autograd would
-    multiply by S again: 2 F^2 multiply-adds a pair for both passes and not 3. S must be symmetric.
+    SPEED: the gradient is written by hand because the product S x of the forward pass serves the backward
+    pass. Autograd would multiply by S again: 3 F^2 multiply-adds a pair in both passes instead of 2.
+    S must be symmetric.
         d x = g / |z| (l - cos / |z| S x)      d S = -1/2 sum_j g cos / |z|^2 x_j x_j^T
     """
 
@@ -125,20 +130,22 @@ def tile_cosines(keys, values, queries, u, S, by_gram: bool) -> Tensor:
 def sweep(inputs: tuple, temperature: float, visit: Callable, train: bool = False) -> tuple | None:
     """Calls visit(cosines (I, J), first row, first column) for every tile.
 
-    Args:    inputs keys, values (B, H, M, K), queries (N, H, K), text (N, E), W_O (E, E)
-             train: visit must call backward on the cosines it is given
-    Returns: the gradients of the inputs if train.
+    Args:    inputs: keys, values (B, H, M, K), queries (N, H, K), text (N, E), W_O (E, E)
+             train: visit must call backward on the cosines
+    Returns: the gradients of the inputs if train, else None.
     """
 
-    def leaf(x: Tensor) -> Tensor:  # a graph for each tile, and .grad where tiles meet
+    def leaf(x: Tensor) -> Tensor:
+        # every tile has its own graph; .grad collects the sum over tiles
         return x.detach().requires_grad_(train)
 
     keys, values, queries, text, weight = inputs
     _, H, M, _ = keys.shape
     rows, columns = tile_shape(keys, len(queries))
-    by_gram = form(len(queries), M, H, len(weight)) == "gram"
+    by_gram = tile_form(len(queries), M, H, len(weight)) == "gram"
     grads = [torch.empty_like(x) for x in (keys, values)] if train else None
-    device = "cuda" if keys.is_cuda else "cpu"  # TRAP: autocast knows no meta device
+    # TRAP: autocast fails on the meta device
+    device = "cuda" if keys.is_cuda else "cpu"
     with torch.set_grad_enabled(train), torch.autocast(device, enabled=False):
         text, weight = leaf(text), leaf(weight)
         u = F.normalize(text, dim=-1) @ weight.t()  # (N, E)
@@ -192,10 +199,10 @@ class _Cosines(torch.autograd.Function):
 def cosines(
     keys: Tensor, values: Tensor, queries: Tensor, text: Tensor, weight: Tensor, temperature: float
 ) -> Tensor:
-    """cos(z_ij, t_j) of every pair; the plain twin is llip.Llip.pair_cosines.
+    """cos(z_ij, t_j) of every pair; the plain form is llip.Llip.pair_logits.
 
     Args:    keys, values (B, H, M, K), queries (N, H, K), text (N, E), weight W_O (E, E), of one dtype
-    Returns: (B, N). Memory beside it: one tile. The backward pass computes every tile once more.
+    Returns: (B, N). Needs the memory of one tile more. The backward pass computes every tile again.
     """
     return _Cosines.apply(temperature, keys, values, queries, text, weight)
 
@@ -222,20 +229,60 @@ class _TiledLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
         if ctx.grads is None:
-            raise RuntimeError("the gradient of a tiled loss can be taken once: it is given away")
+            raise RuntimeError("the gradient of a tiled loss can be taken only once")
         grads, ctx.grads = ctx.grads, None
-        # SPEED: in place, or the largest tensors of a step, keys' and values' gradients, were there twice
+        # SPEED: in place, or the gradients of keys and values, the largest tensors of a step, exist twice
         return None, None, None, *(g.mul_(grad) for g in grads)
 
 
 def tiled_loss(inputs: tuple, temperature: float, loss: Callable, parameters: list) -> Tensor:
     """Sum over tiles of loss(cosines (I, J), first row, first column), its gradient taken tile by tile.
 
-    Args:    inputs as cosines';  parameters: what loss uses besides, all of them needing a gradient
-    Returns: () with a graph of one node: the forward pass has done the work of both.
+    Args:    inputs as in cosines;  parameters: others that the loss uses, all of which need a gradient
+    Returns: () with a graph of one node: the forward pass has already computed the gradient.
     """
     if torch.is_grad_enabled():
         return _TiledLoss.apply(loss, temperature, len(parameters), *inputs, *parameters)
     parts = []
     sweep(inputs, temperature, lambda *tile: parts.append(loss(*tile)))
     return sum(parts)
+
+
+class TiledLlip(Llip):
+    """Llip whose pairs are computed tile by tile. It adds no state, so a Llip can change its class."""
+
+    def inputs(self, image_side: tuple, text_side: tuple) -> tuple:
+        """What the cosines of pairs depend on, of one dtype and never in half precision."""
+        return tuple(at_least_fp32(x) for x in (*image_side, *text_side, self.pred.out_proj))
+
+    def pair_logits(self, image_side: tuple, text_side: tuple) -> Tensor:
+        """As Llip.pair_logits: (B_img, B_txt)."""
+        return self.scale_logits(cosines(*self.inputs(image_side, text_side), self.temperature))
+
+    def pair_loss(self, image_side: tuple, text_side: tuple, loss: Callable) -> Tensor:
+        """A loss that is a sum over pairs, its gradient taken tile by tile: ().
+
+        Args: loss(logits (I, J), first row, first column) -> () for a tile.
+        """
+        scaling = [p for p in (self.logit_scale, self.logit_bias) if p is not None]
+        return tiled_loss(
+            self.inputs(image_side, text_side),
+            self.temperature,
+            lambda cosines, row, column: loss(self.scale_logits(cosines), row, column),
+            [p for p in scaling if p.requires_grad],
+        )
+
+
+def select(model: nn.Module, pairs: str, rows: int, columns: int) -> nn.Module:
+    """Gives a Llip the plain or the tiled form of its pairs; any other model is returned as it is.
+
+    Args:   pairs: "plain", "tiled", or "auto": tiled where the plain form would hold more than PLAIN_BYTES
+            rows, columns: local images, texts of all ranks
+    Raises: ValueError for another value of pairs.
+    """
+    if pairs not in ("auto", "plain", "tiled"):
+        raise ValueError(f"--pairs {pairs}: expected auto, plain or tiled")
+    if type(model) in (Llip, TiledLlip):
+        large = plain_bytes(model, rows, columns) > PLAIN_BYTES
+        model.__class__ = TiledLlip if pairs == "tiled" or (pairs == "auto" and large) else Llip
+    return model

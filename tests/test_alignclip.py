@@ -40,13 +40,13 @@ def gradients(clip, loss):
     return {k: p.grad.clone() for k, p in clip.visual.named_parameters() if p.grad is not None}
 
 
-def plain_twin(visual, images, kind, dual_from, layers):
+def plain_twin(visual, images, kind, first_dual_block, layers):
     """Both paths without sharing anything: attention called twice, weights taken whole."""
     x, z, weights = visual.embed(images), None, []
     for i, block in enumerate(visual.transformer.resblocks):
-        if i == dual_from:
+        if i == first_dual_block:
             z = x
-        if i >= dual_from:
+        if i >= first_dual_block:
             z = z + block.attn(block.ln_1(x), kind)
         x, attn = block(x, need_weights=True)
         if i < layers:
@@ -158,7 +158,7 @@ def test_branch_is_the_one_of_clip_surgery(golden_arrays, kind, recorded):
     prefix = "w.visual."
     visual.load_state_dict({k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)})
     with torch.no_grad():
-        x, z, _ = two_paths(visual, visual.embed(g["in.image"]), kind, dual_from=2, layers=0)
+        x, z, _ = two_paths(visual, visual.embed(g["in.image"]), kind, first_dual_block=2, layers=0)
         expected = g["out." + recorded]
         torch.testing.assert_close(visual.head(z[:, 1:]), expected[:, 1:], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(visual.head(x[:, 0]), expected[:, 0], rtol=1e-4, atol=1e-4)
@@ -169,11 +169,11 @@ def test_branch_is_the_one_of_clip_surgery(golden_arrays, kind, recorded):
 
 
 @pytest.mark.parametrize("kind", BRANCHES)
-@pytest.mark.parametrize("dual_from, layers", [(2, 2), (0, 4), (3, 1)])
-def test_shared_values_equal_two_plain_passes(clip, batch, kind, dual_from, layers):
+@pytest.mark.parametrize("first_dual_block, layers", [(2, 2), (0, 4), (3, 1)])
+def test_shared_values_equal_two_plain_passes(clip, batch, kind, first_dual_block, layers):
     images, visual = batch[0], clip.visual
-    x, z, rows = two_paths(visual, visual.embed(images), kind, dual_from, layers)
-    x1, z1, weights = plain_twin(visual, images, kind, dual_from, layers)
+    x, z, rows = two_paths(visual, visual.embed(images), kind, first_dual_block, layers)
+    x1, z1, weights = plain_twin(visual, images, kind, first_dual_block, layers)
     torch.testing.assert_close(x, x1, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(z, z1, rtol=1e-5, atol=1e-5)
     assert len(rows) == len(weights) == layers
@@ -262,10 +262,10 @@ def test_gradcheck_of_the_loss(clip, text, batch, name, similarity):
     """The gradient of the whole loss equals finite differences, in fp64."""
     method = AlignCLIP(clip.double(), text.double(), similarity=similarity)
     images, labels = batch[0].double(), batch[1]
-    parameter = clip.visual.get_parameter(name).detach().clone().requires_grad_()
+    parameter = clip.get_parameter(name).detach().clone().requires_grad_()
 
     def loss(x):
-        return functional_call(method, {f"clip.visual.{name}": x}, (images, labels))[0]
+        return functional_call(method, {f"clip.{name}": x}, (images, labels))[0]
 
     assert loss(parameter).dtype == torch.float64
     assert torch.autograd.gradcheck(loss, parameter)
@@ -276,7 +276,7 @@ def test_loss_is_the_sum_of_its_parts(clip, text, batch):
     (images, labels), visual = batch, clip.visual
     method = AlignCLIP(clip, text, guidance_temperature=0.1, weight=3.0)
     loss, logs = method(images, labels)
-    x, z, weights = plain_twin(visual, images, "dv", method.dual_from, method.layers)
+    x, z, weights = plain_twin(visual, images, "dv", method.first_dual_block, method.layers)
     image, guide = unit(visual.head(x)), unit(visual.head(z))
     maps, guides = image[:, 1:] @ text.t(), guide[:, 1:] @ text.t()
     expected = {
@@ -346,7 +346,7 @@ def test_options_have_an_effect(clip, text, batch):
         {"branch": "vvv"},
         {"branch": "qqv"},
         {"branch": "kkv"},
-        {"dual_from": 2},
+        {"first_dual_block": 2},
         {"layers": 2},
         {"margin": 0.1},
         {"epsilon": 0.5},
@@ -419,7 +419,7 @@ def test_cost_of_the_branch_in_flops(clip, text, batch):
 def test_defaults_are_the_papers_for_twelve_blocks(text):
     config = Config(16, 8, 4, 8, 12, 2, 8, 8, 16, 8, 1, 2, 8)
     method = AlignCLIP(CLIP(config), text)
-    assert (method.dual_from, method.layers, method.weight) == (6, 5, 10.0)
+    assert (method.first_dual_block, method.layers, method.weight) == (6, 5, 10.0)
 
 
 @pytest.mark.parametrize("depth, first", [(1, 0), (3, 1), (4, 1), (12, 6), (24, 18)])
@@ -429,17 +429,17 @@ def test_maps_show_the_branch_that_was_trained(text, depth, first):
     clip = CLIP(Config(16, 8, 4, 8, depth, 2, 8, 8, 16, 8, 1, 2, 8))
     method, images = AlignCLIP(clip, text), torch.randn(2, 3, 8, 8)
     with torch.no_grad():
-        _, z, _ = two_paths(clip.visual, clip.visual.embed(images), "dv", method.dual_from, 0)
+        _, z, _ = two_paths(clip.visual, clip.visual.embed(images), "dv", method.first_dual_block, 0)
         drawn = dense_features(clip.visual, images, "alignclip")
         torch.testing.assert_close(clip.visual.head(z)[:, 1:], drawn[:, 1:])
-    assert method.dual_from == first
+    assert method.first_dual_block == first
 
 
 def test_user_mistakes(clip, text):
     wrong = (
         ({"branch": "qkv"}, "branch"),
         ({"similarity": "mean"}, "similarity"),
-        ({"dual_from": 4}, "4 blocks"),
+        ({"first_dual_block": 4}, "4 blocks"),
         ({"layers": 5}, "4 blocks"),
         ({"layers": 0}, "4 blocks"),
         ({"smoothing": "soft"}, "form"),

@@ -272,7 +272,7 @@ def test_average_resumes_exactly():
     with pytest.raises(ValueError, match="6 steps"):
         resumed.update(steps[0])
     for other in (BetaMovingAverage(steps[0], 7), BetaMovingAverage(steps[0], 6, beta=0.1)):
-        with pytest.raises(ValueError, match="cannot go on"):
+        with pytest.raises(ValueError, match="cannot continue"):
             other.load_state_dict(half.state_dict())
     with pytest.raises(ValueError, match="beta"):
         BetaMovingAverage(steps[0], 6, beta=0.0)

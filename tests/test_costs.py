@@ -23,7 +23,7 @@ from evals import surgery
 from lab import bench
 from llip import Llip, PooledTokens
 from model import CLIP, CONFIGS, Config, tower_flops
-from scale.gradcache import sides_of
+from scale.gradcache import parts_of
 
 CONFIG = Config(32, 16, 4, 24, 4, 2, 40, 20, 50, 16, 3, 2, 56)
 C, B, E, P = 5, 6, CONFIG.embed_dim, CONFIG.patches
@@ -139,7 +139,7 @@ def test_alignclips_docstring_on_the_papers_tower():
     found = [100 * x / plain for x in (dv - plain, vvv - plain, last)]
     assert found == pytest.approx([10.7, 12.9, 5.6], abs=0.05)
     assert "10.7 % more" in AlignCLIP.__doc__ and "12.9 % with vvv" in AlignCLIP.__doc__
-    assert "5.6 are" in AlignCLIP.__doc__
+    assert "5.6 % of these" in AlignCLIP.__doc__
 
 
 def test_losses_that_multiply(batch):
@@ -203,4 +203,4 @@ def test_features_that_gradcache_keeps(clip, batch, tokens):
     M = 3
     for model, numbers in [(clip, 2 * B * E), (Llip(CONFIG, M, 2), 2 * B * E * (M + 1))]:
         sides = model(batch[0], tokens[LABELS])
-        assert sum(x.numel() for side in sides for x in sides_of(side)) == numbers
+        assert sum(x.numel() for side in sides for x in parts_of(side)) == numbers

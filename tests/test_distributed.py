@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import losses
 from lab.bench import counted_bytes
-from llip import LatentTextLlip, Llip, PooledTokens
+from llip import Llip, PooledTokens
 from model import CLIP, Config
 from scale import costs, distributed
 from scale.gradcache import contrastive_loss, training_step
@@ -31,7 +31,6 @@ MODELS = {
     "clip siglip": lambda: CLIP(SIZES, scale=10.0, bias=-3.0),
     "llip siglip": lambda: Llip(SIZES, 4, 2, temperature=2.0, bias=-3.0),
     "llip infonce": lambda: Llip(SIZES, 4, 2, temperature=2.0, bias=-3.0),
-    "latent siglip": lambda: LatentTextLlip(SIZES, 3, 2, text_tokens=2, bias=-3.0),
     "pooled siglip": lambda: PooledTokens(SIZES, 3, "learned", heads=2, bias=-3.0),
 }
 PAIRS = 8

@@ -7,21 +7,22 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import checkpoint, same
 
+import llip
 import pretrained
-import tasks as pairs
+import tasks
 import train
-from model import CONFIGS
+from baselines.methods import METHODS, presets
+from model import CLIP, CONFIGS
 from scale import costs
-from train import PRESETS, TrainConfig, learning_rate, main, parameter_groups, resolve
-from util import flags as options
-from util.run import Run
+from train import TrainConfig, configure, learning_rate, main, parameter_groups
+from util.run import Run, find
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--train-size", "48", "--batch-size", "8", "--threads", "1", "--warmup", "2", "--device", "cpu"]
@@ -30,7 +31,7 @@ QUICK = ["--train-size", "48", "--batch-size", "8", "--threads", "1", "--warmup"
 @pytest.fixture(autouse=True)
 def quick_evaluation(monkeypatch):
     """The loop is tested here; evaluate.py has its own tests."""
-    monkeypatch.setattr(pairs.PairTask, "evaluate", lambda self, model: {})
+    monkeypatch.setattr(tasks.PairTask, "evaluate", lambda self, model: {})
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +73,7 @@ def test_the_fused_update_is_adamw_written_out():
 
 def test_every_parameter_has_one_group_and_scalars_do_not_decay():
     with torch.device("meta"):
-        model = pairs.build_model(resolve(TrainConfig(), set()), CONFIGS["tiny"])
+        model = llip.build(llip.Settings(), CONFIGS["tiny"], 96)
     decayed, plain = parameter_groups(model, 0.1)
     assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
     names = {id(p): n for n, p in model.named_parameters()}
@@ -103,7 +104,7 @@ def test_resume_is_exact(tmp_path, monkeypatch, workers):
         f.write('{"step": 4, "loss": 0.0}\n')  # logged after the checkpoint, before the kill
     assert run(tmp_path / "killed", *flags, "--resume", "auto") == 0
     whole, resumed = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "killed")
-    for key in ("state_dict", "optimizer", "step", "samples", "window"):
+    for key in ("state_dict", "optimizer", "step", "samples", "meter"):
         assert same(whole[key], resumed[key]), key
     lines = [(tmp_path / d / "metrics.jsonl").read_text() for d in ("whole", "killed")]
     assert lines[0] == lines[1] and '"step": 6' in lines[0]
@@ -125,7 +126,7 @@ def test_torchrun_equals_one_process(tmp_path):
     flags = [*QUICK, "--method", "llip", "--steps", "4", "--log-every", "1", "--train-size", "32"]
     script = (
         "import sys, os; sys.argv[0] = 'train.py'; import train;"
-        " train.PairTask.evaluate = lambda self, model: {};"
+        " train.tasks.PairTask.evaluate = lambda self, model: {};"
         " code = train.main(); sys.stdout.flush(); os._exit(code)"
     )
     (tmp_path / "go.py").write_text(script)
@@ -160,7 +161,7 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err
-    stopped = re.search(r"stopped at step (\d+); .*--resume", out)
+    stopped = re.search(r"stopped at step (\d+); .*--resume", err)
     assert stopped and checkpoint(tmp_path / "run")["step"] == int(stopped[1])
     assert busy.returncode == 2 and "in use by another process" in busy.stderr  # two runs, one directory
 
@@ -190,14 +191,14 @@ def test_checkpoint_rebuilds_the_model(tmp_path):
 
 
 def test_nonfinite_loss_stops_before_saving(tmp_path, monkeypatch, capsys):
-    step, count = pairs.training_step, [0]
+    step, count = tasks.PairTask.step, [0]
 
     def broken(*args, **more):
         count[0] += 1
-        loss = step(*args, **more)
-        return loss * math.nan if count[0] == 3 else loss
+        loss, logs = step(*args, **more)
+        return (loss * math.nan if count[0] == 3 else loss), logs
 
-    monkeypatch.setattr(pairs, "training_step", broken)
+    monkeypatch.setattr(tasks.PairTask, "step", broken)
     assert run(tmp_path / "run", "--steps", 6, "--save-every", 2, "--log-every", 4) == 2
     error = capsys.readouterr().err
     assert "not finite in steps 1..4" in error and "--lr" in error and error.count("\n") == 1
@@ -215,10 +216,11 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(torch, "save", full)
     monkeypatch.setattr(train, "check_same_run", lambda old, new: None)
+    monkeypatch.setattr("baselines.configure.check_same_run", lambda old, new: None)
     assert run(tmp_path / "run", "--steps", 4, "--resume", "auto") == 2
     assert "No space left" in (error := capsys.readouterr().err) and "last checkpoint is whole" in error
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
-    assert not list((tmp_path / "run").glob("*.part"))
+    assert not list((tmp_path / "run").glob("*-part"))
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path, capsys):
@@ -232,10 +234,10 @@ def test_a_damaged_checkpoint_is_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--method", "clap"], "method 'clap': there are clip, siglip, llip"),
-        (["--model", "ViT-B"], "model 'ViT-B': there are tiny"),
-        (["--preset", "llip"], "preset 'llip': there are llip-B-32"),
-        (["--precision", "fp16"], "precision 'fp16': expected one of auto, fp32, bf16"),
+        (["--method", "clap"], "--method clap: there are llip, clip, siglip"),
+        (["--model", "ViT-B"], "--model ViT-B: expected one of tiny"),
+        (["--preset", "llip"], "--preset llip: there are llip-B-32"),
+        (["--precision", "fp16"], "--precision fp16: expected one of auto, fp32, bf16"),
         (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
         (["--lr", "nan"], "--lr nan: must be positive"),
         (["--accumulate", "3"], "batch 8 is not divisible by 1 ranks x 3 chunks"),
@@ -243,6 +245,13 @@ def test_a_damaged_checkpoint_is_named(tmp_path, capsys):
         (["--train-data", "nowhere.csv"], "nowhere.csv: no such file"),
         (["--init", "nowhere.pt"], "nowhere.pt: no such file"),
         (["--mixture-heads", "5"], "64 is not divisible by 5 heads"),
+        (["--method", "clip", "--margin", "0.9"], "no flag --margin; it belongs to finetune, label"),
+        (["--method", "clip", "--target-domain", "x"], "no flag --target-domain; it belongs to finetune"),
+        (["--preset", "alignclip-released"], "--method alignclip starts from a CLIP"),
+        (["--preset", "llip-L-14", "--method", "clip"], "is a run of --method llip, not of clip"),
+        (["--learning-rate", "1"], "there is no flag --learning-rate"),
+        (["--comp"], "there is no flag --comp"),
+        (["llip"], "llip: not a flag"),
     ],
 )
 def test_mistakes_get_one_line(tmp_path, capsys, flags, message):
@@ -259,44 +268,89 @@ def test_a_refused_run_deletes_nothing(tmp_path, capsys):
     assert (tmp_path / "run" / "config.json").read_text() == "mine"
 
 
-@pytest.mark.parametrize("flags", [["--learning-rate", "1"], ["--lr", "fast"], ["--comp"], ["llip"]])
-def test_unknown_flags_fail(flags, capsys):
+def test_a_value_of_another_type_fails_in_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
-        main(flags)
-    assert stop.value.code == 2
+        main(["--lr", "fast"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "--lr" in error and error.count("\n") == 1
 
 
 def test_a_run_is_not_overwritten(tmp_path, monkeypatch, capsys):
     assert run(tmp_path / "run", "--steps", 2) == 0
     assert run(tmp_path / "run", "--steps", 2) == 2
-    assert "already holds a run" in capsys.readouterr().err
+    assert "holds a run" in capsys.readouterr().err
     assert run(tmp_path / "run", "--steps", 2, "--resume", "auto", "--lr", 5e-4) == 2
     assert "lr 0.0015 -> 0.0005" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
-    c = TrainConfig()
-    assert Run.choose(c) == Path("runs/llip")
+    assert find("", "", "llip") == Path("runs/llip")
     for name in ("llip", "llip-2"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "checkpoint.pt").touch()
-    assert Run.choose(c) == Path("runs/llip-3")
-    assert Run.choose(replace(c, resume="auto")) == Path("runs/llip-2")
+    assert find("", "", "llip") == Path("runs/llip-3")
+    assert find("", "auto", "llip") == Path("runs/llip-2")
 
 
-def test_flags_come_from_the_fields():
-    parser = options.parser(TrainConfig)
-    flags = {a.dest for a in parser._actions} - {"help"}
-    assert flags == set(asdict(TrainConfig()))
-    args = parser.parse_args(["--no-compile", "--mixture-norm", "--lr", "1"])
-    assert args.compile is False and args.mixture_norm is True and args.lr == 1.0
-    assert all(a.help for a in parser._actions)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_help_shows_the_flags_of_one_method(method, capsys):
+    with pytest.raises(SystemExit):
+        main(["--method", method, "--help"])
+    text = capsys.readouterr().out
+    others = {flag for m in METHODS.values() for flag in m.flags()} - METHODS[method].flags()
+    shown = set(re.findall(r"^  --(?:no-)?([a-z0-9-]+)", text, flags=re.M))
+    assert {flag.replace("_", "-") for flag in METHODS[method].flags()} <= shown
+    assert not shown & {flag.replace("_", "-") for flag in others} and len(shown) < 70
 
 
-def test_presets_and_what_is_given():
-    c = resolve(TrainConfig(preset="llip-L-14", lr=1.0), {"preset", "lr"})
-    assert (c.model, c.mixture_tokens, c.temperature, c.lr) == ("ViT-L-14", 32, 1.0, 1.0)
+def test_presets_and_explicit_flags():
+    c, s = configure(preset="llip-L-14", lr=1.0)
+    assert (c.model, s.mixture_tokens, s.temperature, c.lr) == ("ViT-L-14", 32, 1.0, 1.0)
     assert c.steps * c.batch_size == pytest.approx(12.8e9, rel=1e-4)
-    for name in PRESETS:
-        resolve(TrainConfig(preset=name), {"preset"})
+    for name, (method, _) in presets().items():
+        c, s = configure(
+            preset=name, **({} if METHODS[method].module.TASK == "pairs" else {"init": "ViT-B/16"})
+        )
+        assert c.method == method
+    assert configure(preset="siglip-B-32")[1].objective == "siglip"
+    c, s = configure(preset="alignclip-detached", init="ViT-B/16")
+    assert s.detach and (c.method, c.lr) == ("alignclip", 5e-6)
+
+
+def test_a_run_continues_from_its_directory_alone(tmp_path, capsys):
+    """--resume RUN selects method and flags; flags given beside it must agree or be free to change."""
+    assert run(tmp_path / "run", "--method", "siglip", "--steps", 2, "--lr", 5e-4) == 0
+    again = ["--resume", str(tmp_path / "run")]
+    assert main([*again, "--log-every", "7"]) == 0
+    assert "siglip" not in capsys.readouterr().err
+    assert main([*again, "--lr", "0.1"]) == 2
+    assert "lr 0.0005 -> 0.1" in capsys.readouterr().err
+    assert main([*again, "--steps", "4"]) == 2
+    assert "steps 2 -> 4" in capsys.readouterr().err
+    assert main([*again, "--method", "llip"]) == 2
+    assert "method 'siglip' -> 'llip'" in capsys.readouterr().err
+
+
+def test_the_equations_shown_are_the_code_that_trains(tmp_path, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("equation 2")
+
+    monkeypatch.setattr(llip.Llip, "mix", broken)
+    with pytest.raises(ZeroDivisionError, match="equation 2"):
+        run(tmp_path / "run", "--steps", 1)
+
+
+@pytest.mark.parametrize("method", ["llip", "clip", "siglip"])
+def test_the_plain_step_equals_the_general_one(tmp_path, method):
+    """encode, pair_logits, loss, backward against scale.gradcache.training_step, tiles included."""
+    losses = []
+    for name, flags in (("plain", []), ("chunks", ["--accumulate", 2]), ("tiled", ["--pairs", "tiled"])):
+        if name == "tiled" and method != "llip":
+            continue
+        assert run(tmp_path / name, "--method", method, "--steps", 3, "--log-every", 1, *flags) == 0
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    for other in losses[1:]:
+        assert other[0] == pytest.approx(losses[0][0], rel=1e-6)
+        assert other == pytest.approx(losses[0], rel=1e-3)
 
 
 # counted from facebookresearch/Llip@d5649c3 on the meta device
@@ -380,7 +434,7 @@ def test_bf16_towers(tmp_path):
 
 
 def test_a_signal_is_seen_at_a_step_that_saves_anyway(tmp_path, monkeypatch):
-    step, count = pairs.training_step, [0]
+    step, count = tasks.PairTask.step, [0]
 
     def signalled(*args, **more):
         count[0] += 1
@@ -388,7 +442,7 @@ def test_a_signal_is_seen_at_a_step_that_saves_anyway(tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*args, **more)
 
-    monkeypatch.setattr(pairs, "training_step", signalled)
+    monkeypatch.setattr(tasks.PairTask, "step", signalled)
     assert run(tmp_path / "run", "--steps", 30, "--save-every", 1) == 130
     assert checkpoint(tmp_path / "run")["step"] == 2
 
@@ -406,15 +460,15 @@ def test_ctrl_c_after_a_run_is_not_swallowed(tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
-    step, count = pairs.training_step, [0]
+    step, count = tasks.PairTask.step, [0]
 
-    def broken(model, *args, **more):
-        loss, count[0] = step(model, *args, **more), count[0] + 1
+    def broken(self, model, *args):
+        loss, count[0] = step(self, model, *args), count[0] + 1
         if count[0] == 4:
             next(model.parameters()).grad.fill_(math.nan)
         return loss
 
-    monkeypatch.setattr(pairs, "training_step", broken)
+    monkeypatch.setattr(tasks.PairTask, "step", broken)
     assert run(tmp_path / "run", "--steps", 8, "--save-every", 2) == 2
     state = checkpoint(tmp_path / "run")
     assert state["step"] == 2 and all(v.isfinite().all() for v in state["state_dict"].values())
@@ -422,12 +476,12 @@ def test_a_gradient_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
 
 def test_resume_of_nothing_is_an_error(tmp_path, capsys):
     assert run(tmp_path / "run", "--steps", 2, "--resume", tmp_path / "nowhere") == 2
-    assert "no checkpoint to go on from" in capsys.readouterr().err
+    assert "no checkpoint to continue from" in capsys.readouterr().err
 
 
 def test_a_finished_run_says_so_and_keeps_its_results(tmp_path, monkeypatch, capsys):
     asked, found = [], {"zeroshot": {"top1": 0.5, "chance": {"top1": 0.25}}}
-    monkeypatch.setattr(pairs.PairTask, "evaluate", lambda self, model: asked.append(1) or found)
+    monkeypatch.setattr(tasks.PairTask, "evaluate", lambda self, model: asked.append(1) or found)
     flags = ["--steps", 3, "--warmup", 0, "--lr", 0.1]
     assert run(tmp_path / "run", *flags) == 0 and len(asked) == 1
     first = capsys.readouterr().out
@@ -436,64 +490,74 @@ def test_a_finished_run_says_so_and_keeps_its_results(tmp_path, monkeypatch, cap
     before, times = results.read_text(), results.stat().st_mtime_ns
     assert run(tmp_path / "run", *flags, "--resume", "auto") == 0
     said = capsys.readouterr().out
-    assert "all 3 steps done" in said and "| zeroshot | top1   | 50.00 |" in said
+    assert "all 3 steps are done" in said and "| zeroshot | top1   | 50.00 |" in said
     assert "resuming" not in said and "trained in" not in said and "evaluated in" not in said
     assert len(asked) == 1 and results.stat().st_mtime_ns == times
     for broken in (results.unlink, lambda: results.write_text("half")):
         broken()
         assert run(tmp_path / "run", *flags, "--resume", str(tmp_path / "run")) == 0
         said = capsys.readouterr().out
-        assert "all 3 steps done" in said and "trained in" not in said
+        assert "all 3 steps are done" in said and "trained in" not in said
         assert results.read_text() == before
         # the scale moved by 0.1 a step; what chance is has not
-        lines = [[x for x in text.splitlines() if "chance loss" in x] for text in (first, said)]
+        lines = [[x for x in text.splitlines() if "expected loss" in x] for text in (first, said)]
         assert lines[0] == lines[1] != []
     assert len(asked) == 3
     assert run(tmp_path / "run", "--steps", 4, *flags[2:], "--resume", "auto") == 2
     assert "steps 3 -> 4" in capsys.readouterr().err
 
 
-def test_a_fresh_run_does_not_inherit_metrics(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 77, "loss": 1.0}\n')
-    assert run(tmp_path / "run", "--steps", 2) == 0
-    assert '"step": 77' not in (tmp_path / "run" / "metrics.jsonl").read_text()
+def test_a_folder_with_files_of_others_is_refused_and_unchanged(tmp_path, capsys):
+    for name in ("metrics.jsonl", "config.json", "results.json", "curves.png", "lock"):
+        folder = tmp_path / name.split(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("mine, and longer than any mark that a program leaves")
+        (folder / "notes.part").write_text("mine too")
+        assert run(folder, "--steps", 2) == 2
+        assert "choose another --out" in capsys.readouterr().err
+        assert sorted(p.name for p in folder.iterdir()) == sorted([name, "notes.part"])
+        assert (folder / name).read_text().startswith("mine")
+
+
+def test_nothing_is_written_through_a_link(tmp_path, capsys):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for name in ("lock", "metrics.jsonl"):
+        folder = tmp_path / name.split(".")[0]
+        folder.mkdir()
+        (folder / name).symlink_to(victim)
+        assert run(folder, "--steps", 2) == 2
+        assert victim.read_text() == "precious"
 
 
 def test_init_must_fit_the_method(tmp_path, capsys):
     assert run(tmp_path / "llip", "--steps", 1) == 0
     assert run(tmp_path / "clip", "--steps", 1, "--method", "clip", "--init", tmp_path / "llip") == 2
-    assert "is a Llip" in capsys.readouterr().err
+    assert "starts from a CLIP, not from a Llip" in capsys.readouterr().err
     more = ["--init", tmp_path / "llip", "--objective", "infonce"]
     assert run(tmp_path / "again", "--steps", 1, *more) == 0
     pretrained.load(tmp_path / "again")
 
 
 def test_variants_of_llip_are_built_and_come_back(tmp_path):
-    """The ladder without text, patches as keys, latent text tokens: --method llip and a flag."""
-    kinds = {
-        "PooledTokens": dict(pooling="learned"),
-        "Llip": dict(all_tokens=True),
-        "LatentTextLlip": dict(text_tokens=3),
-    }
-    for name, flags in kinds.items():
-        c = resolve(TrainConfig(method="llip", **flags), set(flags))
-        model = pairs.build_model(c, replace(CONFIGS["tiny"], vocab_size=50))
+    """The ladder without text, and patches as keys: --method llip and a flag."""
+    for name, flags in {"PooledTokens": dict(pooling="learned"), "Llip": dict(all_tokens=True)}.items():
+        _, s = configure(method="llip", **flags)
+        model = llip.build(s, replace(CONFIGS["tiny"], vocab_size=50), 96)
         assert type(model).__name__ == name
         pretrained.save(model, tmp_path / f"{name}.pt")
         found = pretrained.load(tmp_path / f"{name}.pt")
         assert pretrained.describe(found) == pretrained.describe(model)
-    with pytest.raises(ValueError, match="variants of llip"):
-        resolve(TrainConfig(method="clip", pooling="average"), set())
-    with pytest.raises(ValueError, match="one at a time"):
-        resolve(TrainConfig(pooling="average", text_tokens=2), set())
-    with pytest.raises(ValueError, match="no --init"):
-        c = resolve(TrainConfig(init="run", text_tokens=2), set())
-        pairs.build_model(c, CONFIGS["tiny"])
+    with pytest.raises(ValueError, match="--method clip has no flag --pooling; it belongs to llip"):
+        configure(method="clip", pooling="average")
+    with pytest.raises(ValueError, match="--all-tokens: only with --pooling text"):
+        llip.build(llip.Settings(pooling="average", all_tokens=True), CONFIGS["tiny"], 96)
+    with pytest.raises(ValueError, match="leave out --init"):
+        llip.build(llip.Settings(all_tokens=True), CLIP(CONFIGS["tiny"]), 96)
 
 
-def test_test_seed_changes_what_is_asked_and_not_what_is_trained_on():
-    both = [pairs.pair_data(TrainConfig(train_size=4, test_seed=seed)) for seed in (0, 7)]
-    assert both[0][0].captions == both[1][0].captions
-    for one, other in zip(both[0][1:4], both[1][1:4]):
-        assert one.seed == 0 and other.seed == 7
+def test_test_seed_changes_the_evaluation_and_not_the_training_data():
+    both = [tasks.pair_data(configure(train_size=4, test_seed=seed)[0]) for seed in (0, 7)]
+    assert both[0].train.captions == both[1].train.captions
+    for name in ("val", "aspects", "objects"):
+        assert (getattr(both[0], name).seed, getattr(both[1], name).seed) == (0, 7)

@@ -35,7 +35,8 @@ def program(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | No
             sys.stdout.flush()
             return status
         except KeyboardInterrupt as stop:
-            fail(str(stop) or "stopped")
+            if not rank():
+                fail(str(stop) or "stopped")
             return 130
         except BrokenPipeError:  # `program | head`: whoever reads has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,121 +1,121 @@
-"""A run's directory: who may write to it, what is in it, and how a kill leaves it whole.
+"""The directory of a run: who may write to it, what is in it, and how it survives a kill at any moment.
 
-config.json, metrics.jsonl, checkpoint.pt (tensors and plain values; the model under "state_dict" with
-OpenAI's names), checkpoint.previous.pt (the one before), tokenizer.json, results.json and pictures.
+config.json, metrics.jsonl, checkpoint.pt (only tensors and plain values; the model is under "state_dict"
+with OpenAI's names), checkpoint.previous.pt (the one before), tokenizer.json, results.json, curves.png,
+results.png and lock. A folder with a file of one of these names but without our lock belongs to someone
+else: it is refused and left as it is.
 
-A checkpoint is a zip, and a zip carries a CRC-32 of every member. torch.load does not look at them, so a
-flipped bit in a weight would go unseen; here they are checked (as `unzip -t checkpoint.pt` does) before a
-run goes on from one. A damaged checkpoint is put aside and the previous one taken. On the disk there must
-be room for three of them: the last, the previous, and the one being written.
+A checkpoint is a zip file with a CRC-32 of every member. torch.load does not look at them, so a flipped bit
+would go unseen. Here they are checked before a run continues, as `unzip -t checkpoint.pt` does. A damaged
+checkpoint is put aside and the previous one is used. The disk needs room for three checkpoints.
 """
 
 import contextlib
 import json
+import math
 import os
 import signal
+import time
 import zipfile
 from pathlib import Path
 
 import torch
 
 from scale import distributed
-from util.files import output_folder, sync_folder, write_text
-from util.text import one_line
+from util import plots
+from util.files import PART, lock, open_own, output_folder, replacing, write_text
+from util.text import duration, one_line
+
+MARK = b"lock of a run of train.py\n"
+NAMES = "config.json metrics.jsonl checkpoint.pt checkpoint.previous.pt checkpoint.damaged.pt tokenizer.json"
+NAMES = (*NAMES.split(), "results.json", "curves.png", "results.png")
 
 
 class Run:
-    """A run's directory: lock, configuration, metrics, checkpoint. Only rank 0 writes."""
+    """A run's directory. Every rank has one; only rank 0 writes.
 
-    def __init__(self, c):
-        self.path = Path(distributed.broadcast(str(self.choose(c)) if distributed.rank() == 0 else ""))
-        self.checkpoint, self.writes = self.path / "checkpoint.pt", distributed.rank() == 0
+    Args:   out: --out, or empty for runs/NAME, or the next free runs/NAME-N
+            resume: "" for a fresh run, "auto" for the newest one under these names, or a directory
+    Raises: ValueError if the folder is in use, holds a run already, or belongs to someone else.
+    """
+
+    def __init__(self, out: str, resume: str, name: str):
+        path = str(find(out, resume, name)) if distributed.rank() == 0 else ""
+        self.path, self.writes = Path(distributed.broadcast(path)), distributed.rank() == 0
+        self.checkpoint = self.path / "checkpoint.pt"
         self.previous = self.path / "checkpoint.previous.pt"
-        self.made = []  # folders that were not there before, the innermost first
+        self.made = []  # folders that this run made, the innermost first
         if self.writes:
-            self.made = [p for p in (self.path, *self.path.parents) if not p.exists()]
-            output_folder(self.path)
-            self.lock = lock(self.path / "lock")
-            for left in self.path.glob("*.part"):  # by a run that was killed while it wrote
-                left.unlink(missing_ok=True)
+            self.claim()
 
-    @staticmethod
-    def choose(c) -> Path:
-        """--out, or runs/METHOD; a fresh run goes to the next free name, a resumed one to the newest."""
-        if c.resume and c.resume != "auto":
-            if not holds_checkpoint(Path(c.resume)):
-                raise ValueError(f"{c.resume}: no checkpoint to go on from")
-            return Path(c.resume)
-        if c.out:
-            if holds_checkpoint(Path(c.out)) and not c.resume:
-                raise ValueError(
-                    f"{c.out} already holds a run: --resume auto goes on with it, another --out keeps both"
-                )
-            return Path(c.out)
-        names = [Path("runs") / (c.method + (f"-{n}" if n > 1 else "")) for n in range(1, 10000)]
-        free = next(n for n, path in enumerate(names) if not holds_checkpoint(path))
-        return names[max(free - 1, 0) if c.resume else free]
+    def claim(self) -> None:
+        """Takes the folder for this process alone."""
+        self.made = [p for p in (self.path, *self.path.parents) if not p.exists()]
+        refuse_foreign(self.path)
+        output_folder(self.path)
+        self.handle = open_own(self.path / "lock", os.O_RDWR)
+        try:
+            if not lock(self.handle):
+                print(f"warning: {self.path} cannot be locked on this disk: start one process only")
+        except BlockingIOError as error:
+            raise ValueError(f"{self.path} is in use by another process") from error
+        self.handle.seek(0)
+        self.handle.write(MARK)
+        self.handle.flush()
+        # left by a run that was killed while it wrote
+        for part in self.path.glob(f"*{PART}"):
+            part.unlink(missing_ok=True)
 
     def withdraw(self) -> None:
-        """Takes back a new folder in which there is neither a figure nor a checkpoint: the run was refused.
+        """Removes a new folder again if the run failed before it logged or saved anything.
 
-        TRAP: what was there before the run, and what someone else put in since, stays.
+        TRAP: files that were there before, and files that someone else added since, stay.
         """
         if not self.made or holds_checkpoint(self.path) or self.metrics():
             return
-        self.lock.close()
+        self.handle.close()
         with contextlib.suppress(OSError):
             for name in ("lock", "config.json", "tokenizer.json", "metrics.jsonl"):
                 (self.path / name).unlink(missing_ok=True)
             for folder in self.made:
-                folder.rmdir()  # which fails if anything is in it
+                folder.rmdir()  # fails if anything is in it
 
     def save(self, state: dict) -> None:
-        """TRAP: written to another name, synced, then renamed: a kill leaves the old checkpoint whole."""
+        """TRAP: under another name, synced, then renamed: a kill leaves the old checkpoint whole."""
         if not self.writes:
             return
-        part = self.checkpoint.with_suffix(".part")
-        with self.writing(self.checkpoint):
+        with self.writing(), replacing(self.checkpoint) as file:
             try:
-                with open(part, "wb") as f:
-                    torch.save(state, f)
-                    f.flush()
-                    os.fsync(f.fileno())
-                if self.checkpoint.exists():
-                    os.replace(self.checkpoint, self.previous)
-                os.replace(part, self.checkpoint)  # killed before this: load() takes the previous
-                sync_folder(self.path)
-            finally:
-                with contextlib.suppress(OSError):
-                    part.unlink()
+                torch.save(state, file)
+            except RuntimeError as error:
+                # TRAP: torch.save closes its zip after a failed write, fails again, and reports only that
+                reason = error.__context__ if isinstance(error.__context__, OSError) else error
+                raise OSError(getattr(reason, "strerror", None) or one_line(reason)) from error
+            file.flush()
+            os.fsync(file.fileno())
+            if self.checkpoint.exists():
+                os.replace(self.checkpoint, self.previous)
+            # killed here: load() takes the previous one
 
     @contextlib.contextmanager
-    def writing(self, path: Path | None = None):
-        """Around every write: where it fails, the message says what is kept and how to go on.
-
-        Args:   path where the error itself does not name the file
-        Raises: ValueError, one line.
-        """
+    def writing(self):
+        """For every write: an error says what is kept and how to continue.   Raises: ValueError, one line."""
         try:
             yield
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            if isinstance(error, RuntimeError) and not path:
-                raise
-            # TRAP: torch.save closes its zip after a failed write, fails again, and reports only that
-            said = one_line((path and error.__context__) or error)
-            said = f"cannot write {path} ({said})" if path else said
+        except OSError as error:
             raise ValueError(
-                f"{said}; {self.kept()}. Make room, then --resume auto goes on from there"
+                f"{one_line(error)}; {self.kept()}. Make room, then --resume auto continues from there"
             ) from error
 
     def kept(self) -> str:
-        """What there is to go on from, for messages."""
+        """What a run can continue from, for messages."""
         found = [p for p in (self.checkpoint, self.previous) if p.exists()]
         return f"the last checkpoint is whole: {found[0]}" if found else "there is no checkpoint yet"
 
     def load(self) -> dict | None:
         """The last checkpoint that is whole, or None. Nothing in it can run.
 
-        Raises: ValueError if there are checkpoints and all are damaged.
+        Raises: ValueError if there are checkpoints and all of them are damaged.
         """
         damage = []
         for path in (self.checkpoint, self.previous):
@@ -128,20 +128,19 @@ class Run:
                 continue
             if path == self.previous and self.writes:
                 print(f"{'; '.join(damage) or f'{self.checkpoint} is missing'}: {path} is used")
-                if damage:  # TRAP: the next save would put the damaged one over the whole one
+                if damage:
+                    # TRAP: the next save would move the damaged checkpoint over the whole one
                     os.replace(self.checkpoint, self.path / "checkpoint.damaged.pt")
             return state
         if damage:
-            raise ValueError(f"{'; '.join(damage)}: delete {self.path}, or give another --out")
+            raise ValueError(f"{'; '.join(damage)}: delete {self.path}, or choose another --out")
         return None
 
     def log(self, **values) -> None:
-        """One line of metrics.jsonl; only numbers that a repeated run gives again, so no times."""
-        if not self.writes:
-            return
-        path = self.path / "metrics.jsonl"
-        with self.writing(path), open(path, "a") as f:
-            f.write(json.dumps(values) + "\n")
+        """One line of metrics.jsonl. It holds no times, so that a repeated run writes the same line."""
+        if self.writes:
+            with self.writing(), open_own(self.path / "metrics.jsonl", os.O_WRONLY | os.O_APPEND) as file:
+                file.write(json.dumps(values) + "\n")
 
     def metrics(self) -> list[dict]:
         path = self.path / "metrics.jsonl"
@@ -149,7 +148,7 @@ class Run:
         return [json.loads(line) for line in lines if line.endswith("\n")]  # a full disk cuts lines
 
     def results(self) -> dict | None:
-        """results.json of a run that has come to its end, on every rank; None: missing or broken."""
+        """results.json of a finished run, on every rank; None if it is missing or broken."""
         found = None
         if self.writes:
             with contextlib.suppress(OSError, ValueError):
@@ -163,48 +162,84 @@ class Run:
             with self.writing():
                 write_text(self.path / "metrics.jsonl", "".join(kept))
 
+    def draw(self, results: dict) -> None:
+        """curves.png: the loss, and figures measured more than once; results.png: the final figures."""
+        logged = self.metrics()
+        panels = {"training loss": {"loss": [(m["step"], m["loss"]) for m in logged if "loss" in m]}}
+        bars = {}
+        for name, result in results.items():
+            shown = {k: chance for k, chance in result["chance"].items() if k in result}
+            points = {k: [(m["step"], m[name][k]) for m in logged if name in m] for k in shown}
+            panels |= {name: points} if any(len(line) > 1 for line in points.values()) else {}
+            for k, chance in shown.items():
+                if k not in ("i2t@5", "t2i@5", "i2t@10", "t2i@10", "top5"):
+                    bars[f"{name} {k}"] = {"here": (100 * result[k], 0.0), "chance": (100 * chance, 0.0)}
+        plots.lines(self.path / "curves.png", panels)
+        if bars:
+            plots.bars(self.path / "results.png", bars, "per cent")
+
+
+def find(out: str, resume: str, name: str) -> Path:
+    """The directory of a run, see Run."""
+    if resume not in ("", "auto"):
+        if not holds_checkpoint(Path(resume)):
+            raise ValueError(f"{resume}: no checkpoint to continue from")
+        return Path(resume)
+    if out:
+        if holds_checkpoint(Path(out)) and not resume:
+            raise ValueError(f"{out} holds a run: --resume auto continues it, another --out keeps both")
+        return Path(out)
+    names = [Path("runs") / (name + (f"-{n}" if n > 1 else "")) for n in range(1, 10000)]
+    free = next(n for n, path in enumerate(names) if not holds_checkpoint(path))
+    return names[max(free - 1, 0) if resume else free]
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raises: ValueError if the folder has files under our names that no run of train.py wrote."""
+    if not path.is_dir():
+        return
+    if os.path.lexists(path / "lock"):
+        with open_own(path / "lock", os.O_RDWR) as file:
+            mine = file.read(len(MARK)) in (MARK, b"")
+        if not mine:
+            raise ValueError(f"{path / 'lock'} is not of a run of train.py: choose another --out")
+    elif found := [name for name in NAMES if os.path.lexists(path / name)]:
+        raise ValueError(f"{path} holds a {found[0]} that no run of train.py wrote: choose another --out")
+
 
 def holds_checkpoint(path: Path) -> bool:
     return any((path / f"checkpoint{name}.pt").exists() for name in ("", ".previous"))
 
 
+def read_config(path: Path) -> dict:
+    """config.json of a run's directory.   Raises: ValueError, one line."""
+    try:
+        return json.loads((path / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path / 'config.json'} cannot be read ({one_line(error)}): is it a run?"
+        ) from error
+
+
 def read_checkpoint(path: Path) -> dict:
-    """A checkpoint of ours whose every byte is what was written.
+    """A checkpoint of this project, with all checksums right.
 
     Raises: FileNotFoundError; OSError where it cannot be read now; ValueError, one line, if damaged.
     """
-    with open(path, "rb") as file:  # not allowed, too many open files: says nothing about the file
+    with open(path, "rb") as file:  # an OSError here says nothing about the file
         try:
             with zipfile.ZipFile(file) as archive:
-                if wrong := archive.testzip():  # TRAP: torch.load reads flipped weights in silence
+                # TRAP: torch.load reads flipped weights without an error
+                if wrong := archive.testzip():
                     raise ValueError(f"the checksum of {wrong} is wrong")
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # damaged files fail in many ways; all mean the same to the user
-            # TRAP: a whole checkpoint must not be put aside because the memory was full just then
+        except Exception as error:
+            # damaged files fail in many ways, which all mean the same to the user
+            # TRAP: a whole checkpoint must not be put aside because memory was short
             if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
                 raise OSError(f"{path} cannot be read: there is not enough memory") from error
             raise ValueError(f"{path} is damaged ({one_line(error)})") from error
-
-
-def lock(path: Path):
-    """A lock that the system drops when the process ends, however it ends.
-
-    TRAP: lockf, not flock: loader workers would inherit flock's, outlive a killed run for seconds, and
-    keep its successor out.
-    """
-    handle = open(path, "w")
-    try:
-        import fcntl
-
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows has no such lock
-        pass
-    except (BlockingIOError, PermissionError) as error:
-        raise ValueError(f"{path.parent} is in use by another process") from error
-    except OSError as error:  # some network disks have no locks: training is possible there too
-        print(f"warning: {path.parent} cannot be locked ({one_line(error)}): one process only")
-    return handle
 
 
 def git_commit() -> str:
@@ -217,37 +252,95 @@ def git_commit() -> str:
         return ""
 
 
+# flags that may change when a run continues: they decide where and how it is computed and reported
+FREE = (
+    "accumulate workers precision compile grad_checkpointing device threads log_every eval_every save_every"
+)
+FREE = {*FREE.split(), "out", "resume", "preset", "dry_run", "commit"}
+
+
 def check_same_run(old: dict, new: dict) -> None:
-    """A resumed run must be the same run; how it is computed and reported may change."""
-    free = "accumulate workers precision compile grad_checkpointing device threads out resume log_every"
-    free = {*free.split(), "eval_every", "save_every", "dry_run", "preset"}
-    # a flag that did not exist when the run began cannot have been another one
-    changed = [k for k in new if k not in free and k in old and str(old[k]) != str(new[k])]
+    """Raises: ValueError if flags differ that would make it another run."""
+    changed = [k for k in new if k not in FREE and k in old and str(old[k]) != str(new[k])]
     if changed:
         what = ", ".join(f"{k} {old.get(k)!r} -> {new[k]!r}" for k in changed)
-        raise ValueError(f"the checkpoint is of another run ({what}): give the same flags, or another --out")
+        raise ValueError(f"the checkpoint is of another run ({what}): use the same flags or another --out")
+
+
+class Meter:
+    """Sums of the loss and of other logged values over the steps since the last log line.
+
+    The sums stay on the GPU; only means() waits for it.
+    """
+
+    def __init__(self, sums: dict | None = None, count: int = 0):
+        self.sums, self.count = dict(sums or {}), count
+
+    def add(self, **values) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count += 1
+
+    def means(self, device="cpu") -> dict[str, float]:
+        """Means over steps and ranks; starts anew."""
+        means = {name: float(value) / self.count for name, value in self.sums.items()}
+        self.sums, self.count = {}, 0
+        return distributed.mean(means, device)
+
+    def state(self) -> dict:
+        """Plain numbers for a checkpoint; Meter(**state) continues."""
+        return {"sums": distributed.mean({k: float(v) for k, v in self.sums.items()}), "count": self.count}
+
+    def finite(self) -> bool:
+        return math.isfinite(float(self.sums.get("loss", 0.0)))
+
+
+class Clock:
+    """Rate, time left, and the share of time that the loop waits for data; c is the TrainConfig."""
+
+    def __init__(self, c, start: int, unit: str):
+        self.c, self.start, self.unit = c, start, unit
+        self.began, self.waited = time.time(), 0.0
+
+    def spent(self) -> float:
+        return time.time() - self.began
+
+    def waiting(self, batches):
+        """The next batch."""
+        before = time.time()
+        batch = next(batches)
+        self.waited += time.time() - before
+        return batch
+
+    def line(self, step: int, loss: float, scale: float) -> str:
+        done, spent = step - self.start, self.spent()
+        left = duration(spent / done * (self.c.steps - step))
+        return (
+            f"step {step:6}/{self.c.steps}  loss {loss:7.4f}  scale {scale:5.1f}  "
+            f"{done * self.c.batch_size / spent:7.0f} {self.unit}/s  "
+            f"waiting for data {self.waited / spent:4.0%}  ETA {left}"
+        )
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C end the run at a step boundary, after saving. A second one ends it at once."""
+    """SIGTERM and Ctrl-C end the run after a step and a save. A second one ends it at once."""
 
     def __init__(self):
-        self.asked = self.now = False
+        self.received = False
         self.before = {}
         for number in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(ValueError):  # not in the main thread: leave the signals alone
                 self.before[number] = signal.signal(number, self.handle)
 
     def close(self):
-        """TRAP: what comes after, another run perhaps, would otherwise swallow a Ctrl-C in silence."""
+        """TRAP: without this a later Ctrl-C in the same process would have no effect."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def handle(self, number, frame):
         signal.signal(number, signal.SIG_DFL)
-        self.asked = True
+        self.received = True
 
     def agreed(self) -> bool:
-        """Whether all ranks stop here: one byte over gloo, no waiting for a GPU."""
-        self.now = distributed.mean({"asked": self.asked})["asked"] > 0
-        return self.now
+        """Whether any rank received a signal: one byte over gloo, without waiting for a GPU."""
+        return distributed.mean({"received": self.received})["received"] > 0

@@ -1,4 +1,4 @@
-"""tiles.py: the fast cosines against llip.py's plain ones, in value and gradient, and what they hold."""
+"""llip_tiles.py: the tiled form against the equations of llip.py, in value, gradient and memory."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ import losses
 from llip import Llip
 from model import Config
 from scale import llip_tiles as tiles
+from scale.llip_tiles import TiledLlip
 
 E = 16
 SIZES = Config(E, 16, 8, 24, 1, 2, 48, 8, 50, 20, 1, 2, 40)
@@ -16,7 +17,7 @@ SIZES = Config(E, 16, 8, 24, 1, 2, 48, 8, 50, 20, 1, 2, 40)
 
 def build(M=3, H=2, dtype=torch.float64, **more):
     torch.manual_seed(0)
-    return Llip(SIZES, M, H, **{"temperature": 2.0, "bias": -2.0, **more}).to(dtype)
+    return TiledLlip(SIZES, M, H, **{"temperature": 2.0, "bias": -2.0, **more}).to(dtype)
 
 
 def sides(M, H, images=5, texts=7, dtype=torch.float64, seed=1):
@@ -28,7 +29,7 @@ def sides(M, H, images=5, texts=7, dtype=torch.float64, seed=1):
 
 
 def plain_logits(model, image_side, text_side):
-    return model.scale_logits(model.pair_cosines(*image_side, *text_side))
+    return Llip.pair_logits(model, image_side, text_side)
 
 
 def value_and_gradients(model, image_side, text_side, function):
@@ -61,7 +62,7 @@ SHAPES = [(3, 2), (1, 2), (3, 1), (1, 1), (2, 8), (40, 2)]
 @pytest.mark.parametrize("M, H", SHAPES)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_equals_the_plain_form(monkeypatch, M, H, dtype, tolerance, which):
-    monkeypatch.setattr(tiles, "form", lambda *a: which)
+    monkeypatch.setattr(tiles, "tile_form", lambda *a: which)
     monkeypatch.setattr(tiles, "TILE_BYTES", 4_000)
     model, (image_side, text_side) = build(M, H, dtype), sides(M, H, dtype=dtype)
     assert tiles.tile_shape(image_side[0], 7) != (5, 7)  # more tiles than one
@@ -74,7 +75,7 @@ def test_equals_the_plain_form(monkeypatch, M, H, dtype, tolerance, which):
 @pytest.mark.parametrize("which", ["value", "gram"])
 def test_gradcheck(monkeypatch, which):
     """TRAP: x^T S x may be clamped; the derivative is that of the clamped number."""
-    monkeypatch.setattr(tiles, "form", lambda *a: which)
+    monkeypatch.setattr(tiles, "tile_form", lambda *a: which)
     model, (image_side, text_side) = build(2, 2), sides(2, 2, 3, 3)
 
     def cosines(*inputs):
@@ -89,7 +90,7 @@ def test_gradcheck(monkeypatch, which):
 @pytest.mark.parametrize("size", [1.0, 1e-6, 1e-15, 0.0])
 def test_features_of_almost_no_length(monkeypatch, which, dtype, size):
     """|z| is clamped at 1e-12, in F.normalize and here: nothing becomes inf or NaN, equal to the end."""
-    monkeypatch.setattr(tiles, "form", lambda *a: which)
+    monkeypatch.setattr(tiles, "tile_form", lambda *a: which)
     model, ((keys, values), text_side) = build(3, 2, dtype), sides(3, 2, dtype=dtype)
     image_side = keys, (values.detach() * size).requires_grad_()
     wanted = value_and_gradients(model, image_side, text_side, plain)
@@ -102,12 +103,13 @@ def test_features_of_almost_no_length(monkeypatch, which, dtype, size):
 def test_values_that_cancel(monkeypatch, left):
     """TRAP: the square of a length rounds by 1 / left^2, the length itself by 1 / left."""
     for which in ("value", "gram"):
-        monkeypatch.setattr(tiles, "form", lambda *a, which=which: which)
+        monkeypatch.setattr(tiles, "tile_form", lambda *a, which=which: which)
         model, ((keys, values), text_side) = build(2, 2, torch.float32), sides(2, 2)
         keys, queries, text = (x.detach().float() for x in (keys * 0, *text_side))
         half = values.detach().float()[:, :, :1]
         opposite = torch.cat([half, left * torch.randn_like(half) - half], 2)  # equal weights
-        exact = build(2, 2).pair_cosines(*(x.double() for x in (keys, opposite, queries, text)))
+        k, v, q, t = (x.double() for x in (keys, opposite, queries, text))
+        exact = (plain_logits(build(2, 2, scale=1.0, bias=0.0), (k, v), (q, t))).detach()
         got = tiles.cosines(keys, opposite, queries, text, model.pred.out_proj.detach(), 2.0)
         assert (got - exact).abs().max() < 4 * torch.finfo(torch.float32).eps / left**2
 
@@ -173,9 +175,9 @@ def test_the_gradient_of_a_tiled_loss_is_given_once():
 
 
 def test_the_cheaper_form_is_taken():
-    assert tiles.form(256, 32, 8, 512) == "gram"  # 256 < 512
-    assert tiles.form(256, 64, 8, 512) == "value"  # as wide, and G_i on top
-    assert tiles.form(8, 32, 8, 512) == "value"  # too few captions to pay for G_i
+    assert tiles.tile_form(256, 32, 8, 512) == "gram"  # 256 < 512
+    assert tiles.tile_form(256, 64, 8, 512) == "value"  # as wide, and G_i on top
+    assert tiles.tile_form(8, 32, 8, 512) == "value"  # too few captions to pay for G_i
 
 
 def counted(which, images, texts, M, H, train):
@@ -194,7 +196,7 @@ def counted(which, images, texts, M, H, train):
         return counter.get_total_flops()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "form", lambda *a: which)
+        patch.setattr(tiles, "tile_form", lambda *a: which)
         return run()
 
 
@@ -254,3 +256,26 @@ def test_unit_text_is_enough():
         model.pair_logits(image_side, (queries, 5 * text)),
         model.pair_logits(image_side, (queries, F.normalize(text, dim=-1))),
     )
+
+
+def test_auto_takes_the_tiled_form_only_where_the_plain_one_is_large(monkeypatch):
+    model = Llip(SIZES, 3, 2)
+    assert type(tiles.select(model, "auto", 8, 8)) is Llip
+    assert type(tiles.select(model, "tiled", 8, 8)) is TiledLlip
+    assert type(tiles.select(model, "auto", 8, 8)) is Llip
+    large = tiles.PLAIN_BYTES // tiles.plain_bytes(model, 1, 1) + 1
+    assert type(tiles.select(model, "auto", 1, large)) is TiledLlip
+    assert type(tiles.select(model, "plain", 1, large)) is Llip
+    with pytest.raises(ValueError, match="expected auto, plain or tiled"):
+        tiles.select(model, "fast", 1, 1)
+
+
+def test_without_a_gradient_the_plain_form_takes_captions_in_chunks(monkeypatch):
+    model, (image_side, text_side) = Llip(SIZES, 3, 2).double(), sides(3, 2)
+    wanted = model.pair_logits(image_side, text_side).detach()
+    monkeypatch.setattr("llip.PLAIN_BYTES", 2 * tiles.plain_bytes(model, 5, 1))
+    seen, mix = [], model.mix
+    monkeypatch.setattr(model, "mix", lambda k, v, q: seen.append(len(q)) or mix(k, v, q))
+    with torch.no_grad():
+        torch.testing.assert_close(model.pair_logits(image_side, text_side), wanted)
+    assert seen == [2, 2, 2, 1]

@@ -1,0 +1,149 @@
+"""Which values a run gets: defaults, presets, published settings, the command line, and a run to continue.
+
+configs maps a method's TASK to the dataclass of its shared flags (train.py). Later values win: the defaults
+of the flags, those of the method (DEFAULTS, then published settings for the task and the data set, or TINY
+for a CLIP of this project), the preset, the run that --resume continues, and the flags that are given.
+"""
+
+import math
+import os
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pretrained
+from baselines import methods
+from model import CONFIGS
+from util.flags import Parser, add_flags, explicit, flag_of
+from util.run import FREE, check_same_run, find, holds_checkpoint, read_config
+from weights import archive
+
+POSITIVE = "batch_size steps accumulate log_every save_every train_size mixture_tokens mixture_heads"
+COUNTS = "image_size workers threads eval_every warmup overfit epochs clip_norm weight_decay seed logit_scale"
+COUNTS += " shots align_layers margin align_weight bma_beta"
+SMALLEST = sys.float_info.min
+LIMITS = {name: (1, math.inf, "must be at least 1") for name in POSITIVE.split()}
+LIMITS |= {name: (0, math.inf, "must not be negative") for name in COUNTS.split()}
+LIMITS |= {name: (0, 0.999999, "must lie in [0, 1)") for name in ("beta1", "beta2")}
+REALS = ("lr", "temperature", "eps", "guidance_temperature", "tes_temperature")
+LIMITS |= {name: (SMALLEST, 1e30, "must be positive") for name in REALS}
+LIMITS |= {"bias": (0, 1, "must lie in [0, 1]"), "crop_scale": (SMALLEST, 1, "must lie in (0, 1]")}
+CHOICES = {"model": tuple(CONFIGS), "objective": ("infonce", "siglip"), "precision": ("auto", "fp32", "bf16")}
+CHOICES |= {"optimizer": ("adamw", "sgd", "nesterov")}
+CHOICES |= {"open_task": ("domain-shift", "open-class", "in-the-wild")}
+
+
+def resolve(configs: dict[str, type], flags: dict) -> tuple:
+    """The configuration of a run: shared flags and the method's Settings.
+
+    Raises: ValueError for a flag that the method does not have, and for values that cannot be.
+    """
+    preset, owner = {}, ""
+    if flags.get("preset"):
+        presets = methods.presets()
+        if flags["preset"] not in presets:
+            raise ValueError(f"--preset {flags['preset']}: there are {', '.join(presets)}")
+        owner, preset = presets[flags["preset"]]
+    name = flags.get("method") or owner or next(iter(methods.METHODS))
+    method = methods.find(name)
+    if owner and methods.find(owner).module is not method.module:
+        raise ValueError(f"--preset {flags['preset']} is a run of --method {owner}, not of {name}")
+    own, shared = method.flags(), {f.name for f in fields(configs[method.module.TASK])}
+    for flag in flags:
+        if flag not in own | shared:
+            raise ValueError(refusal(configs, flag, name))
+    values = dict(method.module.DEFAULTS)
+    if method.module.TASK == "labels":
+        if not flags.get("init"):
+            raise ValueError(f"--method {name} starts from a CLIP: name a checkpoint or a run with --init")
+        if flags.get("dry_run"):
+            raise ValueError(f"--dry-run computes the cost of pre-training, not of --method {name}")
+        values |= own_defaults(method, flags)
+    values |= preset | {"method": name}
+    if "steps" in flags or flags.get("overfit"):
+        values["epochs"] = 0.0
+    values |= flags
+    c = configs[method.module.TASK](**{k: v for k, v in values.items() if k in shared})
+    s = method.settings(**{k: v for k, v in values.items() if k in own})
+    if c.overfit:
+        c = replace(c, batch_size=c.overfit, weight_decay=0.0, warmup=min(c.warmup, 5))
+        c = c if "steps" in flags else replace(c, steps=300)
+    check(c, s)
+    return c, s
+
+
+def own_defaults(method: methods.Method, flags: dict) -> dict:
+    """TINY for a CLIP of this project; for a published CLIP the published settings, which are printed."""
+    if is_tiny(flags["init"]):
+        return method.module.TINY
+    task = flags.get("open_task", "domain-shift")
+    values, where = method.published(task, flags.get("train_data", ""))
+    if values and os.environ.get("RANK", "0") == "0":
+        print(f"published settings for {where}:", ", ".join(f"{flag_of(k)} {v}" for k, v in values.items()))
+    return values
+
+
+def refusal(configs: dict[str, type], flag: str, name: str) -> str:
+    """Why a method does not take a flag."""
+    having = [n for n, m in methods.METHODS.items() if flag in m.flags()]
+    having = having or [n for n, m in methods.METHODS.items() if hasattr(configs[m.module.TASK], flag)]
+    if not having:
+        return f"there is no flag {flag_of(flag)} (--help lists the flags)"
+    return f"--method {name} has no flag {flag_of(flag)}; it belongs to {', '.join(having)}"
+
+
+def check(c, s) -> None:
+    """Raises: ValueError for a value that cannot be."""
+    for flag, value in (asdict(c) | asdict(s)).items():
+        low, high, message = LIMITS.get(flag, (value, value, ""))
+        if not low <= value <= high and not (isinstance(value, float) and math.isnan(value) and not message):
+            raise ValueError(f"{flag_of(flag)} {value}: {message}")
+        if flag in CHOICES and value not in CHOICES[flag]:
+            raise ValueError(f"{flag_of(flag)} {value}: expected one of {', '.join(CHOICES[flag])}")
+
+
+def parse(configs: dict[str, type], argv: list[str], about: str) -> dict:
+    """The flags that a command line gives, with those of the run that it resumes."""
+    first = Parser(add_help=False)
+    for flag in ("method", "preset", "resume", "out"):
+        first.add_argument(flag_of(flag), default="")
+    chosen, _ = first.parse_known_args(argv)
+    resumed = resumed_flags(configs, chosen)
+    name = chosen.method or resumed.get("method") or next(iter(methods.METHODS))
+    if chosen.preset and not chosen.method:
+        name = methods.presets().get(chosen.preset, (name,))[0]
+    method = methods.find(name)
+    lists = f"methods: {' '.join(methods.METHODS)}\npresets: {' '.join(methods.presets())}"
+    parser = Parser(f"{about}\n{lists}\n\nThe flags below are those of --method {name}.")
+    add_flags(parser, configs[method.module.TASK], **method.module.DEFAULTS)
+    add_flags(parser, method.module.Settings, **method.changes)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        word = unknown[0].split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+        raise ValueError(refusal(configs, word, name) if "--" in unknown[0] else f"{unknown[0]}: not a flag")
+    flags = {flag: value for flag, value in vars(args).items() if flag in explicit(argv)}
+    if chosen.resume and resumed:
+        check_same_run(resumed, flags)
+    return resumed | flags
+
+
+def resumed_flags(configs: dict[str, type], chosen) -> dict:
+    """The flags in config.json of the run that --resume continues; {} if there is no such run."""
+    if not chosen.resume:
+        return {}
+    path = find(chosen.out, chosen.resume, chosen.method or next(iter(methods.METHODS)))
+    if not holds_checkpoint(path):
+        return {}
+    known = {f.name for cls in configs.values() for f in fields(cls)}
+    known |= {flag for method in methods.METHODS.values() for flag in method.flags()}
+    return {k: v for k, v in read_config(path).items() if k in known - (FREE - {"preset"})}
+
+
+def is_tiny(source: str) -> bool:
+    """Whether --init is a CLIP of this project, narrower than any published one; reads no tensor."""
+    if not Path(source).exists():
+        return False  # a name to download
+    _, description = pretrained.weights(archive.read(pretrained.locate(source)))
+    config = (description or {}).get("config")
+    width = config.get("vision_width") if isinstance(config, dict) else None
+    return isinstance(width, int) and width < methods.TINY_WIDTH
