@@ -331,9 +331,7 @@ class LabelTask(Task):
         if model.whole_batch and c.accumulate > 1:
             raise ValueError(f"--accumulate {c.accumulate}: the loss of {c.method} needs the whole batch")
         if not model.new_classes and c.open_task != "domain-shift":
-            raise ValueError(
-                f"--open-task {c.open_task}: what {c.method} learns with these flags scores no new classes"
-            )
+            raise ValueError(f"--open-task {c.open_task}: this {c.method} cannot score new classes")
         if model.one_process and distributed.world_size() > 1:
             raise ValueError(f"{c.method} has a BatchNorm, which must see the whole batch: use one process")
 

@@ -93,12 +93,12 @@ def finished(flags: dict, log) -> dict:
     out = Path(flags["out"])
     if (out / "checkpoint.pt").exists():
         flags = flags | {"resume": "auto"}
-    c = train.resolve(train.TrainConfig(**flags), set(flags))
+    c, s = train.configure(**flags)
     if (out / "results.json").exists():
-        check_same_run(json.loads((out / "config.json").read_text()), asdict(c))
+        check_same_run(json.loads((out / "config.json").read_text()), asdict(c) | asdict(s))
         return json.loads((out / "results.json").read_text())
     with contextlib.redirect_stdout(log):
-        return train.train(c)
+        return train.train(c, s)
 
 
 def records_of(flags: dict, results: dict) -> list[dict]:

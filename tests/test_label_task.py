@@ -1,4 +1,4 @@
-"""tasks.LabelTask under train.py's loop: defaults, learning, resume to the bit, ranks and chunks, mistakes."""
+"""tasks.LabelTask under train.py's loop: defaults, learning, resume to the bit, ranks, chunks, mistakes."""
 
 import json
 import os
@@ -135,7 +135,7 @@ def test_defaults(clip, tmp_path):
 
 
 def test_published_settings_follow_the_task_and_the_data(clip, tmp_path, capsys):
-    """thuml/CLIPood and zhyhan/AlignCLIP main.py; flags that are given win, a tiny CLIP has its own values."""
+    """thuml/CLIPood and zhyhan/AlignCLIP; explicit flags win, and a tiny CLIP has its own values."""
 
     def found(method, data, task, **more):
         flags = dict(method=method, init="ViT-B/16", train_data=data, open_task=task) | more
@@ -503,7 +503,10 @@ def test_prompts_overfit_a_tiny_batch(tmp_path, clip, folder, method, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--method", "coop", "--class-context", "--open-task", "in-the-wild"], "class-specific"),
+        (
+            ["--method", "coop", "--class-context", "--open-task", "in-the-wild"],
+            "this coop cannot score new classes",
+        ),
         (["--method", "maple", "--class-context"], "no flag --class-context; it belongs to coop"),
         (["--method", "coop", "--context-words", "a photo"], "--context 4, but --context-words"),
         (["--method", "coop", "--context", "15"], "class 0: "),

@@ -1,4 +1,4 @@
-"""rundir.py: a checkpoint is whole or noticed, whatever happens between two operations on files."""
+"""util/run.py: a checkpoint is whole, or the damage is noticed, whatever happens between two operations."""
 
 import errno
 import fcntl
@@ -6,7 +6,6 @@ import os
 import resource
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,12 +15,11 @@ from reliability import outputs
 import pretrained
 from model import CLIP, Config
 from util import files, plots
-from util import run as rundir
-from util.run import Run, lock, read_checkpoint
+from util.run import Run, read_checkpoint
 
 
 def open_run(out, resume="auto"):
-    return Run(SimpleNamespace(out=str(out), resume=resume, method="llip"))
+    return Run(str(out), resume, "llip")
 
 
 def state(step):
@@ -104,7 +102,7 @@ def test_a_directory_with_only_the_previous_is_a_run(tmp_path):
     run = open_run(tmp_path)
     run.save(state(1))
     os.replace(run.checkpoint, run.previous)
-    with pytest.raises(ValueError, match="already holds a run"):
+    with pytest.raises(ValueError, match="holds a run"):
         open_run(tmp_path, resume="")
 
 
@@ -152,10 +150,9 @@ def some_run(out, failing=None, count=0):
         return operation
 
     if failing:
-        for name in ("replace", "fsync", "open", "unlink"):
+        for name in ("replace", "fsync", "open", "unlink", "write"):
             setattr(os, name, wrap(getattr(os, name)))
         torch.save = wrap(torch.save)
-        rundir.open = wrap(open)
     run = open_run(out)
     saved = run.load()
     first = saved["step"] if saved else 0
@@ -201,7 +198,7 @@ def test_whatever_stops_between_two_operations_the_run_goes_on(tmp_path, failing
             assert found["step"] == wanted["step"], count
         logs = [(d / "metrics.jsonl").read_text() for d in (out, tmp_path / "whole")]
         assert logs[0] == logs[1], count
-        assert not list(out.glob("*.part")), count
+        assert not list(out.glob("*-part")), count
     assert code in ends and ends <= {code, 0, 1}, ends
 
 
@@ -240,21 +237,21 @@ def test_a_child_does_not_keep_the_lock(tmp_path):
     """TRAP: loader workers outlive a killed run for seconds; its successor must not wait for them."""
     read, write = os.pipe()
     if (pid := os.fork()) == 0:
-        held = lock(tmp_path / "lock")  # noqa: F841
+        held = open_run(tmp_path)  # noqa: F841
         if os.fork() == 0:
             os.read(read, 1)  # the worker: lives on until told to go
             os._exit(0)
         kill()
     os.waitpid(pid, 0)
-    lock(tmp_path / "lock").close()
+    open_run(tmp_path).handle.close()
     os.write(write, b"x")
 
 
 def test_a_second_process_is_refused(tmp_path):
-    held = lock(tmp_path / "lock")
-    assert in_child(lambda: lock(tmp_path / "lock")) == 2
-    held.close()
-    assert in_child(lambda: lock(tmp_path / "lock")) == 0
+    held = open_run(tmp_path)
+    assert in_child(lambda: open_run(tmp_path)) == 2
+    held.handle.close()
+    assert in_child(lambda: open_run(tmp_path)) == 0
 
 
 def test_a_failing_write_says_what_is_kept_and_what_to_do(tmp_path, monkeypatch):
@@ -266,9 +263,9 @@ def test_a_failing_write_says_what_is_kept_and_what_to_do(tmp_path, monkeypatch)
     said = str(error.value)
     assert "No space left" in said and f"whole: {run.checkpoint}" in said and "--resume" in said
     monkeypatch.undo()
-    assert read_checkpoint(run.checkpoint)["step"] == 1 and not list(tmp_path.glob("*.part"))
-    monkeypatch.setattr(rundir, "open", lambda *_: no_space(), raising=False)
-    with pytest.raises(ValueError, match="metrics.jsonl.*Make room"):
+    assert read_checkpoint(run.checkpoint)["step"] == 1 and not list(tmp_path.glob("*-part"))
+    monkeypatch.setattr(os, "open", lambda *_: no_space())
+    with pytest.raises(ValueError, match="No space left.*Make room"):
         run.log(step=2)
 
 
@@ -283,7 +280,7 @@ def test_a_disk_that_fills_inside_torch_save_is_named(tmp_path):
         with pytest.raises(ValueError, match="File too large.*whole"):
             run.save(big)
         with pytest.raises(OSError, match="File too large"):
-            pretrained.write(tmp_path / "x.pt", lambda file: torch.save(big, file))
+            files.write_bytes(tmp_path / "x.pt", bytes(30_000))
 
     assert in_child(work) == 0
     assert read_checkpoint(run.checkpoint)["step"] == 1
@@ -324,7 +321,7 @@ def test_what_cannot_be_read_now_is_not_damaged(tmp_path, name):
         with pytest.raises(OSError, match=f"Permission denied.*{name}"):
             open_run(tmp_path).load()
 
-    run.lock.close()
+    run.handle.close()
     assert in_child(work) == 0
     assert not (tmp_path / "checkpoint.damaged.pt").exists()
     (tmp_path / name).chmod(0o644)
@@ -335,7 +332,7 @@ def test_no_memory_for_a_checkpoint_is_not_damage(tmp_path):
     run = open_run(tmp_path)
     run.save(state(1))
     run.save(state(2) | {"state_dict": {"w": torch.zeros(1 << 26)}})
-    run.lock.close()
+    run.handle.close()
 
     def work():
         pages = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -354,7 +351,7 @@ def test_a_disk_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(fcntl, "lockf", none)
     open_run(tmp_path).save(state(1))
-    assert "cannot be locked (" in capsys.readouterr().out
+    assert "cannot be locked on this disk" in capsys.readouterr().out
 
 
 def test_files_are_named_where_they_cannot_be_written(tmp_path):
@@ -371,7 +368,7 @@ def test_files_are_named_where_they_cannot_be_written(tmp_path):
             else:
                 plots.lines(tmp_path / name, {"loss": {"loss": [(0, 1.0), (1, 0.5)]}})
         assert "\n" not in str(error.value)
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*-part"))
 
 
 def test_a_picture_is_whole_or_what_it_was(tmp_path):

@@ -100,7 +100,7 @@ def open_own(path: str | Path, flags: int):
     """Opens a regular file for writing; never through a link, and never a pipe or a device.
 
     Args:   flags of os.open beside O_CREAT, as os.O_RDWR or os.O_WRONLY | os.O_APPEND
-    Raises: ValueError if there is something else under this name.
+    Raises: OSError, also if there is something else under this name.
     """
     # O_NONBLOCK: opening a pipe that nobody reads would wait for ever
     flags |= os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -108,11 +108,11 @@ def open_own(path: str | Path, flags: int):
         handle = os.open(path, flags, 0o666)
     except OSError as error:
         if os.path.islink(path) or (os.path.exists(path) and not os.path.isfile(path)):
-            raise ValueError(f"{path} is a link, a pipe or a device: remove it") from error
+            raise OSError(f"cannot write {path}: it is a link, a folder, a pipe or a device") from error
         raise
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise ValueError(f"{path} is a pipe or a device: remove it")
+        raise OSError(f"cannot write {path}: it is a pipe or a device")
     return open(handle, "a" if flags & os.O_APPEND else "r+b")
 
 

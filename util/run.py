@@ -46,12 +46,12 @@ class Run:
         self.previous = self.path / "checkpoint.previous.pt"
         self.made = []  # folders that this run made, the innermost first
         if self.writes:
-            self.claim()
+            self.claim(resumed=bool(resume) and holds_checkpoint(self.path))
 
-    def claim(self) -> None:
+    def claim(self, resumed: bool) -> None:
         """Takes the folder for this process alone."""
         self.made = [p for p in (self.path, *self.path.parents) if not p.exists()]
-        refuse_foreign(self.path)
+        refuse_foreign(self.path, resumed)
         output_folder(self.path)
         self.handle = open_own(self.path / "lock", os.O_RDWR)
         try:
@@ -194,7 +194,7 @@ def find(out: str, resume: str, name: str) -> Path:
     return names[max(free - 1, 0) if resume else free]
 
 
-def refuse_foreign(path: Path) -> None:
+def refuse_foreign(path: Path, resumed: bool) -> None:
     """Raises: ValueError if the folder has files under our names that no run of train.py wrote."""
     if not path.is_dir():
         return
@@ -203,7 +203,7 @@ def refuse_foreign(path: Path) -> None:
             mine = file.read(len(MARK)) in (MARK, b"")
         if not mine:
             raise ValueError(f"{path / 'lock'} is not of a run of train.py: choose another --out")
-    elif found := [name for name in NAMES if os.path.lexists(path / name)]:
+    elif not resumed and (found := [name for name in NAMES if os.path.lexists(path / name)]):
         raise ValueError(f"{path} holds a {found[0]} that no run of train.py wrote: choose another --out")
 
 
