@@ -31,12 +31,12 @@ def fit_lbfgs(x: Tensor, y: Tensor, classes: int, strength: float) -> tuple[Tens
     Radford et al. 2021, appendix A.3 (scikit-learn's objective): sum_i CE_i + strength / 2 |W|^2 with a free
     bias, at most 1,000 iterations. REF: it ends where no slope exceeds 1e-5; scikit-learn's default is 1e-4.
     SPEED: W = P A, where P are the principal axes of x, scaled so that the loss has equal curvature along all
-    of them. Solving for A takes tens of iterations instead of thousands.
+    of them. Solving for A takes tens of iterations, not thousands. Directions without an image get weight 0.
     Args: x (N, D), y (N,).   Returns: W (D, C), b (C,).
     """
     N, mean = len(x), x.double().mean(0)
     x = x.double() - mean
-    if N < x.shape[1]:  # directions without an image have weight 0
+    if N < x.shape[1]:
         _, values, axes = torch.linalg.svd(x, full_matrices=False)  # (N,), (N, D)
         squares, axes = values.square(), axes.t()  # (D, N)
     else:
@@ -68,10 +68,10 @@ def fit_adamw(
     """A linear layer on features of unit length by AdamW; strength is the weight decay.
 
     No equation; LAION-AI/CLIP_benchmark metrics/linear_probe.py: lr 0.1, cosine without warm-up, batch 64,
-    10 epochs.   Args: x (N, D), y (N,).   Returns: W (D, C), b (C,).
+    10 epochs; the start is nn.Linear's.   Args: x (N, D), y (N,).   Returns: W (D, C), b (C,).
     """
     g = torch.Generator().manual_seed(seed)
-    bound = x.shape[1] ** -0.5  # nn.Linear's start
+    bound = x.shape[1] ** -0.5
     weight, bias = (
         ((2 * torch.rand(shape, generator=g) - 1) * bound).requires_grad_()
         for shape in ((x.shape[1], classes), (classes,))
@@ -122,19 +122,19 @@ def probe(solver: str, parts: dict, classes: int, progress: str = "", **more) ->
         parts = {name: (F.normalize(x, dim=-1), y) for name, (x, y) in parts.items()}
     strengths = [low * (high / low) ** (k / 96) for k in range(97)]
     # at most 7 + 4 x 2 fits of the search, and the last one
-    shown, found = Progress(progress, 16, "fits at most"), {}
+    shown, accuracy = Progress(progress, 16, "fits at most"), {}
 
     def score(k: int) -> float:
-        found[k] = top1(*parts["val"], *fit(*parts["train"], classes, strengths[k], **more))
+        accuracy[k] = top1(*parts["val"], *fit(*parts["train"], classes, strengths[k], **more))
         shown.add(1)
-        return found[k]
+        return accuracy[k]
 
     best = search(score)
     shown.total, shown.unit = shown.done + 1, "fits"
     x, y = (torch.cat(pair) for pair in zip(parts["train"], parts["val"]))
     fitted = fit(x, y, classes, strengths[best], **more)
     shown.add(1)
-    return {"top1": top1(*parts["test"], *fitted), "val": found[best], "strength": strengths[best]}
+    return {"top1": top1(*parts["test"], *fitted), "val": accuracy[best], "strength": strengths[best]}
 
 
 def split_for(parts: dict, seed: int) -> dict:

@@ -42,7 +42,8 @@ from util.plots import sheet
 from util.program import leave, program
 from util.report import Progress, format_table, grouped_means, plus_minus
 
-SAME = {"surgery": "vvv", "alignclip": "dv"}  # a method and a structure that are one
+# a method and the structure that equals it
+SAME = {"surgery": "vvv", "alignclip": "dv"}
 TITLES = {kind: f"{kind} ({method})" for method, kind in SAME.items()}
 METHODS = ("plain", *surgery.METHODS)
 ATTENTION, LLIP = ("cls", "cls-early"), ("caption", "cls")
@@ -96,22 +97,22 @@ def things_of(dataset, ids: list[int], together: bool) -> tuple[Tensor, Tensor, 
     """Things, or all of a picture as one: (N,) row of the picture, (N,) kind, (N, S, S) bool mask."""
     rows, kinds, masks = [], [], []
     for row, i in enumerate(ids):
-        found = torch.from_numpy(dataset.masks(i))  # (things, S, S)
-        if together:
-            found = found.any(0, keepdim=True)
-        rows += [row] * len(found)
-        kinds += dataset.facts["kind"][i][: len(found)].tolist()
-        masks.append(found)
+        each = torch.from_numpy(dataset.masks(i))  # (things, S, S)
+        masks.append(each.any(0, keepdim=True) if together else each)
+        rows += [row] * len(masks[-1])
+        kinds += dataset.facts["kind"][i][: len(masks[-1])].tolist()
     return torch.tensor(rows), torch.tensor(kinds), torch.cat(masks)
 
 
 def names_as_text(model: DualEncoder, tokenizer) -> Tensor:
     """The kinds of thing in all templates: ids (C, templates, L) for Llip, else features (C, E)."""
-    if not model.conditional:
-        return evaluate.encode_classes(model, tokenizer, list(scenes.KINDS), scenes.TEMPLATES)  # (C, E)
+    C, T, device = len(scenes.KINDS), len(scenes.TEMPLATES), model.logit_scale.device
     texts = [fill(template, kind) for kind in scenes.KINDS for template in scenes.TEMPLATES]
-    tokens = tokenizer(texts, model.config.context_length)  # (C templates, L)
-    return tokens.view(len(scenes.KINDS), len(scenes.TEMPLATES), -1).to(model.logit_scale.device)
+    tokens = tokenizer(texts, model.config.context_length).to(device)  # (C templates, L)
+    if model.conditional:
+        return tokens.view(C, T, -1)
+    group = torch.arange(C, device=device).repeat_interleave(T)
+    return model.ensemble_text(model.encode_text(tokens), group).float()  # (C, E)
 
 
 def measure(
@@ -225,9 +226,9 @@ def main(argv: list[str]) -> None:
         show = tuple(sorted(order[: flags.show].tolist())) if flags.out else ()
         options = options_of(flags, source) | {"show": show}
         sought = names if number else [*names, *BASELINES]
-        found, kept = measure(model.to(device), tokenizer, dataset, sought, **options)
+        scores, kept = measure(model.to(device), tokenizer, dataset, sought, **options)
         label, kind = kind_of(source)
-        for name, figures in found.items():
+        for name, figures in scores.items():
             about = {"model": label, "first_run": first.setdefault(kind, source)}
             about = {"model": "no model", "first_run": ""} if name in BASELINES else about
             records.append(about | {"map": name, "source": source} | figures)

@@ -68,7 +68,8 @@ def main(argv: list[str]) -> None:
     device = start(flags, one_process=True)
     models, rows, curves = [flags.model, *flags.more], [], {}
     for source in models:
-        pretrained.locate(source)  # a missing model is reported before the work
+        # a missing model is reported before the work
+        pretrained.locate(source)
     for source in models:
         model, _ = evaluate.open_model(source, flags.vocab, towers=True, **load_options(flags))
         dataset = evaluate.open_data(flags, model, "image")

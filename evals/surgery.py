@@ -212,7 +212,7 @@ def llip_token_maps(model: DualEncoder, images: Tensor, first: int = 0) -> Tenso
         x, attn = block(x, need_weights=True)  # (B, L, D), (B, H, L, L)
         rows = attn.mean(1)[:, :M, M:].transpose(1, 2)  # (B, P, M)
         maps.append(rows / rows.sum(1, keepdim=True))
-    return torch.stack(maps).mean(0).unflatten(1, grid)  # (B, rows, columns, M)
+    return (sum(maps) / len(maps)).unflatten(1, grid)  # (B, rows, columns, M)
 
 
 def llip_caption_map(model: DualEncoder, images: Tensor, tokens: Tensor) -> Tensor:

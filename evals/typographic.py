@@ -27,7 +27,8 @@ from util.plots import font, sheet
 from util.program import leave, program
 from util.report import format_table
 
-KINDS = {"clean": "clean", "blank": "blank note", "word": "word"}  # of image, and their names in the table
+# kinds of image, and their names in the table
+KINDS = {"clean": "clean", "blank": "blank note", "word": "word"}
 COLUMNS = {"top1": "top-1 %", "word": "answers the word %", "object_wins": "object wins %"}
 
 
@@ -37,7 +38,7 @@ def with_note(image: Image.Image, word: str, blank: bool = False) -> Image.Image
     The word is as large as fits into 0.9 of the width and 0.25 of the height.
     Args: blank: the note of this size without the word
     """
-    image = image.convert("RGB")  # a copy, also of an RGB image
+    image = image.convert("RGB").copy()
     draw, side = ImageDraw.Draw(image), min(image.size)
     for size in range(max(side // 4, 5), 4, -1):
         left, top, right, bottom = draw.textbbox((0, 0), word, font(size))
@@ -154,15 +155,16 @@ def main(argv: list[str]) -> None:
     device = start(flags, one_process=True)
     models, rows, results, pictures = [flags.model, *flags.more], [], {}, {}
     for source in models:
-        pretrained.locate(source)  # a missing model is reported before the work
+        # a missing model is reported before the work
+        pretrained.locate(source)
     for number, source in enumerate(models, 1):
         model, tokenizer = evaluate.open_model(source, flags.vocab, **load_options(flags))
         dataset = evaluate.open_data(flags, model, "labels")
         templates = scenes.TEMPLATES if flags.data == "scenes" else prompts.for_data(flags.data)
         templates = prompts.read_templates(list(flags.templates)) if flags.templates else templates
         options = options_of(flags, f"typographic {source}")
-        found = typographic(model.to(device), dataset, tokenizer, templates, flags.seed, **options)
-        results[source], written, scores = found
+        run = typographic(model.to(device), dataset, tokenizer, templates, flags.seed, **options)
+        results[source], written, scores = run
         for kind, figures in results[source].items():
             row = {"model": source, "image": KINDS[kind]}
             row |= {head: 100 * figures[key] for key, head in COLUMNS.items()}

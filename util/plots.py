@@ -13,7 +13,7 @@ from util.text import number
 # Okabe and Ito's palette, which readers with any colour vision can distinguish
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
 INK, GRID = "#222222", "#dddddd"
-MAX_WIDTH = 1600  # pixels of a contact sheet
+MAX_WIDTH = 1600
 
 
 def font(size: int = 13) -> ImageFont.ImageFont:
@@ -51,9 +51,9 @@ def legend(draw, where: tuple[float, float], label: str, k: int) -> None:
 
 def doubling(values: list[float]) -> list[float]:
     """The distinct values in order if each is at least twice the one before, as 10, 100, 1000; else []."""
-    found = sorted(set(values))
-    geometric = found[0] > 0 and all(b >= 2 * a for a, b in zip(found, found[1:]))
-    return found if geometric and len(found) > 2 else []
+    distinct = sorted(set(values))
+    geometric = distinct[0] > 0 and all(b >= 2 * a for a, b in zip(distinct, distinct[1:]))
+    return distinct if geometric and len(distinct) > 2 else []
 
 
 class Canvas:
