@@ -29,17 +29,21 @@ from tokenizer import Tokenizer
 
 
 class Task:
-    """What the loop needs of a task.
+    """What the loop of train.py needs of a task. Subclasses define everything that is not here.
 
-    unit            what a batch counts, "pairs" or "images"
-    train           the training data
-    tokenizer       saved beside the checkpoint
-    model           the module that is trained;  clip: the dual encoder in it, which may be the same
-    config          sizes of clip
-    autocast        context manager for the precision of the towers, set by the loop
+    unit, train, tokenizer   "pairs" or "images"; the training data; saved beside the checkpoint
+    model, clip, config      the module that is trained; the dual encoder in it, perhaps the same; its sizes
+    batches(start)           batches from step `start` on, without end
+    step(model, batch, device) -> (loss, logs)   forward and backward of all chunks; detached tensors to log
+    evaluate(model)          results by name, each with its figures and "chance"
+    state(), load(saved)     the task's part of a checkpoint: enough to rebuild the model, and to continue
+    expected_loss()          the loss to expect at the start, as text
+    overfit_ok(loss)         whether --overfit succeeded
     """
 
-    unit, autocast = "pairs", contextlib.nullcontext
+    unit = "pairs"
+    # context manager for the precision of the towers; the loop sets it
+    autocast = contextlib.nullcontext
 
     def __init__(self, c, s):
         self.c, self.s = c, s
@@ -48,36 +52,8 @@ class Task:
         """Called before the first step and before load, when the number of steps is known."""
         self.c = c
 
-    def batches(self, start: int) -> data.Batches:
-        """Batches from step `start` on, without end."""
-        raise NotImplementedError
-
-    def step(self, model: nn.Module, batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-        """Forward and backward of all chunks of a batch: the loss () and more to log, detached."""
-        raise NotImplementedError
-
     def after_step(self) -> None:
         """Called after the optimizer's step."""
-
-    def evaluate(self, model: nn.Module) -> dict[str, dict]:
-        """Results by name, each with its figures and "chance"."""
-        raise NotImplementedError
-
-    def state(self) -> dict:
-        """The task's part of a checkpoint: enough to rebuild the model, and to continue."""
-        raise NotImplementedError
-
-    def load(self, saved: dict) -> None:
-        """Takes up state()."""
-        raise NotImplementedError
-
-    def expected_loss(self) -> str:
-        """What the loss should be at the start."""
-        raise NotImplementedError
-
-    def overfit_ok(self, loss: float) -> bool:
-        """Whether --overfit succeeded."""
-        raise NotImplementedError
 
 
 # Pre-training on pairs ------------------------------------------------------------------------------------
