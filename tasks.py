@@ -8,6 +8,7 @@ images of each source domain. c is a run's TrainConfig, s the Settings of its me
 import contextlib
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from scale import distributed, llip_tiles
 from scale.gradcache import float_features, training_step
 from scale.llip_tiles import TiledLlip
 from tokenizer import Tokenizer
+from util.run import fingerprint
 
 
 class Task:
@@ -36,6 +38,7 @@ class Task:
     batches(start)           batches from step `start` on, without end
     step(model, batch, device) -> (loss, logs)   forward and backward of all chunks; detached tensors to log
     evaluate(model)          results by name, each with its figures and "chance"
+    datasets()               {flag of train.py: data set}, which a resumed run compares
     state(), load(saved)     the task's part of a checkpoint: enough to rebuild the model, and to continue
     expected_loss()          the loss to expect at the start, as text
     overfit_ok(loss)         whether --overfit succeeded
@@ -46,7 +49,15 @@ class Task:
     autocast = contextlib.nullcontext
 
     def __init__(self, c, s):
-        self.c, self.s = c, s
+        self.c, self.s, self.prints = c, s, None
+
+    def fingerprints(self) -> dict[str, dict]:
+        """What identifies the data of datasets(), computed once."""
+        if self.prints is None:
+            self.prints = {
+                flag: fingerprint(part) for flag, part in self.datasets().items() if part is not None
+            }
+        return self.prints
 
     def begin(self, c) -> None:
         """Called before the first step and before load, when the number of steps is known."""
@@ -62,11 +73,11 @@ class Task:
 class PairTask(Task):
     """Pre-training on image-caption pairs."""
 
-    def __init__(self, c, s):
+    def __init__(self, c, s, vocabulary: Path | None = None):
         super().__init__(c, s)
         found = pair_data(c)
         self.train, self.found = found.train, found
-        self.tokenizer = pair_tokenizer(c, self.train.captions)
+        self.tokenizer = pair_tokenizer(c, self.train.captions, vocabulary)
         start = starting_point(c, self.tokenizer.vocab_size)
         self.model = METHODS[c.method].module.build(s, start, c.batch_size)
         self.clip, self.config = self.model, self.model.config
@@ -131,6 +142,10 @@ class PairTask(Task):
         if found.objects is not None:
             rows["zeroshot"] = evaluate.zeroshot(model, found.objects, self.tokenizer, found.templates)
         return rows
+
+    def datasets(self) -> dict:
+        found = self.found
+        return {"train_data": found.train, "val_data": found.val, "zeroshot_data": found.objects}
 
     def state(self) -> dict:
         return {"state_dict": self.model.state_dict(), "model": pretrained.describe(self.model)}
@@ -214,8 +229,14 @@ class FirstPairs:
         return self.n
 
 
-def pair_tokenizer(c, captions) -> Tokenizer:
-    """The tokenizer of a file, OpenAI's, the one beside --init, or one learned from the training captions."""
+def pair_tokenizer(c, captions, vocabulary: Path | None = None) -> Tokenizer:
+    """The tokenizer of a file, OpenAI's, the one beside --init, or one learned from the training captions.
+
+    TRAP: a resumed run keeps its vocabulary; one learned again would give its trained embeddings other
+    tokens.
+    """
+    if vocabulary is not None:
+        return Tokenizer.load(vocabulary)
     if c.init:
         if distributed.rank() == 0:
             pretrained.locate(c.init)  # one download for all ranks
@@ -253,12 +274,12 @@ class LabelTask(Task):
 
     unit = "images"
 
-    def __init__(self, c, s):
+    def __init__(self, c, s, vocabulary: Path | None = None):
         super().__init__(c, s)
         self.average, self.zero_shot, self.beta = None, None, getattr(s, "bma_beta", 0.0)
         if c.vocab == "learn":
             raise ValueError("--vocab learn: a checkpoint keeps the vocabulary it was trained with")
-        self.tokenizer = pair_tokenizer(c, ())
+        self.tokenizer = pair_tokenizer(c, (), vocabulary)
         # all ranks may encode classes together, which NCCL does on GPUs only
         clip = pretrained.load(c.init).to(distributed.setup(c.device))
         try:
@@ -364,6 +385,9 @@ class LabelTask(Task):
 
     def score(self, model: nn.Module) -> dict:
         return open_world.evaluate_protocol(model, self.protocol, self.tokenizer, self.templates)
+
+    def datasets(self) -> dict:
+        return {"train_data": self.protocol.train}
 
     def state(self) -> dict:
         """The reported CLIP is "state_dict", so that a run loads as a CLIP; "task" holds everything else."""

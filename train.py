@@ -33,7 +33,7 @@ from scale import costs, distributed
 from util.files import write_json
 from util.program import leave, program
 from util.report import format_table
-from util.run import Clock, Meter, Run, StopSignal, check_same_run, git_commit
+from util.run import Clock, Meter, Run, StopSignal, check_same_data, check_same_run, git_commit
 from util.text import duration
 
 
@@ -84,6 +84,7 @@ class TrainConfig:
     eval_every: int = 0  # steps; 0: only at the end
     save_every: int = 500  # steps; the end and a signal always save
     overfit: int = 0  # test: train on the first N samples only, which must reach a loss near 0
+    data_changed: bool = False  # continue a run although its training data changed
     dry_run: bool = False  # print parameters, FLOPs, bytes and memory, and stop
 
 
@@ -167,6 +168,9 @@ def train(c: TrainConfig, s) -> dict:
     world = distributed.world_size()
     if c.batch_size % (world * c.accumulate):
         raise ValueError(f"batch {c.batch_size} is not divisible by {world} ranks x {c.accumulate} chunks")
+    same = asdict(c) | asdict(s) | dict.fromkeys(("device", "threads", "workers"))
+    if distributed.mean({"differs": distributed.broadcast(str(same)) != str(same)})["differs"]:
+        raise ValueError("the ranks were started with different flags")
     run = Run(c.out, c.resume, c.method)
     try:
         return loop(c, s, run, device)
@@ -178,7 +182,7 @@ def train(c: TrainConfig, s) -> dict:
 def loop(c: TrainConfig, s, run: Run, device: torch.device) -> dict:
     """The run itself, in a directory that belongs to this process."""
     say = print if run.writes else (lambda *args, **options: None)
-    task = tasks.TASKS[methods.METHODS[c.method].module.TASK](c, s)
+    task = tasks.TASKS[methods.METHODS[c.method].module.TASK](c, s, run.vocabulary())
     if c.epochs:
         c = replace(c, steps=max(1, round(c.epochs * (len(task.train) // c.batch_size))))
 
@@ -192,6 +196,7 @@ def loop(c: TrainConfig, s, run: Run, device: torch.device) -> dict:
     if start == c.steps and (results := run.results()) is not None:
         finish(run, task, c, results, None, say)
         return results
+    run.rewind(start)
     model = wrap(raw, c, device)
     if c.precision == "bf16" or (c.precision == "auto" and device.type == "cuda"):
         task.autocast = lambda: torch.autocast(device.type, torch.bfloat16)
@@ -202,15 +207,15 @@ def loop(c: TrainConfig, s, run: Run, device: torch.device) -> dict:
     while True:
         last = step == c.steps  # one pass more than steps: the last one only evaluates and saves
 
-        # once in a while: evaluate, save, and see whether somebody wants us to stop
-        if (last or (c.eval_every and step % c.eval_every == 0 and step > start)) and not c.overfit:
-            results = timed_evaluation(task, raw, say)
-            if results and step > start:
-                run.log(step=step, **results)
+        # once in a while: see whether somebody wants us to stop, save, and then evaluate, which may fail
         stopping = stop.agreed()  # on all ranks, and before saving, so that a stop is never missed
         if step > start and (last or stopping or step % c.save_every == 0):
             check_finite(meter, step, c, task, ids, run, raw.parameters())
             run.save(state(c, s, task, optimizer, step, meter))
+        if not stopping and not c.overfit and (last or (c.eval_every and step and step % c.eval_every == 0)):
+            results = timed_evaluation(task, raw, say)
+            if results:
+                run.log(step=step, **results)
         if stopping:
             raise KeyboardInterrupt(f"stopped at step {step}; python train.py --resume {run.path} continues")
         if last:
@@ -245,6 +250,7 @@ def restore(c: TrainConfig, s, run: Run, task: tasks.Task, optimizer, say) -> tu
     start, meter = 0, Meter()
     if saved:
         check_same_run(saved["config"], asdict(c) | asdict(s))
+        check_same_data(saved["data"], task.fingerprints(), c.data_changed, say)
         task.load(saved)
         optimizer.load_state_dict(saved["optimizer"])
         start, meter = saved["step"], Meter(**saved["meter"])
@@ -252,15 +258,13 @@ def restore(c: TrainConfig, s, run: Run, task: tasks.Task, optimizer, say) -> tu
         say(done if start == c.steps else f"resuming {run.path} at step {start}")
     if distributed.mean({"start": start})["start"] != start:
         raise ValueError(f"{run.path}: not every rank sees the checkpoint; use a shared folder")
-    if start < c.steps:
-        run.rewind(start)
     return start, meter
 
 
 def state(c: TrainConfig, s, task: tasks.Task, optimizer, step: int, meter: Meter) -> dict:
     """A checkpoint."""
     numbers = {"step": step, "samples": step * c.batch_size, "meter": meter.state()}
-    about = {"config": asdict(c) | asdict(s), "commit": git_commit()}
+    about = {"config": asdict(c) | asdict(s), "commit": git_commit(), "data": task.fingerprints()}
     return {**task.state(), "optimizer": optimizer.state_dict(), **numbers, **about}
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import checkpoint, same
+from PIL import Image
 
 import llip
 import pretrained
@@ -561,3 +562,64 @@ def test_test_seed_changes_the_evaluation_and_not_the_training_data():
     assert both[0].train.captions == both[1].train.captions
     for name in ("val", "aspects", "objects"):
         assert (getattr(both[0], name).seed, getattr(both[1], name).seed) == (0, 7)
+
+
+def captions_file(folder, words, size=8):
+    rows = ["image,caption"]
+    for k, word in enumerate(words):
+        Image.new("RGB", (size, size), (20 * k, 100, 50)).save(folder / f"{k}.png")
+        rows.append(f"{k}.png,a {word} thing")
+    (folder / "pairs.csv").write_text("\n".join(rows) + "\n")
+    return folder / "pairs.csv"
+
+
+def test_a_resumed_run_keeps_its_vocabulary_and_its_data(tmp_path, capsys):
+    """Changed training data would change batch t, and captions learned again would change every token."""
+    words = "red green blue pink grey black white brown".split()
+    path = captions_file(tmp_path, words)
+    flags = ["--train-data", path, "--batch-size", 4, "--method", "clip"]
+    assert run(tmp_path / "run", *flags, "--steps", 2) == 0
+    vocabulary = (tmp_path / "run" / "tokenizer.json").read_bytes()
+    changes = {
+        "8 rows became 9": lambda: captions_file(tmp_path, [*words, "purple"]),
+        "the rows are in another order": lambda: path.write_text(
+            "image,caption\n" + "\n".join(f"{k}.png,a {words[k]} thing" for k in range(7, -1, -1))
+        ),
+        "images, captions or labels were replaced": lambda: captions_file(tmp_path, words[::-1]),
+    }
+    for message, change in changes.items():
+        change()
+        assert run(tmp_path / "run", *flags, "--steps", 2, "--resume", "auto") == 2
+        error = capsys.readouterr().err
+        assert message in error and "--data-changed continues" in error and error.count("\n") == 1
+    assert run(tmp_path / "run", *flags, "--steps", 2, "--resume", "auto", "--data-changed") == 0
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == vocabulary
+
+
+def test_a_resumed_run_finds_its_data_in_another_place(tmp_path, capsys):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        captions_file(tmp_path / name, "red green blue pink".split())
+    flags = ["--batch-size", 4, "--method", "clip", "--steps", 2]
+    assert run(tmp_path / "run", *flags, "--train-data", tmp_path / "here" / "pairs.csv") == 0
+    again = ["--resume", str(tmp_path / "run"), "--train-data", str(tmp_path / "there" / "pairs.csv")]
+    assert main(again) == 0
+    captions_file(tmp_path / "there", "red green blue pink".split(), size=99)
+    assert main(again) == 2
+    assert "images, captions or labels were replaced" in capsys.readouterr().err
+
+
+def test_a_failing_evaluation_loses_no_step(tmp_path, monkeypatch, capsys):
+    """The checkpoint is saved before the evaluation, and the resumed run evaluates again."""
+
+    def broken(self, model):
+        raise ValueError("cannot read x.png")
+
+    monkeypatch.setattr(tasks.PairTask, "evaluate", broken)
+    assert run(tmp_path / "run", "--steps", 2) == 2
+    assert "cannot read x.png" in capsys.readouterr().err and checkpoint(tmp_path / "run")["step"] == 2
+    found = {"zeroshot": {"top1": 0.5, "chance": {"top1": 0.25}}}
+    monkeypatch.setattr(tasks.PairTask, "evaluate", lambda self, model: found)
+    assert run(tmp_path / "run", "--steps", 2, "--resume", "auto") == 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == found
+    assert "zeroshot" in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]

@@ -11,6 +11,7 @@ checkpoint is put aside and the previous one is used. The disk needs room for th
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -45,13 +46,14 @@ class Run:
         self.checkpoint = self.path / "checkpoint.pt"
         self.previous = self.path / "checkpoint.previous.pt"
         self.made = []  # folders that this run made, the innermost first
+        self.resumed = bool(resume) and holds_checkpoint(self.path)
         if self.writes:
-            self.claim(resumed=bool(resume) and holds_checkpoint(self.path))
+            self.claim()
 
-    def claim(self, resumed: bool) -> None:
+    def claim(self) -> None:
         """Takes the folder for this process alone."""
         self.made = [p for p in (self.path, *self.path.parents) if not p.exists()]
-        refuse_foreign(self.path, resumed)
+        refuse_foreign(self.path, self.resumed)
         output_folder(self.path)
         self.handle = open_own(self.path / "lock", os.O_RDWR)
         try:
@@ -155,10 +157,16 @@ class Run:
                 found = json.loads((self.path / "results.json").read_text())
         return distributed.broadcast(found)
 
+    def vocabulary(self) -> Path | None:
+        """The tokenizer of the run that this one continues."""
+        path = self.path / "tokenizer.json"
+        return path if self.resumed and path.exists() else None
+
     def rewind(self, step: int) -> None:
-        """Drops what was logged after the checkpoint of this step."""
+        """Drops what was logged after the checkpoint of this step, and its evaluation, which is run again."""
         if self.writes:
-            kept = [json.dumps(m) + "\n" for m in self.metrics() if m["step"] <= step]
+            kept = [m for m in self.metrics() if m["step"] < step or (m["step"] == step and "loss" in m)]
+            kept = [json.dumps(m) + "\n" for m in kept]
             with self.writing():
                 write_text(self.path / "metrics.jsonl", "".join(kept))
 
@@ -234,6 +242,8 @@ def read_checkpoint(path: Path) -> dict:
                     raise ValueError(f"the checksum of {wrong} is wrong")
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise OSError(f"{path} cannot be read now ({one_line(error)}): try again") from error
         except Exception as error:
             # damaged files fail in many ways, which all mean the same to the user
             # TRAP: a whole checkpoint must not be put aside because memory was short
@@ -256,7 +266,9 @@ def git_commit() -> str:
 FREE = (
     "accumulate workers precision compile grad_checkpointing device threads log_every eval_every save_every"
 )
-FREE = {*FREE.split(), "out", "resume", "preset", "dry_run", "commit"}
+FREE = {*FREE.split(), "out", "resume", "preset", "dry_run", "commit", "data_changed"}
+# the data themselves are compared, so they may have moved
+FREE |= {"train_data", "val_data", "zeroshot_data", "image_root"}
 
 
 def check_same_run(old: dict, new: dict) -> None:
@@ -265,6 +277,48 @@ def check_same_run(old: dict, new: dict) -> None:
     if changed:
         what = ", ".join(f"{k} {old.get(k)!r} -> {new[k]!r}" for k in changed)
         raise ValueError(f"the checkpoint is of another run ({what}): use the same flags or another --out")
+
+
+def fingerprint(dataset) -> dict:
+    """What identifies a data set: rows, a hash of them in order, and one that ignores the order.
+
+    A row is the image's name below the common folder, its captions or label, and the size of its file; in tar
+    shards the positions and sizes of both members.
+    """
+    if (table := getattr(dataset, "table", None)) is not None:
+        rows = hashlib.sha256(table.tobytes()).hexdigest()
+        return {"rows": len(table), "order": rows, "any_order": rows}
+    names = [dataset.name(i) for i in range(len(dataset))]
+    folder = len(os.path.commonprefix([os.path.dirname(name) for name in names[:1] + names[-1:]]))
+    texts = dataset.captions if hasattr(dataset, "captions") else dataset.labels
+    stride = max(1, len(names) // 10_000)  # file sizes of so many images at most
+    order, total = hashlib.sha256(), 0
+    for i, name in enumerate(names):
+        size = os.path.getsize(name) if i % stride == 0 and os.path.isfile(name) else 0
+        row = hashlib.sha256(repr((name[folder:], texts[i], size)).encode("utf-8", "replace")).digest()
+        order.update(row)
+        total = (total + int.from_bytes(row[:8], "big")) % 2**64
+    return {"rows": len(names), "order": order.hexdigest(), "any_order": f"{total:016x}"}
+
+
+def check_same_data(old: dict, new: dict, allowed: bool, say) -> None:
+    """Says which data sets changed since the checkpoint.
+
+    Raises: ValueError if the training data did and --data-changed does not allow it: batch t would be
+    another.
+    """
+    for flag in (flag for flag in old if flag in new and old[flag] != new[flag]):
+        before, now = old[flag], new[flag]
+        change = "images, captions or labels were replaced"
+        if before["rows"] != now["rows"]:
+            change = f"{before['rows']:,} rows became {now['rows']:,}"
+        elif before["any_order"] == now["any_order"]:
+            change = "the rows are in another order"
+        if flag == "train_data" and not allowed:
+            raise ValueError(
+                f"the training data changed since the checkpoint: {change}; --data-changed continues"
+            )
+        say(f"--{flag.replace('_', '-')} changed since the checkpoint: {change}")
 
 
 class Meter:
