@@ -92,13 +92,13 @@ class PairTask(Task):
         self.plain = alone and not isinstance(self.model, TiledLlip)
 
     def batches(self, start: int) -> data.Batches:
-        augment = data.RandomCrop(self.config.image_size, (self.c.crop_scale, 1.0))
+        transform = data.RandomCrop(self.config.image_size, (self.c.crop_scale, 1.0))
         if self.c.crop_scale == 1 or self.c.overfit or hasattr(self.train, "pixels"):
-            augment = False  # scenes are random already
+            transform = data.preprocess(self.config.image_size)  # scenes are random already
         return data.train_batches(
             self.train,
             self.tokenizer,
-            image_size=self.config.image_size,
+            transform,
             batch_size=self.c.batch_size,
             context_length=self.config.context_length,
             seed=self.c.seed,
@@ -106,7 +106,6 @@ class PairTask(Task):
             rank=distributed.rank(),
             world=distributed.world_size(),
             workers=self.c.workers,
-            augment=augment,
         )
 
     def step(self, model: nn.Module, batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
@@ -340,17 +339,18 @@ class LabelTask(Task):
     def batches(self, start: int) -> data.Batches:
         # scenes are random already, and --overfit must see the same images again
         fixed = self.c.overfit or hasattr(self.train, "pixels") or self.c.crop_scale == 1
-        crop = data.RandomCrop(self.config.image_size, (self.c.crop_scale, 1.0), True, "bilinear")
+        size, scale = self.config.image_size, (self.c.crop_scale, 1.0)
+        # REF: CLIPood and AlignCLIP crop 0.7 to 1 of the area, flip, and resize bilinearly
+        crop = data.RandomCrop(size, scale, True, "bilinear")
         return data.domain_batches(
             self.train,
-            image_size=self.config.image_size,
+            data.preprocess(size, "bilinear") if fixed else crop,
             batch_size=self.c.batch_size // self.domains,
             seed=self.c.seed,
             start_step=start,
             rank=distributed.rank(),
             world=distributed.world_size(),
             workers=self.c.workers,
-            augment=False if fixed else crop,
         )
 
     def step(self, model: nn.Module, batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:

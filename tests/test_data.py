@@ -70,9 +70,9 @@ def pairs(tmp_path):
     return data.Pairs(str(tmp_path / "pics"), names, captions)
 
 
-def batches(dataset, tokenizer, **options):
-    options = dict(image_size=SIZE, batch_size=4, context_length=24, seed=3) | options
-    return data.train_batches(dataset, tokenizer, **options)
+def batches(dataset, tokenizer, transform=None, **options):
+    options = dict(batch_size=4, context_length=24, seed=3) | options
+    return data.train_batches(dataset, tokenizer, transform or data.RandomCrop(SIZE), **options)
 
 
 def take(iterator, n):
@@ -724,8 +724,7 @@ def test_workers_do_not_touch_the_global_random_state(pairs, tokenizer):
 
 
 def test_epochs_do_not_mix_and_differ(pairs, tokenizer):
-    steps = batches(pairs, tokenizer)
-    assert steps.source.steps_per_epoch == 5
+    steps = batches(pairs, tokenizer)  # 5 an epoch
     epochs = [[b.ids.tolist() for b in take(steps, 5)] for _ in range(3)]
     for epoch in epochs:
         assert len(set(sum(epoch, []))) == 20  # no image twice, three left out
@@ -762,11 +761,11 @@ def test_crops_differ_between_epochs_and_can_be_switched_off(pairs, tokenizer):
     sample = next(batches(pairs, tokenizer)).ids[0].item()
     first, second, *_ = images_of(sample)
     assert not torch.equal(first, second)
-    first, second, *_ = images_of(sample, augment=False)
+    first, second, *_ = images_of(sample, transform=data.preprocess(SIZE))
     assert torch.equal(first, second)
     assert torch.equal(first, data.preprocess(SIZE)(pairs.image(sample)))
     crop = data.RandomCrop(SIZE, (0.2, 0.3))
-    assert not torch.equal(images_of(sample, augment=crop)[0], images_of(sample)[0])
+    assert not torch.equal(images_of(sample, transform=crop)[0], images_of(sample)[0])
 
 
 def test_each_caption_is_tokenised_once(pairs, tokenizer, monkeypatch):
@@ -786,7 +785,7 @@ def test_each_caption_is_tokenised_once(pairs, tokenizer, monkeypatch):
 
 def test_sources_travel_to_spawned_workers(pairs, tokenizer):
     source = batches(pairs, tokenizer).source
-    assert_same([pickle.loads(pickle.dumps(source))[9].batch], [source[9].batch])
+    assert_same([pickle.loads(pickle.dumps(source))[9][0]], [source[9][0]])
 
 
 def test_sizes_that_do_not_fit_are_named(pairs, tokenizer):
@@ -810,17 +809,14 @@ class Held:
 
 
 def test_pixels_in_memory_are_not_decoded(tokenizer):
-    batch = next(batches(Held(), tokenizer, augment=False))
+    batch = next(batches(Held(), tokenizer, data.preprocess(SIZE)))
     for row, i in zip(batch.images, batch.ids.tolist()):
         assert torch.equal(row, data.preprocess(SIZE)(Image.fromarray(Held.pixels[i])))
     x, ids = next(data.eval_batches(Held(), data.preprocess(SIZE), 4))
     assert torch.equal(x, data.normalise(Held.pixels[:4])) and ids.tolist() == [0, 1, 2, 3]
-    for options in (
-        {"image_size": 8, "augment": False},
-        {"augment": True},
-    ):  # another size, a crop: through Pillow
+    for transform in (data.preprocess(8), data.RandomCrop(SIZE)):  # another size, a crop: through Pillow
         with pytest.raises(AssertionError, match="decoded"):
-            next(batches(Held(), tokenizer, **options))
+            next(batches(Held(), tokenizer, transform))
 
 
 # Broken images -----------------------------------------------------------------------------------
@@ -878,7 +874,7 @@ def test_eval_batches_are_every_image_once_in_order(pairs, workers):
     for rank in range(3):
         steps = data.eval_batches(pairs, make, 3, rank, 3, workers if rank == 1 else 0)
         got = list(steps)
-        assert len(got) == len(steps) == 3
+        assert len(got) == 3
         rows += [x for x, _ in got]
         ids += sum((i.tolist() for _, i in got), [])
     assert ids == list(range(23))
@@ -901,7 +897,7 @@ def labelled(tmp_path):
 
 
 def test_domain_batches(labelled):
-    make = dict(image_size=SIZE, batch_size=4, seed=2)
+    make = dict(transform=data.RandomCrop(SIZE, (0.7, 1.0), True, "bilinear"), batch_size=4, seed=2)
     alone = take(data.domain_batches(labelled, **make), 6)
     for images_, labels, ids in alone:
         assert images_.shape == (12, 3, SIZE, SIZE)
@@ -912,21 +908,22 @@ def test_domain_batches(labelled):
     assert_same(take(data.domain_batches(labelled, **make, start_step=2, workers=1), 4), alone[2:])
     ranks = [take(data.domain_batches(labelled, **make, rank=r, world=2), 6) for r in range(2)]
     assert_same([tuple(map(torch.cat, zip(*parts))) for parts in zip(*ranks)], alone)
-    with pytest.raises(ValueError, match="3 domains x 3 images are not divisible by 2 ranks"):
+    with pytest.raises(ValueError, match="batch of 3 x 3 images is not divisible by 2 ranks"):
         data.domain_batches(labelled, **make | {"batch_size": 3}, world=2)
 
 
 def test_domain_batches_of_some_domains_flip(labelled):
     some = data.Subset(labelled, [i for i, d in enumerate(labelled.domains) if d != 1])
-    batch = next(data.domain_batches(some, image_size=SIZE, batch_size=5))
+    crop = data.RandomCrop(SIZE, (0.7, 1.0), True)
+    batch = next(data.domain_batches(some, crop, batch_size=5))
     assert {some.domains[i] for i in batch.ids.tolist()} == {0, 2}
     one = data.Subset(labelled, [0])
     one.domains = None
-    x = next(data.domain_batches(one, image_size=SIZE, batch_size=16)).images.mean(1)
+    x = next(data.domain_batches(one, crop, batch_size=16)).images.mean(1)
     ramp = torch.linspace(-1, 1, SIZE)
     assert len({bool(v) for v in (x * ramp).mean((1, 2)) > 0}) == 2  # both ways round
-    plain = next(data.domain_batches(one, image_size=SIZE, batch_size=2, augment=False)).images
-    assert torch.equal(plain[0], data.preprocess(SIZE, "bilinear")(one.image(0)))
+    plain = data.preprocess(SIZE, "bilinear")
+    assert torch.equal(next(data.domain_batches(one, plain, batch_size=2)).images[0], plain(one.image(0)))
 
 
 # Command line ------------------------------------------------------------------------------------
@@ -940,8 +937,7 @@ def test_show_prints_and_draws(tmp_path, capsys):
     with Image.open(tmp_path / "s.png") as sheet:
         assert sheet.width == 3 * 134 and sheet.height > 128
     (tmp_path / "d" / "l.csv").write_text("image,title\na/1.png,dog \u72ac\na/1.png,cat\n")
-    options = ["--out", str(tmp_path / "s.png"), "--size", "40"]
-    assert data.main([str(tmp_path / "d" / "l.csv"), *options]) == 0
+    assert data.main([str(tmp_path / "d" / "l.csv"), "--out", str(tmp_path / "s.png")]) == 0
     assert "captions  2, per image: min 2  mean 2.00  max 2" in capsys.readouterr().out
 
 

@@ -170,8 +170,6 @@ data.py DATA/outside.csv
 data.py DATA/broken.json
 data.py DATA/not-a.tar
 data.py DATA/pairs.csv --split summer
-data.py DATA/pairs.csv --size 0
-data.py DATA/pairs.csv --size -3
 data.py DATA/pairs.csv --caption-key no
 data.py DATA/pairs.csv --out nowhere/sheet.png
 data.py DATA/pairs.csv --out DATA/sheet.unknown

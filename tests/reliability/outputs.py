@@ -33,7 +33,7 @@ evals.linear_probe {BED} --solvers l-bfgs --seeds 1 --out OUT
 pretrained.py START --to huggingface --out OUT
 pretrained.py START --to openai --out OUT/x.pt
 baselines.metaclip DATA/pairs.csv --build-entries 1 --column title --t 9 --out OUT/kept
-data.py DATA/pairs.csv --size 16 --out OUT/x.png
+data.py DATA/pairs.csv --out OUT/x.png
 readers.scenes --count 2 --out OUT/x.png
 evals.surgery DATA/bed/art/cat/0.png cat --model START --out OUT/x.png
 lab.reproduce --claim l1 --quick --seeds 1 --out OUT
