@@ -84,7 +84,6 @@ def layer(module: str) -> int:
     return LAYER.get(module) or LAYER[module.split(".")[0]]
 
 
-@rebuild
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_a_file_imports_from_its_own_layer_or_lower_ones(module):
     for other in own_imports(module):
@@ -92,7 +91,6 @@ def test_a_file_imports_from_its_own_layer_or_lower_ones(module):
         assert layer(other) <= layer(module), f"{module} imports {other}, which is in a higher layer"
 
 
-@rebuild
 def test_imports_have_no_circle():
     order = graphlib.TopologicalSorter({module: own_imports(module) for module in MODULES}).static_order()
     assert set(MODULES) <= set(order)
@@ -162,12 +160,9 @@ def test_every_folder_has_an_empty_init():
 
 
 def test_only_four_tags_in_comments():
-    found = set()
     for path in CODE:
         for tag in re.findall(r"# ([A-Z]{3,6}): ", path.read_text()):
             assert tag in ("PAPER", "REF", "TRAP", "SPEED"), (path, tag)
-            found.add(tag)
-    assert found == {"PAPER", "REF", "TRAP", "SPEED"}
 
 
 # Commands

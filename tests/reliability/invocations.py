@@ -140,8 +140,6 @@ evals.spectrum --model START --data nowhere
 evals.spectrum --model START
 evals.typographic --model START --data nowhere
 evals.typographic --data DATA/bed
-evals.mixtures --model START --data DATA/bed
-evals.mixtures --model nowhere --data scenes
 evals.maps --model START --data DATA/bed --target x
 evals.linear_probe --model START --data DATA/pairs.csv
 evals.open_world --model nowhere --data DATA/bed
