@@ -100,13 +100,14 @@ class Run:
             # killed here: load() takes the previous one
 
     @contextlib.contextmanager
-    def writing(self):
+    def writing(self, path: Path | None = None):
         """For every write: an error says what is kept and how to continue.   Raises: ValueError, one line."""
         try:
             yield
         except OSError as error:
+            reason = f"cannot write {path}: {error.strerror}" if path else one_line(error)
             raise ValueError(
-                f"{one_line(error)}; {self.kept()}. Make room, then --resume auto continues from there"
+                f"{reason}; {self.kept()}. Make room, then --resume auto continues from there"
             ) from error
 
     def kept(self) -> str:
@@ -141,7 +142,9 @@ class Run:
     def log(self, **values) -> None:
         """One line of metrics.jsonl. It holds no times, so that a repeated run writes the same line."""
         if self.writes:
-            with self.writing(), open_own(self.path / "metrics.jsonl", os.O_WRONLY | os.O_APPEND) as file:
+            path = self.path / "metrics.jsonl"
+            # the message of a full disk does not name a file
+            with self.writing(path), open_own(path, os.O_WRONLY | os.O_APPEND) as file:
                 file.write(json.dumps(values) + "\n")
 
     def metrics(self) -> list[dict]:

@@ -157,7 +157,8 @@ def note_samples(seen) -> None:
 
     def begin(self, source, steps, workers=0):
         make(self, source, steps, workers)
-        self.number = getattr(steps, "start", None) if not isinstance(steps, range) else None
+        # training counts without end from its first step, repr "count(3)"; evaluation has a range
+        self.number = int(repr(steps)[6:-1]) if isinstance(steps, itertools.count) else None
 
     def note(self):
         batch = following(self)
@@ -266,6 +267,7 @@ def check_equal(whole: Path, other: Path) -> None:
             assert same(a[key], b[key]), f"{other}: {key} differs"
     for name in ("metrics.jsonl", "results.json", "tokenizer.json"):
         assert (whole / name).read_bytes() == (other / name).read_bytes(), f"{other}: {name}"
+    assert samples(whole), f"{whole}: no batch was noted"
     assert samples(whole) == samples(other), f"{other}: the order of the data differs"
     left = [p.name for p in other.iterdir() if p.name.startswith("checkpoint.")]
     assert sorted(left) == ["checkpoint.previous.pt", "checkpoint.pt"], left

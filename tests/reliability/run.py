@@ -33,8 +33,9 @@ for folder in (ROOT, ROOT / "tests"):
 
 import torch  # noqa: E402
 
+from baselines.methods import METHODS  # noqa: E402
 from reliability import fuzz, invocations, kills, outputs  # noqa: E402
-from util.files import write_json  # noqa: E402
+from util.files import PART, write_json  # noqa: E402
 from util.flags import parse  # noqa: E402
 from util.program import leave, program  # noqa: E402
 from util.report import format_table  # noqa: E402
@@ -148,7 +149,7 @@ def rank_jobs(cases=None, methods=("llip", "alignclip")):
 
 # file of a run: the number of the operation on it that fails
 FULL = {
-    "checkpoint.part": 2,
+    "checkpoint.pt.": 2,
     "metrics.jsonl": 6,
     "config.json": 1,
     "tokenizer.json": 1,
@@ -169,7 +170,7 @@ def no_room(place: Path, names=tuple(FULL), method="llip") -> str:
         said = Path(f"{out}.log").read_text()
         errors = [line for line in said.splitlines() if line.startswith("error")]
         assert codes == [2] and len(errors) == 1 and "Traceback" not in said, said[-1500:]
-        file = "checkpoint.pt" if name == "checkpoint.part" else name
+        file = name.rstrip(".")
         kept = "the last checkpoint is whole" if (out / "checkpoint.pt").exists() else "no checkpoint"
         for words in (str(out / file), "No space left", kept, "Make room, then --resume auto"):
             assert words in errors[0], f"{words!r} is not in {errors[0]!r}"
@@ -233,7 +234,7 @@ def full_disk(place: Path) -> str | tuple:
             "the last checkpoint is whole",
             "Make room",
         )
-        assert not list((disk / "run").glob("*.part"))
+        assert not list((disk / "run").glob(f"*{PART}"))
         subprocess.run(["mount", "-o", "remount,size=40m", str(disk)], check=True)
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         assert done.returncode == 0 and "resuming" in done.stdout, done.stderr
@@ -256,9 +257,9 @@ def output_job(what: str, tried: int, seconds: float, check: Callable, outcome: 
 
 
 def disk_jobs():
-    names = ", ".join(name.removesuffix(".part") for name in FULL)
+    names = ", ".join(name.rstrip(".") for name in FULL)
     yield Job(f"no room for {names}", len(FULL), 25, no_room)
-    names = ("checkpoint.part", "results.json")
+    names = ("checkpoint.pt.", "results.json")
     yield Job(
         "no room for checkpoint, results.json: alignclip", 2, 12, lambda p: no_room(p, names, "alignclip")
     )
@@ -365,15 +366,12 @@ def command_jobs(every: int = 1, apart: int = 10):
     yield Job("wrong command lines", len(invocations.WRONG.split("\n")), 50, work)
 
 
-METHODS = "clip siglip llip finetune labelsmooth clipood alignclip flyp coop cocoop maple tes".split()
-
-
 def determinism_jobs(methods=METHODS, workers=(0, 2)):
     """The same seed with other numbers of workers gives the same bits on a CPU, for every method."""
     for method in methods:
 
         def work(place, method=method):
-            paired = method in ("clip", "siglip", "llip")
+            paired = METHODS[method].module.TASK == "pairs"
             flags = kills.make_data(place / "data")["llip" if paired else "alignclip"]
             flags = [method if x in ("llip", "alignclip") else x for x in flags]
             flags += ["--prompt-depth", "1"] if method == "maple" else []
