@@ -74,6 +74,10 @@ def test_the_fuzzer_notices(monkeypatch):
     assert any("KeyError" in f for f in fuzz.fuzz("CSV", 20)["failures"])
 
 
+def test_every_job_of_the_table_exists(capsys):
+    assert reliability.main(["--list"]) == 0 and "61 jobs" in capsys.readouterr().out
+
+
 def test_wrong_commands():
     held(reliability.command_jobs(every=1, apart=1))
 

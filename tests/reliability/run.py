@@ -295,6 +295,7 @@ def stop_jobs():
 
 def tested(what: str, seconds: float, file: str, words: str = "", outcome="as it should") -> Job:
     """A row for tests of the suite: the number of tests, none of which may fail."""
+    assert (ROOT / "tests" / file).is_file(), file
 
     def work(place):
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(ROOT / "tests" / file)]
@@ -311,7 +312,7 @@ def file_jobs():
     yield tested(
         "every operation on a run's files: SIGKILL, no space; every 31st bit flipped; damage",
         15,
-        "test_rundir.py",
+        "test_run.py",
         outcome="resumed, or refused and the previous one used",
     )
     yield tested(
