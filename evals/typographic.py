@@ -27,8 +27,7 @@ from util.plots import font, sheet
 from util.program import leave, program
 from util.report import format_table
 
-# kinds of image, and their names in the table
-KINDS = {"clean": "clean", "blank": "blank note", "word": "word"}
+IMAGES = {"clean": "clean", "blank": "blank note", "word": "word"}
 COLUMNS = {"top1": "top-1 %", "word": "answers the word %", "object_wins": "object wins %"}
 
 
@@ -82,19 +81,20 @@ def wrong_labels(labels: list[int], classes: int, seed: int = 0) -> list[int]:
 
 
 def cosines(model: DualEncoder, dataset, text_features, **options) -> Tensor:
-    """Cosine of every image to every class (N, C). An Llip embeds the image through that class's text."""
+    """Cosine of every image to every class (N, C). Learned prompts have no scale: their scores unchanged."""
     logits = torch.cat([rows for _, rows in evaluate.score_rows(model, dataset, text_features, **options)])
-    bias = 0.0 if model.logit_bias is None else model.logit_bias
-    return ((logits - bias) / model.logit_scale.exp()).cpu()
+    if model.takes_captions:
+        logits = (logits - (model.logit_bias or 0.0)) / model.logit_scale.exp()
+    return logits.cpu()
 
 
-def note_figures(scores: dict[str, Tensor], labels: Tensor, written: Tensor) -> dict[str, dict]:
+def note_figures(scores: dict, labels: Tensor, written: Tensor, cosine: bool = True) -> dict[str, dict]:
     """The effect of notes, for each kind of image.
 
     Args:    scores {"clean" | "blank" | "word": (N, C)};  labels (N,), written (N,) classes
     Returns: for each kind in [0, 1] "top1"; "word": the answer is the written class; "object_wins": the right
              class scores above the written one; "success": share of the images with the right answer when
-             clean that now get the written class; and the mean cosines "cos_object", "cos_word"
+             clean that now get the written class; if scores are cosines their means "cos_object", "cos_word"
     """
     right = places(scores["clean"], labels) == 0  # (N,)
     figures = {}
@@ -103,7 +103,7 @@ def note_figures(scores: dict[str, Tensor], labels: Tensor, written: Tensor) -> 
         own, other = (rows.gather(1, c[:, None])[:, 0] for c in (labels, written))  # (N,) each
         taken = (answer == written) & (place > 0)
         means = {"top1": place == 0, "word": taken, "object_wins": own > other, "success": taken[right]}
-        means |= {"cos_object": own, "cos_word": other}
+        means |= {"cos_object": own, "cos_word": other} if cosine else {}
         figures[kind] = {name: x.double().mean().item() if len(x) else 0.0 for name, x in means.items()}
     return figures
 
@@ -117,13 +117,14 @@ def typographic(
     Returns: note_figures; the written class of every image; the scores of each kind (N, C)
     """
     written, scores = wrong_labels(dataset.labels, len(dataset.classes), seed), {}
-    sizes = {name: options[name] for name in ("batch_size", "precision") if name in options}
     with evaluate.evaluating(model):
+        sizes = evaluate.text_options(options)
         text = evaluate.encode_classes(model, tokenizer, dataset.classes, templates, **sizes)
         for kind, noted in three_kinds(dataset, written).items():
             label = f"{options['progress']}, {kind}" if options.get("progress") else ""
             scores[kind] = cosines(model, noted, text, **options | {"progress": label})
-    return note_figures(scores, torch.tensor(dataset.labels), torch.tensor(written)), written, scores
+    labels, target = torch.tensor(dataset.labels), torch.tensor(written)
+    return note_figures(scores, labels, target, model.takes_captions), written, scores
 
 
 def contact_sheet(dataset, written: list[int], scores: dict, title: str = "") -> Image.Image:
@@ -166,10 +167,10 @@ def main(argv: list[str]) -> None:
         run = typographic(model.to(device), dataset, tokenizer, templates, flags.seed, **options)
         results[source], written, scores = run
         for kind, figures in results[source].items():
-            row = {"model": source, "image": KINDS[kind]}
+            row = {"model": source, "image": IMAGES[kind]}
             row |= {head: 100 * figures[key] for key, head in COLUMNS.items()}
             row["attack success %"] = 100 * figures["success"] if kind == "word" else ""
-            rows.append(row | {f"cos {x}": f"{figures[f'cos_{x}']:.4f}" for x in ("object", "word")})
+            rows.append(row | {x.replace("_", " "): f"{v:.4f}" for x, v in figures.items() if "cos_" in x})
         if flags.out:
             path = Path(flags.out) / f"typographic{number if flags.more else ''}.png"
             pictures[path] = contact_sheet(
