@@ -139,7 +139,7 @@ def test_a_model_that_reads_is_fooled_and_one_that_looks_is_not(monkeypatch):
     assert all(w != y for w, y in zip(written, Solid.labels)) and scores["word"].shape == (7, 3)
     learned = Reader(1.0)
     learned.takes_captions = False
-    figures = run(learned, Solid(), WordTokens(), ("a {}",))[0]["word"]
+    figures = typographic.typographic(learned, Solid(), WordTokens(), ("a {}",))[0]["word"]
     assert "cos_word" not in figures and figures["success"] == 1.0  # scores of learned prompts are no cosines
     looks, _, _ = typographic.typographic(Reader(0.0), Solid(), WordTokens(), ("a {}",))
     assert looks["word"]["top1"] == 1.0 and looks["word"]["success"] == 0.0
