@@ -156,9 +156,10 @@ def note_samples(seen) -> None:
     make, following, rank = (data.Batches.__init__, data.Batches.__next__, os.environ.get("RANK", "0"))
 
     def begin(self, source, steps, workers=0):
-        make(self, source, steps, workers)
         # training counts without end from its first step, repr "count(3)"; evaluation has a range
+        # TRAP: before make, because workers take steps ahead
         self.number = int(repr(steps)[6:-1]) if isinstance(steps, itertools.count) else None
+        make(self, source, steps, workers)
 
     def note(self):
         batch = following(self)
