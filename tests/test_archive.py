@@ -1,4 +1,4 @@
-"""archive.py: the same tensors as torch reads, and nothing in a stranger's file runs or exhausts memory."""
+"""archive.py: the same tensors as torch reads; hostile files run nothing and take bounded time and memory."""
 
 import code
 import functools
@@ -22,7 +22,7 @@ import torch
 
 import pretrained
 from model import CLIP, Config
-from weights import archive
+from weights import archive, layouts
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(3, dtype=torch.float16)}
 
@@ -126,7 +126,7 @@ def test_safetensors_as_numpy_and_torch_see_it(tmp_path):
 def test_safetensors_round_trip(tmp_path):
     state = {"x": torch.randn(3, 5), "y": torch.tensor(1.5), "t": torch.randn(4, 2).t()}
     with open(tmp_path / "x", "wb") as file:
-        archive.write_safetensors(state, file)
+        layouts.write_safetensors(state, file)
     found = read_all(tmp_path / "x")
     assert all(torch.equal(found[k], v) for k, v in state.items())
 
@@ -351,7 +351,7 @@ def test_two_members_of_one_name(tmp_path):
     x = torch_zip(tmp_path / "x", tensor_program(), [NUMBERS])
     with pytest.warns(UserWarning), zipfile.ZipFile(x, "a", zipfile.ZIP_STORED) as file:
         file.writestr("archive/data/0", NUMBERS)
-    refused(x, "two members")
+    refused(x, "appears twice")
 
 
 def test_members_that_share_bytes(tmp_path):
@@ -412,6 +412,80 @@ def test_pickles_that_exhaust(tmp_path, monkeypatch):
     assert time.monotonic() - began < 30, "the hash of the nested tuples alone would take 2**100 steps"
 
 
+LONG_LIST = b"]q\1(" + b")" * 20_000 + b"e0"
+LONG_TUPLE = b"(" + b"K\1" * 20_000 + b"tq\1" + b"0"
+STORAGE = b"(" + text("storage") + b"ctorch\nFloatStorage\n%s" + text("cpu") + b"%stQ"
+QUADRATIC = {
+    "OrderedDict of one long list": LONG_LIST
+    + b"ccollections\nOrderedDict\nq\0"
+    + b"h\0h\1\x85R0" * 50_000
+    + b".",
+    "tensors of very many dimensions": LONG_TUPLE
+    + STORAGE % (text("0"), b"K\4")
+    + b"q\2ctorch._utils\n_rebuild_tensor_v2\nq\0"
+    + b"h\0(h\2K\0h\1h\1tR0" * 20_000
+    + b".",
+    "long names joined": text("x" * 1_000_000) + b"q\0" + b"h\0h\0\x93" * 50_000 + b"00.",
+    "a long key of many storages": text("x" * 1_000_000)
+    + b"q\0"
+    + b"".join(STORAGE % (b"h\0", b"M" + struct.pack("<H", n)) for n in range(20_000))
+    + b".",
+    "one storage of many sizes": b"".join(
+        STORAGE % (text("0"), b"M" + struct.pack("<H", n)) for n in range(1, 20_000)
+    )
+    + b".",
+    "many storages": b"".join(STORAGE % (text(str(n)), b"K\1") + b"0" for n in range(100_000)) + b"N.",
+    "a dict scanned many times": b"}q\1("
+    + b"".join(b"J" + struct.pack("<i", n) + b"N" for n in range(50_000))
+    + b"u0}("
+    + b"".join(b"J" + struct.pack("<i", n) + b"h\1" for n in range(50_000))
+    + b"u.",
+}
+
+
+@pytest.mark.parametrize("name", QUADRATIC)
+@pytest.mark.parametrize("script", [False, True])
+def test_time_and_memory_are_linear(tmp_path, name, script):
+    """Small files of up to 2 MB that once took quadratic time or memory, in a process with 300 MB."""
+    path = torch_zip(tmp_path / "x", QUADRATIC[name], [NUMBERS])
+    if script:  # the contents of a TorchScript archive are flattened
+        with zipfile.ZipFile(path, "a", zipfile.ZIP_STORED) as file:
+            file.writestr("archive/constants.pkl", b"N.")
+    began = time.process_time()
+    if (pid := os.fork()) == 0:
+        pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (pages + (300 << 20),) * 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (10, 10))
+        try:
+            pretrained.load(path)
+        except ValueError as error:
+            os._exit("MemoryError" in str(error) or "\n" in str(error))
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert time.process_time() - began < 10
+
+
+def test_safetensors_of_very_many_dimensions(tmp_path):
+    began = time.process_time()
+    refused(safetensors(tmp_path / "x", {"a": entry(0, 4, [1] * 500_000)}), "500000 dimensions")
+    assert time.process_time() - began < 5
+
+
+def test_a_view_of_a_storage_is_refused(tmp_path):
+    """torch before 0.4 wrote them; their offset was once ignored."""
+    program = STORAGE % (text("0"), b"K\4")
+    view = b"(" + text("v") + b"K\2K\2t"
+    program = program.replace(b"K\4tQ", b"K\4" + view + b"tQ")
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + program + b"K\0K\2\x85K\1\x85\x89)tR"
+    keys = b"]" + text("0") + b"a." + struct.pack("<q", 4) + NUMBERS
+    refused(legacy(tmp_path / "x", b"}" + text("w") + tensor + b"s.", keys), "view of another")
+
+
+def test_a_storage_that_is_declared_twice(tmp_path):
+    program = b"(" + STORAGE % (text("0"), b"K\4") + STORAGE % (text("0"), b"K\2") + b"t."
+    refused(torch_zip(tmp_path / "x", program, [NUMBERS]), "declared twice")
+
+
 def legacy(path, program, keys=b"]."):
     start = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
     path.write_bytes(start + b"}" + text("little_endian") + b"\x88s." + program + keys)
@@ -421,7 +495,7 @@ def legacy(path, program, keys=b"]."):
 def test_a_module_that_contains_itself():
     loop = archive.Stub("x")
     loop.state = {"a": loop, "b": loop}
-    with pytest.raises(ValueError, match="levels"):
+    with pytest.raises(ValueError, match="a name of 301 characters"):
         archive.flatten(loop)
 
 
@@ -475,6 +549,52 @@ def test_the_good_header_is_read(tmp_path):
 )
 def test_hostile_safetensors(tmp_path, header):
     refused(safetensors(tmp_path / "x", header), "")
+
+
+def shards(folder, places, **content):
+    """Safetensors files, each of one tensor [4] with the name of the file's letter, and their index."""
+    for name in content or ("a", "b"):
+        safetensors(folder / f"{name}.safetensors", {name: entry()}, content.get(name, NUMBERS))
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=2))
+    return index
+
+
+def test_sharded_safetensors(tmp_path):
+    places = {"a": "a.safetensors", "b": "b.safetensors"}
+    found = read_all(shards(tmp_path, places, a=NUMBERS, b=NUMBERS[::-1]))
+    assert found["a"].tolist() == [1, 2, 3, 4]
+    assert found["b"].tolist() == list(struct.unpack("<4f", NUMBERS[::-1]))
+    (tmp_path / "b.safetensors").write_bytes((tmp_path / "b.safetensors").read_bytes()[:-1])
+    refused(tmp_path / "model.safetensors.index.json", "truncated")
+
+
+@pytest.mark.parametrize(
+    "places, word",
+    [
+        ({"a": "a.safetensors", "b": "../b.safetensors"}, "not the name of a file"),
+        ({"a": "a.safetensors", "b": "/etc/passwd"}, "not the name of a file"),
+        ({"a": "a.safetensors", "b": ".."}, "not readable"),
+        ({"a": "a.safetensors", "b": ""}, "Invalid name"),
+        ({"a": "a.safetensors", "b": 3}, "not readable"),
+        ({"a": "a.safetensors", "b": ["b.safetensors"]}, "not readable"),
+        ({"a": "a.safetensors", "b": "c.safetensors"}, "not readable"),
+        ({"a": "a.safetensors", "b": "model.safetensors.index.json"}, "not a checkpoint"),
+        ({"a": "a.safetensors", "b": "a.safetensors"}, "do not hold"),
+        ({"a": "a.safetensors"}, None),
+        ({"a": "b.safetensors", "c": "b.safetensors"}, "do not hold"),
+        ([], "not readable"),
+    ],
+)
+def test_indices_that_lead_elsewhere(tmp_path, places, word):
+    folder = tmp_path / "inner"
+    folder.mkdir()
+    safetensors(tmp_path / "b.safetensors", {"b": entry()})
+    index = shards(folder, places)
+    if word is None:
+        assert read_all(index).keys() == {"a"}
+    else:
+        refused(index, word)
 
 
 @pytest.mark.parametrize("length", [2**63, 10**9, 10_000])

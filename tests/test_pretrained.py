@@ -136,19 +136,29 @@ def test_llip_release(golden, golden_arrays, file):
         pretrained.load(path, **known)
 
 
-def test_torchscript_needs_no_arguments_and_is_not_contradicted(golden):
+def test_torchscript_is_quick_gelu_unless_told_otherwise(golden):
     path = golden("clip_vitA_jit_fp16.pt")
     same(pretrained.load(path), pretrained.load(path, quick_gelu=True, vision_heads=1))
-    with pytest.raises(ValueError, match="quick_gelu by the checkpoint"):
-        pretrained.load(path, quick_gelu=False)
+    assert pretrained.load(path, quick_gelu=False).config.activation == "gelu"
     with pytest.raises(ValueError, match="mixture_heads has no use"):
         pretrained.load(path, mixture_heads=8)
+
+
+def test_llip_is_quick_gelu_unless_told_otherwise(tmp_path):
+    path = saved(tmp_path, make(Llip, 4, 3).state_dict())
+    known = dict(vision_heads=3, text_heads=4, mixture_heads=3, temperature=5.0)
+    assert pretrained.load(path, **known).config.activation == "quick_gelu"
+    assert pretrained.load(path, quick_gelu=False, **known).config.activation == "gelu"
 
 
 # ---- wrappers, prefixes, layouts
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+PREFIXES = "module. _orig_mod. module._orig_mod. _orig_mod.module. model. clip. clip_model. base_model.model."
+PREFIXES += " module.model. model.clip. model._orig_mod.clip_model. module.base_model.model.clip."
+
+
+@pytest.mark.parametrize("prefix", ["", *PREFIXES.split()])
 def test_wrappers_and_prefixes(tmp_path, prefix):
     model = make()
     state = {prefix + k: v for k, v in model.state_dict().items()}
@@ -157,8 +167,41 @@ def test_wrappers_and_prefixes(tmp_path, prefix):
         {"state_dict": state, "epoch": 3, "rng": torch.get_rng_state()},
         {"model": state, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}},
         {"model": {"state_dict": state}},
+        {"state_dict_ema": state, "state_dict": {k: v + 1 for k, v in state.items()}},
+        {"state_dict_ema": None, "state_dict": state},
+        {"n_averaged": torch.tensor(3)} | {f"module.{k}": v for k, v in state.items()},
     ):
         same(model, pretrained.load(saved(tmp_path, wrap), **KNOWN))
+
+
+def test_averaged_models_of_torch(tmp_path):
+    model = make()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    same(model, pretrained.load(saved(tmp_path, averaged.state_dict()), **KNOWN))
+
+
+def test_sharded_and_half_precision_repositories(tmp_path):
+    model = make()
+    (tmp_path / "config.json").write_text(json.dumps(huggingface_config()))
+    state = {k: v.half().float() for k, v in huggingface_state(model).items()}
+    places = {}
+    for name in state:
+        places[name] = f"model-{1 + ('text' in name)}.safetensors"
+    for file in set(places.values()):
+        with open(tmp_path / file, "wb") as opened:
+            layouts.write_safetensors({n: t for n, t in state.items() if places[n] == file}, opened)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}, indent=2))
+    found = pretrained.load(tmp_path)
+    assert all(torch.equal(v, model.state_dict()[k].half().float()) for k, v in found.state_dict().items())
+    same(found, pretrained.load(index))
+    with pytest.raises(ValueError, match="missing"):
+        pretrained.load(tmp_path / "model-1.safetensors")
+    index.unlink()
+    with open(tmp_path / "model.fp16.safetensors", "wb") as opened:
+        layouts.write_safetensors(state, opened)
+    same(found, pretrained.load(tmp_path))
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -239,7 +282,7 @@ def test_huggingface_bin_with_its_config(tmp_path):
     same(model, pretrained.load(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(huggingface_config(hidden_act="gelu")))
     assert pretrained.load(tmp_path).config == replace(CONFIG, activation="gelu")
-    with pytest.raises(ValueError, match="gelu by the checkpoint"):
+    with pytest.raises(ValueError, match="quick_gelu: the checkpoint says 'gelu'"):
         pretrained.load(tmp_path, quick_gelu=True)
 
 
@@ -258,6 +301,52 @@ def test_huggingface_configs_that_are_not_computed(tmp_path, change):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match="config"):
             pretrained.load(tmp_path)
+
+
+@pytest.mark.parametrize("value", [3.5, "3", None, True, [3], {"a": 1}, 0, -3, 10**400, float("nan")])
+def test_configuration_values_of_the_wrong_kind(tmp_path, value):
+    """Each gives one line, whatever the value is of."""
+    saved(tmp_path, huggingface_state(make()), "pytorch_model.bin")
+    good = huggingface_config()
+    tower = good["vision_config"]
+    changed = [good | {"vision_config": tower | {key: value}} for key in (*tower, "layer_norm_eps")]
+    for settings in (*changed, good | {"vision_config": value}, good | {"vision_config_dict": value}):
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        try:
+            pretrained.load(tmp_path)
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 400
+    (tmp_path / "pytorch_model.bin").unlink()
+    saved(tmp_path, make().state_dict(), "open_clip_pytorch_model.bin")
+    for part, key in (("vision", "width"), ("vision", "head_width"), ("text", "heads"), ("vision", "layers")):
+        settings = {"vision_cfg": {"head_width": 16, "width": 48}, "text_cfg": {"heads": 4}}
+        settings[f"{part}_cfg"][key] = value
+        for model_cfg in (settings, settings | {f"{part}_cfg": value}, value):
+            (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg}))
+            try:
+                pretrained.load(tmp_path)
+            except ValueError as error:
+                assert "\n" not in str(error) and len(str(error)) < 400
+
+
+@pytest.mark.parametrize("name", ["vision_model.head.probe", "visual.trunk.attn_pool.latent"])
+def test_bare_siglip_weights_are_named(tmp_path, name):
+    with pytest.raises(ValueError, match="SigLIP's towers.*not supported") as error:
+        pretrained.load(saved(tmp_path, {name: torch.zeros(1, 1, 8), "logit_scale": torch.zeros(1)}))
+    assert "\n" not in str(error.value)
+
+
+def test_shapes_that_no_layout_has_are_one_line(tmp_path):
+    """Tensors with other numbers of dimensions, and of size 0."""
+    others = (torch.zeros(()), torch.zeros(2), torch.zeros(2, 0, 1), torch.zeros(1, 2, 1, 1, 1))
+    for model in (make().state_dict(), make(Llip, 2, 2).state_dict(), huggingface_state(make())):
+        for number, name in enumerate(model):
+            other = others[number % 4]
+            if other.dim() == model[name].dim() or ".1." in name:
+                continue
+            with pytest.raises(ValueError) as error:
+                pretrained.load(saved(tmp_path, dict(model) | {name: other}), **KNOWN)
+            assert "\n" not in str(error.value)
 
 
 def test_huggingface_with_a_part_missing(tmp_path):
@@ -347,7 +436,7 @@ def test_released_llip_shapes_are_recognised(width, embed, temperature):
     with torch.device("meta"):
         config = Config(embed, 32, 16, width, 1, width // 64, width, 8, 60, 64, 1, 1, 64)
         state = Llip(config, 4, 8, norm=width == 1280).state_dict()
-    found = pretrained.infer(state, {"activation": "quick_gelu"}, {})
+    found = pretrained.infer(state, {"activation": "quick_gelu"})
     assert found["temperature"] == temperature and found["heads"] == 8
     assert found["norm"] == (width == 1280)
     assert found["config"]["vision_heads"] == 16 if width > 768 else 12
@@ -357,7 +446,7 @@ def test_released_llip_shapes_are_recognised(width, embed, temperature):
 def test_heads_and_sizes_of_the_named_models_come_from_the_shapes(name):
     with torch.device("meta"):
         state = CLIP(CONFIGS[name]).state_dict()
-    found = pretrained.infer(state, {"activation": "quick_gelu"}, {})
+    found = pretrained.infer(state, {"activation": "quick_gelu"})
     assert found == {"class": "CLIP", "config": asdict(CONFIGS[name]), "bias": None}
 
 
@@ -447,14 +536,14 @@ def test_names_and_paths(tmp_path, monkeypatch):
             pretrained.load(source)
     with pytest.raises(ValueError, match="no such file.*ViT-B-32"):
         pretrained.load(tmp_path / "nothing.pt")
-    with pytest.raises(ValueError, match="none of checkpoint.pt"):
+    with pytest.raises(ValueError, match="without any of checkpoint.pt"):
         pretrained.load(tmp_path)
     path = pretrained.save(make(), tmp_path / "x")
     asked = []
     monkeypatch.setattr(pretrained, "fetch", lambda name: asked.append(name) or path)
     for name in ("ViT-B/32", "ViT-L/14@336px", "llip-G-14"):
         pretrained.load(name)
-    assert asked == ["ViT-B/32", "ViT-L/14@336px", "llip-G-14"]
+    assert asked == ["ViT-B-32", "ViT-L-14-336", "llip-G-14"]
 
 
 def nested(depth=60):

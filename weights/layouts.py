@@ -1,16 +1,15 @@
-"""The parameter names and settings of other projects' checkpoints, and ours, which are OpenAI's.
+"""Parameter names and configurations of other projects, turned into OpenAI's names, which are ours.
 
-    layout        names                                  what they are turned into
-    OpenAI        as they are                            -
-    open_clip     text. in front of the text tower's     without it (CustomTextCLIP)
-    Hugging Face  text_model., vision_model.             in_proj stacked, projections transposed
-    Llip          k_proj, q_proj, pred.out_proj          names of the first release brought up to date
-
-module. and _orig_mod., which DistributedDataParallel and torch.compile put in front, are dropped.
+layout        names                                  change
+OpenAI        unchanged                              -
+open_clip     text. before the text tower's names    removed (CustomTextCLIP)
+Hugging Face  text_model., vision_model.             in_proj stacked, projections transposed
+Llip          k_proj, q_proj, pred.out_proj          the names of the first release are updated
 """
 
 import json
 import re
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,8 +17,10 @@ import torch
 from torch import Tensor
 
 from model import Config
+from util.text import one_line
+from weights import archive
 
-# Hugging Face's names and OpenAI's: how they begin, then what lies inside a block
+# Hugging Face's names and OpenAI's: the beginnings, then the parts of a block
 BEGINNINGS = (
     ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
     ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
@@ -34,33 +35,29 @@ BEGINNINGS = (
     ("text_model.final_layer_norm.", "ln_final."),
     ("text_projection.weight", "text_projection"),
 )
-INSIDE = (
-    (".self_attn.out_proj.", ".attn.out_proj."),
-    (".layer_norm1.", ".ln_1."),
-    (".layer_norm2.", ".ln_2."),
-    (".mlp.fc1.", ".mlp.c_fc."),
-    (".mlp.fc2.", ".mlp.c_proj."),
-)
+INSIDE = (("self_attn.out_proj", "attn.out_proj"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"))
+INSIDE += (("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"))
 TRANSPOSED = ("visual.proj", "text_projection")  # nn.Linear holds the transpose
-# What open_clip's configurations may say without changing what these towers compute
-OPEN_CLIP_KNOWN = set(
-    "width layers heads head_width mlp_ratio image_size patch_size patch_dropout context_length "
-    "vocab_size hf_tokenizer_name tokenizer_kwargs".split()
-)
+# Options of open_clip that do not change what these towers compute
+OPEN_CLIP_OPTIONS = "width layers heads head_width mlp_ratio image_size patch_size patch_dropout "
+OPEN_CLIP_OPTIONS += "context_length vocab_size hf_tokenizer_name tokenizer_kwargs"
 
 
 def plain_name(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+    """The name without the prefixes of DistributedDataParallel, torch.compile, PEFT and other wrappers."""
+    name = ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+    return re.sub(r"^((model|clip|clip_model|base_model)\.)+", "", name)
 
 
 def detect(names: Iterable[str]) -> str:
-    """The layout of a state dict by its names.
-
-    Raises: ValueError for a ResNet.
-    """
+    """The layout of a state dict.   Raises: ValueError for the towers of a ResNet or of SigLIP."""
     names = {plain_name(name) for name in names}
     if any(re.match(r"visual\.(layer1|attnpool)\.", name) for name in names):
         raise ValueError("ResNet checkpoints are not supported, only vision transformers")
+    if names & {"vision_model.head.probe", "visual.trunk.attn_pool.latent", "text_model.head.weight"}:
+        raise ValueError(
+            "SigLIP's towers (no class token, pooling by attention) are not supported, only CLIP's"
+        )
     if any(name.startswith(("text_model.", "vision_model.")) for name in names):
         return "Hugging Face"
     if "text.positional_embedding" in names:
@@ -69,10 +66,7 @@ def detect(names: Iterable[str]) -> str:
 
 
 def to_openai(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Any layout's names and shapes to ours, in fp32.
-
-    Raises: ValueError for weights that are no finite floating-point numbers, and for one name twice.
-    """
+    """Any layout to our names and shapes, in fp32.   Raises: ValueError for one name twice and for NaN."""
     layout, found = detect(state), {}
     for key, tensor in state.items():
         name = plain_name(key)
@@ -82,7 +76,8 @@ def to_openai(state: dict[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"two tensors are called {name}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}, expected floating point")
-        found[name] = tensor.float()
+        alone = name in ("logit_scale", "logit_bias") and tensor.shape == (1,)
+        found[name] = (tensor[0] if alone else tensor).float()
         if not torch.isfinite(found[name]).all():
             raise ValueError(f"{name} holds NaN or infinite values: its training had diverged")
     if layout == "Hugging Face":
@@ -90,27 +85,23 @@ def to_openai(state: dict[str, Tensor]) -> dict[str, Tensor]:
     if layout == "Llip":
         if "out_proj" in found:
             found["pred.out_proj"] = found.pop("out_proj")
-        if found.get("visual.class_embedding", found["q_proj"]).dim() == 1:
-            found["visual.class_embedding"] = found["visual.class_embedding"][None]  # (1, D)
-    for name in ("logit_scale", "logit_bias"):
-        if name in found and found[name].shape == (1,):
-            found[name] = found[name][0]  # ()
+        if (first := found.get("visual.class_embedding", torch.empty(0, 0))).dim() == 1:
+            found["visual.class_embedding"] = first[None]  # (1, D)
     return found
 
 
 def translate(name: str, to: int) -> str:
-    """Hugging Face's name of a parameter to OpenAI's (to = 1), or back (to = 0)."""
+    """Hugging Face's name to OpenAI's (to = 1), or back (to = 0)."""
     for pair in BEGINNINGS:
         if name.startswith(pair[1 - to]):
             name = pair[to] + name[len(pair[1 - to]) :]
-            break
     for pair in INSIDE:
         name = name.replace(pair[1 - to], pair[to])
     return name
 
 
 def from_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' CLIPModel: query, key and value apart; projections transposed."""
+    """transformers' CLIPModel: query, key and value are apart, projections transposed."""
     found = {}
     for key, tensor in state.items():
         name = translate(key, 1)
@@ -140,11 +131,7 @@ def to_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def settings_beside(path: Path, layout: str) -> dict:
-    """Activation and heads from the configuration that lies beside a checkpoint, {} without one.
-
-    Returns: some of activation, vision_heads, text_heads.
-    Raises:  ValueError for an option that these towers do not compute: refused, not ignored.
-    """
+    """Activation and heads by the configuration in a checkpoint's folder.   Raises: ValueError."""
     name = "config.json" if layout == "Hugging Face" else "open_clip_config.json"
     if not (path.parent / name).exists():
         return {}
@@ -153,72 +140,61 @@ def settings_beside(path: Path, layout: str) -> dict:
         if layout == "Hugging Face":
             return from_huggingface_config(settings)
         return from_open_clip_config(settings["model_cfg"])
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{name} beside it is not as expected: {error!r:.100}") from error
-    except ValueError as error:
-        raise ValueError(f"{name} beside it: {error}") from error
+    except archive.BROKEN as error:
+        raise ValueError(f"{path.parent / name} is not as expected: {one_line(error)}") from error
 
 
 def from_huggingface_config(settings: dict) -> dict:
-    """transformers' CLIPConfig; what it leaves out has transformers' defaults."""
+    """transformers' CLIPConfig; missing values have transformers' defaults."""
     if settings.get("model_type", "clip") != "clip":
         raise ValueError(f"model_type {settings['model_type']!a:.40} is not supported, only clip")
     found, activations = {}, set()
     for tower, heads in (("vision", 12), ("text", 8)):
-        # older files repeat the sizes in *_config_dict, which counts
+        # older files repeat the sizes in *_config_dict, which has precedence
         both = (settings.get(f"{tower}_config") or {}) | (settings.get(f"{tower}_config_dict") or {})
         found[f"{tower}_heads"] = both.get("num_attention_heads", heads)
         activations.add(both.get("hidden_act", "quick_gelu"))
         if both.get("layer_norm_eps", 1e-5) != 1e-5:
-            raise ValueError(f"layer_norm_eps {both['layer_norm_eps']} is not supported, only 1e-5")
+            raise ValueError(f"layer_norm_eps {both['layer_norm_eps']!a:.20} is not supported, only 1e-5")
     if len(activations) != 1 or activations - {"quick_gelu", "gelu"}:
-        raise ValueError(f"hidden_act {sorted(activations)}: one of quick_gelu and gelu is supported")
+        raise ValueError(f"hidden_act {sorted(activations)!a:.60}: quick_gelu or gelu is supported")
     return found | {"activation": activations.pop()}
 
 
 def from_open_clip_config(settings: dict) -> dict:
     """open_clip's model_cfg."""
     vision, text = settings["vision_cfg"], settings["text_cfg"]
-    if unknown := [key for key in (*vision, *text) if key not in OPEN_CLIP_KNOWN]:
-        raise ValueError(f"{', '.join(unknown[:3])}: not supported by this implementation")
-    return {
-        "activation": "quick_gelu" if settings.get("quick_gelu", False) else "gelu",
-        "vision_heads": vision.get("width", 768) // vision.get("head_width", 64),
-        "text_heads": text.get("heads", 8),
-    }
+    if unknown := [key for key in (*vision, *text) if key not in OPEN_CLIP_OPTIONS.split()]:
+        raise ValueError(f"{', '.join(unknown[:3])!a:.80}: not supported by this implementation")
+    heads = {"vision_heads": vision.get("width", 768) // vision.get("head_width", 64)}
+    heads["text_heads"] = text.get("heads", 8)
+    return heads | {"activation": "quick_gelu" if settings.get("quick_gelu", False) else "gelu"}
 
 
-def to_huggingface_config(config: Config) -> dict:
+def to_huggingface_config(c: Config) -> dict:
     """A config.json for transformers.CLIPModel."""
-    c = config
     shared = {"hidden_act": c.activation, "layer_norm_eps": 1e-5, "projection_dim": c.embed_dim}
+    names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    text = ("clip_text_model", c.text_width, c.text_layers, c.text_heads, c.text_mlp)
+    text = shared | dict(zip(names, text))
+    text |= {"vocab_size": c.vocab_size, "max_position_embeddings": c.context_length}
     # TRAP: an end token of 2 means argmax pooling to transformers, any other its first occurrence
-    text = {
-        "model_type": "clip_text_model",
-        "vocab_size": c.vocab_size,
-        "max_position_embeddings": c.context_length,
-        "hidden_size": c.text_width,
-        "num_hidden_layers": c.text_layers,
-        "num_attention_heads": c.text_heads,
-        "intermediate_size": c.text_mlp,
-        "bos_token_id": c.vocab_size - 2,
-        "eos_token_id": c.vocab_size - 1,
-        "pad_token_id": 0,
-    }
-    vision = {
-        "model_type": "clip_vision_model",
-        "image_size": c.image_size,
-        "patch_size": c.patch_size,
-        "num_channels": 3,
-        "hidden_size": c.vision_width,
-        "num_hidden_layers": c.vision_layers,
-        "num_attention_heads": c.vision_heads,
-        "intermediate_size": c.vision_mlp,
-    }
-    return {
-        "model_type": "clip",
-        "architectures": ["CLIPModel"],
-        "projection_dim": c.embed_dim,
-        "text_config": text | shared,
-        "vision_config": vision | shared,
-    }
+    text |= {"bos_token_id": c.vocab_size - 2, "eos_token_id": c.vocab_size - 1, "pad_token_id": 0}
+    vision = ("clip_vision_model", c.vision_width, c.vision_layers, c.vision_heads, c.vision_mlp)
+    vision = shared | dict(zip(names, vision))
+    vision |= {"image_size": c.image_size, "patch_size": c.patch_size, "num_channels": 3}
+    both = {"text_config": text, "vision_config": vision, "projection_dim": c.embed_dim}
+    return {"model_type": "clip", "architectures": ["CLIPModel"]} | both
+
+
+def write_safetensors(tensors: dict[str, Tensor], file) -> None:
+    """Writes fp32 tensors into an open binary file, in the safetensors format."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of 8 bytes
+    file.write(struct.pack("<Q", len(text)) + text)
+    for tensor in tensors.values():
+        file.write(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)

@@ -36,7 +36,7 @@ from baselines.metaclip import Corpus, read_entries  # noqa: E402
 from model import CLIP, Config  # noqa: E402
 from readers import datasets, images, shards  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
-from weights import archive  # noqa: E402
+from weights import layouts  # noqa: E402
 
 SECONDS, MEMORY = 60, 1 << 30  # per input; bytes beyond what the process has at its start
 EXTREME = [0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 2**63 - 1, 2**64 - 1]
@@ -367,7 +367,7 @@ def checkpoint_file(kind: str) -> bytes:
         state, path = model.state_dict(), Path(place) / "x"
         if kind == "safetensors":
             with open(path, "wb") as file:
-                archive.write_safetensors(state, file)
+                layouts.write_safetensors(state, file)
         else:
             content = {"state_dict": state, "model": pretrained.describe(model)}
             torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
