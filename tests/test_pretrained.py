@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import os
+import resource
 from dataclasses import asdict, replace
 
 import pytest
@@ -633,6 +635,19 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         pretrained.save(make(bias=-1.0), path)
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_full_disk_is_named(tmp_path):
+    """The kernel's error, which torch.save replaces with a message about positions in a zip."""
+    if (pid := os.fork()) == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        try:
+            pretrained.save(make(), tmp_path / "x.pt")
+        except OSError as error:
+            os._exit(0 if "x.pt" in str(error) and "File too large" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_tokenizer_beside(tmp_path):
