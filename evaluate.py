@@ -21,6 +21,7 @@ the result of an encoder: one tensor for CLIP, a tuple of tensors for Llip. Metr
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from baselines import saved
 from readers import scenes
 from readers import templates as prompts
 from readers.templates import read_classes, read_templates
-from scale import distributed
+from scale import distributed, llip_tiles
 from scale.distributed import gather_rows
 from util import plots
 from util.evaluation import DataFlags, ModelFlags, load_options, options_of, start, where_of, write_results
@@ -126,10 +127,13 @@ def score_rows(
     W, r = distributed.world_size(), distributed.rank()
     unit = "images" if W == 1 else "images of this rank"
     shown = Progress(progress if r == 0 else "", len(dataset) // W, unit)
+    # SPEED: many pairs of an Llip are scored in tiles, by a copy that shares the weights
+    texts = len(text[0] if isinstance(text, tuple) else text)
+    pairs = llip_tiles.select(copy.copy(model), "auto", batch_size, texts)
     for images, ids in data.eval_batches(dataset, transform, batch_size, r, W, workers):
         with towers(device, precision):
             features = model.encode_image(images.to(device, non_blocking=True))
-        yield int(ids[0]), model.pair_logits(map_features(Tensor.float, features), text).float()
+        yield int(ids[0]), pairs.pair_logits(map_features(Tensor.float, features), text).float()
         shown.add(len(images))
 
 

@@ -134,9 +134,12 @@ def resumed_flags(configs: dict[str, type], chosen) -> dict:
     path = find(chosen.out, chosen.resume, chosen.method or next(iter(methods.METHODS)))
     if not holds_checkpoint(path):
         return {}
+    config = read_config(path)
+    if not config:
+        raise ValueError(f"{path / 'config.json'} is missing or not of a run: restore it")
     known = {f.name for cls in configs.values() for f in fields(cls)}
     known |= {flag for method in methods.METHODS.values() for flag in method.flags()}
-    return {k: v for k, v in read_config(path).items() if k in known - (FREE - {"preset"})}
+    return {k: v for k, v in config.items() if k in known - (FREE - {"preset"})}
 
 
 def is_tiny(source: str) -> bool:

@@ -4,7 +4,6 @@ pretrained.load returns the CLIP of such a run. The run's own model is another o
 or heads (CoOp, CoCoOp, MaPLe, TeS), or if it embeds images by average pooling.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 import pretrained
 from baselines.methods import METHODS
 from clipood import Classes
+from util.run import read_config
 from weights import archive
 
 
@@ -31,49 +31,44 @@ class Saved:
             return f"{self.config.get('method', 'its method')} learned more than the weights of a CLIP"
         return "" if pooling == "cls" else f"it was trained with --image-pooling {pooling}"
 
-    def rebuild(self, clip: nn.Module, tokenizer, text: Tensor) -> nn.Module:
-        """The run's dual encoder around its CLIP; text (C, E) are the features of its classes."""
-        method = METHODS[self.config["method"]]
-        settings = method.settings(**{k: self.config[k] for k in method.flags() if k in self.config})
-        classes = Classes(self.task["classes"], tuple(self.task["templates"]), tokenizer, text)
-        built = method.module.build(settings, clip, classes)
-        built.load_learned(self.task["learned"])
-        return built.eval().dual_encoder().eval()
-
     def check(self, towers: bool) -> None:
         """Raises: ValueError if the run cannot be rebuilt, or the caller uses the two towers alone."""
         reason = f"{self.source}: {self.own_model()}"
         if towers:
             raise ValueError(f"{reason}, so its towers alone are not its model: choose another run")
-        if self.config.get("method") not in METHODS or "classes" not in self.task:
+        texts = [self.task.get(name) for name in ("classes", "templates")]
+        listed = all(isinstance(x, list) and x and all(isinstance(text, str) for text in x) for x in texts)
+        if not self.config or not listed:
             raise ValueError(f"{reason}, and cannot be rebuilt from this checkpoint: see its results.json")
+
+    def rebuild(self, clip: nn.Module, tokenizer, text: Tensor) -> nn.Module:
+        """The run's dual encoder around its CLIP; text (C, E) are the features of its classes.
+
+        Raises: ValueError for flags of another type, and learned tensors of other shapes.
+        """
+        method = METHODS[self.config["method"]]
+        flags = {name: self.config[name] for name in method.flags() & self.config.keys()}
+        for name, default in vars(method.settings()).items():
+            value, kind = flags.get(name, default), type(default)
+            if type(value) is not kind and (type(value), kind) != (int, float):
+                problem = f"config.json has {name} {value!r}, expected {kind.__name__}"
+                raise ValueError(f"{self.source}: {problem}: restore the file")
+        classes = Classes(self.task["classes"], tuple(self.task["templates"]), tokenizer, text)
+        built = method.module.build(method.settings(**flags), clip, classes)
+        built.load_learned(self.task["learned"])
+        return built.eval().dual_encoder().eval()
 
 
 def read(source: str) -> Saved:
     """What a fine-tuned run saved beside its CLIP; nothing for any other model or a name to download."""
     if not Path(source).expanduser().exists():
         return Saved(source, {}, {})
-    checkpoint, config = archive.read(pretrained.locate(source)), run_config(source)
+    checkpoint, config = archive.read(pretrained.locate(source)), read_config(source)
     task = checkpoint.content.get("task") if isinstance(checkpoint.content, dict) else None
     task = task if isinstance(task, dict) else {}
     learned = task.get("learned")
     learned = checkpoint.tensors(learned) if isinstance(learned, dict) else {}
     return Saved(source, config if fine_tuned(config) else {}, task | {"learned": learned})
-
-
-def run_config(source: str) -> dict:
-    """config.json of a run of train.py, given its folder or its checkpoint; {} for any other model."""
-    path = Path(source).expanduser()
-    if not path.is_dir() and not path.name.startswith("checkpoint."):
-        return {}
-    path = (path if path.is_dir() else path.parent) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: not JSON ({error}); restore it, or evaluate a copy of the weights"
-        ) from None
-    return config if isinstance(config, dict) and "method" in config else {}
 
 
 def fine_tuned(config: dict) -> bool:

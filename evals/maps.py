@@ -41,6 +41,7 @@ from util.metrics import map_figures, mean_map_figures
 from util.plots import sheet
 from util.program import leave, program
 from util.report import Progress, format_table, grouped_means, plus_minus
+from util.run import read_config
 
 # a method and the structure that equals it
 SAME = {"surgery": "vvv", "alignclip": "dv"}
@@ -153,9 +154,8 @@ def measure(
 
 def kind_of(source: str) -> tuple[str, str]:
     """A model's name for the table, and the flags of its run (and of the run before) but for the seed."""
-    path = Path(source) / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if "method" not in config:
+    config = read_config(source)
+    if not config:
         return Path(source).name or source, source
     fields = {key: value for key, value in config.items() if key not in RUNNING}
     fields["init"] = kind_of(config["init"])[1] if config.get("init") else ""

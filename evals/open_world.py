@@ -23,7 +23,7 @@ from torch import nn
 
 import data
 import evaluate
-from baselines.saved import fine_tuned, run_config
+from baselines.saved import fine_tuned
 from evals.protocol import TASKS, Protocol, check_target, domains_of, protocol, templates
 from readers import templates as prompts
 from scale import distributed
@@ -31,6 +31,7 @@ from util.evaluation import DataFlags, ModelFlags, load_options, options_of, sta
 from util.flags import parse
 from util.program import leave, program
 from util.report import format_table, grouped_means, plus_minus
+from util.run import read_config
 
 FIGURES = ("val", "target", "base", "new", "H")
 
@@ -127,7 +128,7 @@ def task_of(flags: Flags, source: str, config: dict) -> tuple[str, list[str]]:
     """
     task, targets = flags.task or "domain-shift", list(flags.target_domain)
     if config:
-        own, target = config["open_task"], config["target_domain"]
+        own, target = config.get("open_task"), config.get("target_domain")
         if flags.task not in (None, own):
             raise ValueError(f"{source} was fine-tuned for {own} and cannot be evaluated on {flags.task}")
         if targets not in ([], [target]):
@@ -142,7 +143,7 @@ def task_of(flags: Flags, source: str, config: dict) -> tuple[str, list[str]]:
 
 def open_run(flags: Flags, source: str) -> tuple:
     """(record fields, targets, templates, whole, model on the CPU, tokenizer) of a model."""
-    config = run_config(source)
+    config = read_config(source)
     config = config if fine_tuned(config) else {}
     task, targets = task_of(flags, source, config)
     model, tokenizer = evaluate.open_model(source, flags.vocab, **load_options(flags))

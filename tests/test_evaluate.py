@@ -22,6 +22,7 @@ from llip import Llip, PooledTokens
 from model import CLIP, Config
 from readers import scenes
 from readers import templates as prompts
+from scale import llip_tiles
 from tokenizer import Tokenizer
 from util import files, metrics, report, text
 
@@ -347,6 +348,18 @@ def test_whole_matrix_is_never_held_and_the_mode_is_restored(monkeypatch):
     assert model.training and model.visual.training
 
 
+def test_many_pairs_of_llip_are_scored_in_tiles(monkeypatch):
+    model, dataset = build("llip"), Pictures()
+    with torch.no_grad():
+        text = model.encode_text(TOKENIZER(WORDS, 24))
+        plain = torch.cat([scores for _, scores in evaluate.score_rows(model, dataset, text)])
+        monkeypatch.setattr(llip_tiles, "PLAIN_BYTES", 0)
+        monkeypatch.setattr(Llip, "mix", None)
+        tiled = torch.cat([scores for _, scores in evaluate.score_rows(model, dataset, text)])
+    torch.testing.assert_close(tiled, plain, rtol=1e-5, atol=1e-5)
+    assert type(model) is Llip
+
+
 def test_a_model_that_knows_is_right():
     """Pixels name the class: images of class c are all of brightness c, and the towers read just that."""
 
@@ -592,7 +605,6 @@ def test_imagenet80_is_openai_s_list(shared):
 @pytest.fixture
 def coop_run(tmp_path):
     """A run directory of CoOp with random learned contexts, and the method."""
-    pytest.importorskip("baselines.methods")
     names, templates = ["dog", "cat", "bird"], ("a photo of a {}.",)
     torch.manual_seed(0)
     clip = CLIP(SIZES).eval()
@@ -641,8 +653,33 @@ def test_a_prompt_run_is_never_evaluated_as_plain_clip(coop_run, capsys):
     assert "config.json: not JSON" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "file, name, value, problem",
+    [
+        ("task", "classes", "dog", "cannot be rebuilt"),
+        ("task", "classes", ["dog", 2], "cannot be rebuilt"),
+        ("task", "templates", [], "cannot be rebuilt"),
+        ("task", "templates", [None], "cannot be rebuilt"),
+        ("config", "context", "2", "config.json has context '2', expected int"),
+        ("config", "context_words", ["a"], "config.json has context_words"),
+        ("config", "class_context", 1, "config.json has class_context 1, expected bool"),
+        ("config", "method", ["coop"], "cannot be rebuilt"),
+    ],
+)
+def test_a_run_of_a_stranger_is_checked(coop_run, file, name, value, problem):
+    folder, _ = coop_run
+    if file == "config":
+        config = json.loads((folder / "config.json").read_text())
+        files.write_json(folder / "config.json", config | {name: value})
+    else:
+        state = torch.load(folder / "checkpoint.pt", weights_only=True)
+        state["task"][name] = value
+        torch.save(state, folder / "checkpoint.pt")
+    with pytest.raises(ValueError, match=problem):
+        evaluate.open_model(str(folder))
+
+
 def test_average_pooling_is_rebuilt(tmp_path):
-    pytest.importorskip("baselines.methods")
     names = ["dog", "cat", "bird"]
     torch.manual_seed(0)
     clip = CLIP(SIZES).eval()

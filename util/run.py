@@ -222,14 +222,21 @@ def holds_checkpoint(path: Path) -> bool:
     return any((path / f"checkpoint{name}.pt").exists() for name in ("", ".previous"))
 
 
-def read_config(path: Path) -> dict:
-    """config.json of a run's directory.   Raises: ValueError, one line."""
+def read_config(source: str | Path) -> dict:
+    """config.json of a run, given its folder or its checkpoint; {} for any other model.
+
+    Raises: ValueError, one line, for a file that is not JSON.
+    """
+    path = Path(source).expanduser()
+    if not path.is_dir() and not path.name.startswith("checkpoint."):
+        return {}
+    path = (path if path.is_dir() else path.parent) / "config.json"
     try:
-        return json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path / 'config.json'} cannot be read ({one_line(error)}): is it a run?"
-        ) from error
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        reason = f"{path}: not JSON ({one_line(error)})"
+        raise ValueError(f"{reason}; restore it, or copy the checkpoint to another folder") from None
+    return config if isinstance(config, dict) and isinstance(config.get("method"), str) else {}
 
 
 def read_checkpoint(path: Path) -> dict:
