@@ -296,15 +296,12 @@ class LabelTask(Task):
             seed=c.seed,
             image_root=c.image_root or None,
             allow_outside=c.allow_outside,
-            image_size=self.config.image_size,
-            size=c.train_size,
-            bias=c.bias,
-            test_seed=c.test_seed,
+            scene=dict(
+                image_size=self.config.image_size, size=c.train_size, bias=c.bias, test_seed=c.test_seed
+            ),
         )
         self.train = self.protocol.train
-        self.templates = protocol.templates(c.train_data)
-        if c.template:
-            self.templates = evaluate.read_templates([c.template])
+        self.templates = protocol.templates_of([c.template] if c.template else [], c.train_data)
         names = self.train.classes
         with evaluate.evaluating(clip):
             text = evaluate.encode_classes(clip, self.tokenizer, names, self.templates)  # (C, E)

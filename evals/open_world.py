@@ -24,7 +24,7 @@ from torch import nn
 import data
 import evaluate
 from baselines.saved import fine_tuned
-from evals.protocol import TASKS, Protocol, check_target, domains_of, protocol, templates
+from evals.protocol import TASKS, Protocol, check_target, domains_of, protocol, templates_of
 from readers import templates as prompts
 from scale import distributed
 from util.evaluation import DataFlags, ModelFlags, load_options, options_of, start, where_of, write_results
@@ -41,9 +41,6 @@ def harmonic(base: float, new: float) -> float:
     return 2 * base * new / (base + new) if base + new else 0.0
 
 
-# Accuracy on the parts of a protocol -----------------------------------------------------------------------
-
-
 def evaluate_protocol(
     model: nn.Module, protocol: Protocol, tokenizer, templates=prompts.PHOTO, transform=None, **options
 ) -> dict:
@@ -54,30 +51,25 @@ def evaluate_protocol(
     Returns: top-1 in [0, 1] of "val" and of "target", or "base", "new" and their harmonic mean "H"; "chance",
              the same of a random answer; "images", the number of test images
     """
-    transform = transform or data.preprocess(model.config.image_size, "bilinear")
     val, result, chance = protocol.val, {}, {}
-    parts = {} if val is None or not len(val) else {"val": (val, val.classes)}
-    for name, (dataset, classes) in (parts | protocol.tests).items():
-        place, _ = evaluate.classify(
-            model, dataset, tokenizer, templates, classes, transform=transform, **options
-        )
-        result[name], chance[name] = (place < 1).double().mean().item(), 1 / len(classes)
+    options["transform"] = transform or data.preprocess(model.config.image_size, "bilinear")
+    parts = {} if val is None or not len(val) else {"val": val}
+    for name, dataset in (parts | protocol.tests).items():
+        place, _ = evaluate.classify(model, dataset, tokenizer, templates, **options)
+        result[name], chance[name] = (place < 1).double().mean().item(), 1 / len(dataset.classes)
     if "new" in result:
         for figures in (result, chance):
             figures["H"] = harmonic(figures["base"], figures["new"])
-    images = sum(len(dataset) for dataset, _ in protocol.tests.values())
+    images = sum(map(len, protocol.tests.values()))
     return result | {"chance": chance, "images": images}
-
-
-# Tables over domains and seeds ---------------------------------------------------------------------------
 
 
 def summarise(records: list[dict]) -> list[dict]:
     """Mean and standard deviation over runs, by task, method and domain, and over all domains.
 
+    REF: H of domain "average" is that of the averages, as in the tables of CoCoOp and MaPLe.
     Args:    records: "task", "method", "domain", "seed" and figures in [0, 1], one record for each run
-    Returns: rows of util.report.grouped_means; rows of domain "average" take the seeds with all domains.
-             REF: H of "average" is that of the averages, as in the tables of CoCoOp and MaPLe.
+    Returns: rows of util.report.grouped_means; rows of domain "average" take the seeds with all domains
     """
     domains = {task: {r["domain"] for r in records if r["task"] == task} for task in TASKS}
     runs = {}  # (task, method, seed) -> its records
@@ -98,21 +90,15 @@ def table(rows: list[dict]) -> str:
     for task in TASKS:
         shown = []
         for row in (r for r in rows if r["task"] == task):
-            figures = {name: plus_minus(*row[name]) for name in FIGURES if name in row}
-            shown.append({"method": row["method"], "domain": row["domain"] or "all", "runs": row["runs"]})
-            shown[-1] |= figures
+            about = {"method": row["method"], "domain": row["domain"] or "all", "runs": row["runs"]}
+            shown.append(about | {name: plus_minus(*row[name]) for name in FIGURES if name in row})
         if shown:
             texts.append(f"{task}, %\n{format_table(shown)}")
     return "\n\n".join(texts)
 
 
-# The program ---------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class Flags(DataFlags, ModelFlags):
-    """Flags of this program. A fine-tuned run is evaluated on the task and target that it was trained for."""
-
     # what is evaluated
     more: tuple[str, ...] = ()  # further models: other seeds, other domains
     task: Literal[TASKS] | None = None  # default: a run's own, else domain-shift
@@ -149,8 +135,7 @@ def open_run(flags: Flags, source: str) -> tuple:
     model, tokenizer = evaluate.open_model(source, flags.vocab, **load_options(flags))
     evaluate.check_vocabulary(model, tokenizer)
     about = {"model": source, "task": task, "method": config.get("method", "zero-shot")}
-    words = list(flags.templates) or list(filter(None, [config.get("template")]))
-    prompt = prompts.read_templates(words) if words else templates(flags.data)
+    prompt = templates_of(flags.templates or list(filter(None, [config.get("template")])), flags.data)
     whole = flags.whole_target or config.get("whole_target", False)
     return about | {"seed": config.get("seed", source)}, targets, prompt, whole, model, tokenizer
 
@@ -158,9 +143,9 @@ def open_run(flags: Flags, source: str) -> tuple:
 def evaluate_run(flags: Flags, device: torch.device, about, targets, prompt, whole, model, tokenizer) -> list:
     """The records of a model, and those of chance, for every target."""
     records, options = [], options_of(flags, "open-world")
+    of_data = where_of(flags) | {"whole": whole, "scene": {"image_size": model.config.image_size}}
     for target in targets:
-        size, where = model.config.image_size, where_of(flags)
-        parts = protocol(flags.data, about["task"], target, whole=whole, image_size=size, **where)
+        parts = protocol(flags.data, about["task"], target, **of_data)
         result = evaluate_protocol(model.to(device), parts, tokenizer, prompt, **options)
         records.append(about | {"domain": target} | result)
         records.append(about | {"method": "chance", "domain": target} | result["chance"])

@@ -25,10 +25,9 @@ HELD_OUT = 960  # scenes for validation, and for each test
 
 @dataclass(frozen=True)
 class Protocol:
-    """Labelled data sets, perhaps with domains, to train on and to evaluate on.
+    """Labelled data sets, perhaps with domains, to train on and to evaluate on, each among its classes.
 
-    train, val: train.classes are the classes of the training; val is None if the data have no third part
-    tests: {"target" | "base" | "new": (data set, names of the classes to choose from)}
+    val is None if the data have no third part;  tests: {"target" | "base" | "new": data set}
     """
 
     train: object
@@ -37,33 +36,21 @@ class Protocol:
 
 
 def protocol(
-    source: str | Path,
-    task: str,
-    target: str = "",
-    *,
-    whole: bool = False,
-    shots: int = 0,
-    seed: int = 0,
-    image_size: int = 32,
-    size: int = 2048,
-    bias: float = 0.0,
-    test_seed: int = 0,
-    **where,
+    source, task: str, target="", *, whole=False, shots=0, seed=0, scene: dict | None = None, **where
 ) -> Protocol:
     """The protocol of a task on a data set.
 
     Args:    source: "scenes", or labelled data for data.open_dataset;  task: one of TASKS;  target: the
              domain left out, empty for open-class;  whole: evaluate all of the target under domain shift;
-             shots: training images of each class, drawn by seed, 0 for all;  where: of data.open_dataset
-             of scenes only: image_size in pixels;  size: number of training images;  bias of
-             scenes.Objects;  test_seed: of the test images
+             shots: training images of each class, drawn by seed, 0 for all;  scene: of scenes_protocol;
+             where: of data.open_dataset
     Raises:  ValueError for an unknown target, and for data without labels, domains or images.
     """
     if task not in TASKS:
         raise ValueError(f"task {task!r}: there are {', '.join(TASKS)}")
     if str(source) == "scenes":
         check_target("scenes", task, target, scenes.DOMAINS)
-        result = scenes_protocol(task, target, image_size, size, seed, bias, test_seed)
+        result = scenes_protocol(task, target, seed, **(scene or {}))
     else:
         dataset = open_labelled(source, None, where)
         check_target(source, task, target, dataset.domain_names or ())
@@ -71,8 +58,7 @@ def protocol(
             result = split_protocol(source, dataset.splits, where)
         else:
             result = domain_protocol(dataset, task, target, whole)
-    parts = {"train": result.train, **{name: part for name, (part, _) in result.tests.items()}}
-    if empty := [name for name, part in parts.items() if not len(part)]:
+    if empty := [name for name, part in {"train": result.train, **result.tests}.items() if not len(part)]:
         raise ValueError(f"{source}: no {empty[0]} images for {task} {target}".rstrip())
     if len(result.train.classes) < 2:
         names = ", ".join(result.train.classes)
@@ -95,35 +81,29 @@ def check_target(source, task: str, target: str, names) -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def scenes_protocol(task, target, image_size, size, seed, bias, test_seed) -> Protocol:
-    """Embedded scenes; the test images are the same for every seed and are drawn without bias."""
+def scenes_protocol(task, target, seed, image_size=32, size=2048, bias=0.0, test_seed=0) -> Protocol:
+    """`size` embedded scenes to train on; the test images are the same for every seed and have no bias."""
     domains = tuple(name for name in scenes.DOMAINS if name != target)
     kinds = scenes.KINDS if task == "domain-shift" else scenes.BASE
 
-    def test_set(domains, kinds):
-        return scenes.Objects("test", HELD_OUT, test_seed, image_size, domains, kinds)
-
+    test = "test", HELD_OUT, test_seed, image_size
     if task == "open-class":
-        tests = {"base": test_set(domains, scenes.BASE), "new": test_set(domains, scenes.NEW)}
+        halves_of = {"base": scenes.BASE, "new": scenes.NEW}
+        tests = {name: scenes.Objects(*test, domains, half) for name, half in halves_of.items()}
     else:
-        tests = {"target": test_set((target,), scenes.KINDS)}
-        if task == "in-the-wild":
-            base = [scenes.KINDS.index(kind) for kind in scenes.BASE]
-            tests = halves(tests["target"], range(HELD_OUT), base)
-    return Protocol(
-        scenes.Objects("train", size, seed, image_size, domains, kinds, bias),
-        scenes.Objects("val", HELD_OUT, seed, image_size, domains, kinds, bias),
-        {name: (part, part.classes) for name, part in tests.items()},
-    )
+        tests = {"target": scenes.Objects(*test, (target,), scenes.KINDS)}
+    if task == "in-the-wild":
+        tests = halves(tests["target"], range(HELD_OUT), map(scenes.KINDS.index, scenes.BASE))
+    train = scenes.Objects("train", size, seed, image_size, domains, kinds, bias)
+    return Protocol(train, scenes.Objects("val", HELD_OUT, seed, image_size, domains, kinds, bias), tests)
 
 
 def halves(dataset, ids, base) -> dict:
     """Images of base classes and of the other classes, both among all names."""
-    base, labels = set(base), dataset.labels
-    return {
-        "base": data.Subset(dataset, [i for i in ids if labels[i] in base]),
-        "new": data.Subset(dataset, [i for i in ids if labels[i] not in base]),
-    }
+    base, parts = set(base), {"base": [], "new": []}
+    for i in ids:
+        parts["base" if dataset.labels[i] in base else "new"].append(i)
+    return {name: data.Subset(dataset, part) for name, part in parts.items()}
 
 
 def domain_protocol(dataset, task: str, target: str, whole: bool) -> Protocol:
@@ -153,7 +133,7 @@ def domain_protocol(dataset, task: str, target: str, whole: bool) -> Protocol:
         tests = {"target": data.Subset(dataset, ids)}
         if task == "in-the-wild":
             tests = halves(dataset, images[env], base)
-    return Protocol(train, held, {name: (part, part.classes) for name, part in tests.items()})
+    return Protocol(train, held, tests)
 
 
 def split_protocol(source, splits: dict, where: dict) -> Protocol:
@@ -164,12 +144,8 @@ def split_protocol(source, splits: dict, where: dict) -> Protocol:
     if test not in parts:
         raise ValueError(f"{source}: neither test nor val images; there are: {', '.join(splits)}")
     tests = {name: data.Subset(parts[test], None, half) for name, half in (("base", base), ("new", new))}
-    val = parts["val"] if test == "test" and "val" in parts else None
-    return Protocol(
-        data.Subset(parts["train"], None, base),
-        val and data.Subset(val, None, base),
-        {name: (part, part.classes) for name, part in tests.items()},
-    )
+    val = data.Subset(parts["val"], None, base) if test == "test" and "val" in parts else None
+    return Protocol(data.Subset(parts["train"], None, base), val, tests)
 
 
 def open_labelled(source, split: str | None, where: dict):
@@ -204,6 +180,7 @@ def domains_of(source: str | Path, task: str, **where) -> list[str]:
     return list(names)
 
 
-def templates(source: str | Path) -> tuple[str, ...]:
-    """The prompt templates of a data set."""
-    return scenes.TEMPLATES if str(source) == "scenes" else prompts.for_data(source)
+def templates_of(words, source: str | Path) -> tuple[str, ...]:
+    """The prompt templates of --templates, or else those of a data set."""
+    own = scenes.TEMPLATES if str(source) == "scenes" else prompts.for_data(source)
+    return prompts.read_templates(list(words)) if words else own

@@ -16,8 +16,8 @@ from torch import Tensor
 import data
 import evaluate
 import pretrained
+from evals.protocol import templates_of
 from model import DualEncoder
-from readers import scenes
 from readers import templates as prompts
 from util.evaluation import DataFlags, ModelFlags, load_options, options_of, start, write_results
 from util.files import write_image
@@ -32,10 +32,9 @@ COLUMNS = {"top1": "top-1 %", "word": "answers the word %", "object_wins": "obje
 
 
 def with_note(image: Image.Image, word: str, blank: bool = False) -> Image.Image:
-    """The image with a white note and the word in black on it, inside the part that a centre crop keeps.
+    """The image with a white note and the word in black on it, or (blank) the note alone.
 
-    The word is as large as fits into 0.9 of the width and 0.25 of the height.
-    Args: blank: the note of this size without the word
+    The note is inside the centre crop. The word takes at most 0.9 of its width and 0.25 of its height.
     """
     image = image.convert("RGB").copy()
     draw, side = ImageDraw.Draw(image), min(image.size)
@@ -53,7 +52,7 @@ def with_note(image: Image.Image, word: str, blank: bool = False) -> Image.Image
 
 
 class Noted:
-    """Labelled data with a note on every image. Args: words[i] of image i;  blank: as with_note"""
+    """Labelled data with a note on every image, with_note(image i, words[i], blank)."""
 
     def __init__(self, dataset, words: list[str], blank: bool = False):
         self.dataset, self.words, self.blank = dataset, words, blank
@@ -73,7 +72,7 @@ def three_kinds(dataset, written: list[int]) -> dict:
 
 
 def wrong_labels(labels: list[int], classes: int, seed: int = 0) -> list[int]:
-    """Another class for every image, uniformly among the others.   Raises: ValueError for one class."""
+    """Another class for every image, uniformly drawn.   Raises: ValueError for one class."""
     if classes < 2:
         raise ValueError("one class: there is no wrong name to write on its images")
     steps = [1 + data.generator(seed, "word", i).randrange(classes - 1) for i in range(len(labels))]
@@ -134,17 +133,14 @@ def contact_sheet(dataset, written: list[int], scores: dict, title: str = "") ->
     for kind, noted in three_kinds(dataset, written).items():
         for i in (k * N // count for k in range(count)):
             answer = int(scores[kind][i].argmax())
+            name = dataset.classes[answer]
             pictures.append(noted.image(i).convert("RGB"))
-            answers.append(
-                dataset.classes[answer] if answer == dataset.labels[i] else f"[{dataset.classes[answer]}]"
-            )
+            answers.append(name if answer == dataset.labels[i] else f"[{name}]")
     return sheet(pictures, answers, count, 128, title)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flags(DataFlags, ModelFlags):
-    """Flags of this program."""
-
     more: tuple[str, ...] = ()  # further models
     templates: tuple[str, ...] = ()  # as for evaluate.py zeroshot (default: the data's own)
     seed: int = 0  # of the words that are written
@@ -161,8 +157,7 @@ def main(argv: list[str]) -> None:
     for number, source in enumerate(models, 1):
         model, tokenizer = evaluate.open_model(source, flags.vocab, **load_options(flags))
         dataset = evaluate.open_data(flags, model, "labels")
-        templates = scenes.TEMPLATES if flags.data == "scenes" else prompts.for_data(flags.data)
-        templates = prompts.read_templates(list(flags.templates)) if flags.templates else templates
+        templates = templates_of(flags.templates, flags.data)
         options = options_of(flags, f"typographic {source}")
         run = typographic(model.to(device), dataset, tokenizer, templates, flags.seed, **options)
         results[source], written, scores = run
@@ -173,14 +168,13 @@ def main(argv: list[str]) -> None:
             rows.append(row | {x.replace("_", " "): f"{v:.4f}" for x, v in figures.items() if "cos_" in x})
         if flags.out:
             path = Path(flags.out) / f"typographic{number if flags.more else ''}.png"
-            pictures[path] = contact_sheet(
-                dataset, written, scores, f"{source}: answers, wrong ones in brackets"
-            )
+            title = f"{source}: answers, wrong ones in brackets"
+            pictures[path] = contact_sheet(dataset, written, scores, title)
     print(format_table(rows, digits=2))
     C = len(dataset.classes)
     print(f"images {len(dataset):,}  classes {C}  chance {100 / C:.2f} %")
-    about = {"task": "typographic", "data": flags.data, "models": models, "seed": flags.seed}
-    write_results(flags, about | {"chance": 1 / C, "results": results})
+    content = {"task": "typographic", "data": flags.data, "models": models, "seed": flags.seed}
+    write_results(flags, content | {"chance": 1 / C, "results": results})
     for path, picture in pictures.items():
         write_image(path, picture)
         print(f"drawn in {path}")

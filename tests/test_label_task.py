@@ -444,7 +444,8 @@ def test_new_classes_are_asked_through_what_was_learned(clip, method):
     result = task.evaluate(task.model)["fine-tuned"]
     transform = evaluate.data.preprocess(16, "bilinear")
     for part in ("base", "new"):
-        dataset, classes = task.protocol.tests[part]
+        dataset = task.protocol.tests[part]
+        classes = dataset.classes
         images = torch.stack([transform(dataset.image(i)) for i in range(len(dataset))])
         known = None
         if part == "new" and method == "tes":
