@@ -1,10 +1,8 @@
-"""Metrics of retrieval, ranking, classification and maps, from whole matrices and from streams of rows.
+"""Metrics of retrieval, ranking, classification and maps.
 
-The functions recall_at_k, average_precision and classification_metrics are the definitions. The classes
-Recall and Relevance compute the same numbers from batches of images and never hold the whole matrix.
-
-Ties count against the model: an item with the same score as the right answer is ranked before it, and NaN is
-the lowest score. A model that gives one score to every pair therefore gets 0, not 1.
+recall_at_k, average_precision and classification_metrics define the numbers on whole matrices. Recall and
+Relevance compute the same numbers from batches of images. Ties count against the model: an item with the
+score of the right answer is ranked before it, and NaN is the lowest score. Equal scores therefore give 0.
 """
 
 import math
@@ -19,7 +17,7 @@ INF = float("inf")
 
 
 def no_nan(scores: Tensor) -> Tensor:
-    """Replaces NaN by the lowest score; every comparison with NaN is false, so it would count as a hit."""
+    """NaN becomes the lowest score; every comparison with NaN is false, so it would count as a hit."""
     return scores.nan_to_num(nan=-INF, posinf=INF, neginf=-INF)
 
 
@@ -55,8 +53,7 @@ def recall_at_k(scores: Tensor, image_of_text: Tensor, ks: tuple[int, ...] = KS)
 def places(logits: Tensor, target: Tensor) -> Tensor:
     """Rank of the right class, 0 first: (B, C), (B,) -> (B,).
 
-    REF: of tied classes the lower number comes first, as argmax has it in every published protocol: ImageNet
-    has two pairs of classes with equal names, whose scores tie.
+    REF: of tied classes the lower number comes first, as with argmax. ImageNet has two pairs of equal names.
     """
     logits = no_nan(logits)
     right = logits.gather(1, target[:, None])  # (B, 1)
@@ -115,36 +112,26 @@ def chance_of_hit(right: int, count: int, k: int) -> float:
 def chance_of_precision(right: Tensor, count: int) -> Tensor:
     """Expected average precision of a random order of `count` items, of which right (B,) are relevant.
 
-    E = (H + (count - H) (right - 1) / (count - 1)) / count,  H = 1 + 1/2 + ... + 1/count
+    (H + (count - H) (right - 1) / (count - 1)) / count,  H = 1 + 1/2 + ... + 1/count
     """
     harmonic = (1 / torch.arange(1, count + 1, dtype=torch.float64)).sum()
     return (harmonic + (count - harmonic) * (right - 1).double() / max(count - 1, 1)) / count
 
 
-# From a stream of rows -------------------------------------------------------------------------------------
+def keep_best(best: Tensor, scores: Tensor) -> Tensor:
+    """The k highest scores of each column: those so far (T, k), and more rows (b, T) -> (T, k)."""
+    return torch.cat([best, scores.t()], 1).topk(best.shape[1], 1).values
 
 
-class Best:
-    """The k highest scores of each column over all rows of all ranks."""
-
-    def __init__(self, columns: int, k: int, device):
-        self.k, self.values = k, torch.full((columns, k), -INF, device=device)
-
-    def add(self, scores: Tensor) -> None:
-        """scores (b, columns)"""
-        self.values = torch.cat([self.values, scores.t()], 1).topk(self.k, 1).values
-
-    def gathered(self) -> Tensor:
-        """(columns, k) over all ranks, highest first."""
-        ranks = gather_rows(self.values[None])  # (W, columns, k)
-        return ranks.transpose(0, 1).flatten(1).topk(self.k, 1).values
+def best_of_ranks(best: Tensor) -> Tensor:
+    """keep_best over the rows of all ranks: (T, k) -> (T, k), highest first."""
+    return gather_rows(best[None]).transpose(0, 1).flatten(1).topk(best.shape[1], 1).values
 
 
 class Recall:
-    """recall_at_k from a stream of score rows; it holds max(ks) + 1 numbers for each text.
+    """recall_at_k from a stream of score rows.
 
-    The rank of a caption's image is known after the last row only. t2i@k needs no more than whether that rank
-    is below k, which the k + 1 best scores of the text's column decide: one of them is the image's own.
+    Whether the rank of a caption's image is below k is decided by the k + 1 best scores of its column.
     Args: image_of_text (N_txt,) ascending;  column (N_txt,): the score column of each text. Equal texts
           share one column, so that they tie exactly.
     """
@@ -153,7 +140,7 @@ class Recall:
         self.images, self.ks = images, ks
         self.owner, self.column = image_of_text.to(device), column.to(device)  # (N_txt,) each
         self.copies = torch.bincount(self.column)  # (T,)
-        self.best = Best(len(self.copies), min(max(ks) + 1, images), device)
+        self.best = torch.full((len(self.copies), min(max(ks) + 1, images)), -INF, device=device)
         self.own, self.i2t = [self.copies.new_zeros(0).float()], [self.copies.new_zeros(0)]
 
     def add(self, first: int, scores: Tensor) -> None:
@@ -168,12 +155,12 @@ class Recall:
         above -= torch.zeros_like(above).index_add(0, row, (own >= highest[row]).long())
         self.own.append(own)
         self.i2t.append(above)
-        self.best.add(scores)
+        self.best = keep_best(self.best, scores)
 
     def metrics(self) -> dict[str, float]:
         """The result of recall_at_k for the rows of all ranks."""
         i2t, own = (gather_rows(torch.cat(parts)) for parts in (self.i2t, self.own))  # (N_img,), (N_txt,)
-        t2i = (self.best.gathered()[self.column] >= own[:, None]).sum(1) - 1  # (N_txt,)
+        t2i = (best_of_ranks(self.best)[self.column] >= own[:, None]).sum(1) - 1  # (N_txt,)
         return hit_rates(i2t, "i2t", self.ks) | hit_rates(t2i, "t2i", self.ks)
 
     def chance(self) -> dict[str, float]:
@@ -193,7 +180,7 @@ class Relevance:
 
     def __init__(self, relevant: Tensor, device, k: int = 10):
         self.relevant, self.device, self.k = relevant, device, min(k, len(relevant))
-        self.true, self.false = (Best(relevant.shape[1], self.k, device) for _ in range(2))
+        self.true = self.false = torch.full((relevant.shape[1], self.k), -INF, device=device)
         self.rows = [torch.zeros(0, 2, dtype=torch.float64, device=device)]
 
     def add(self, first: int, scores: Tensor) -> None:
@@ -203,13 +190,12 @@ class Relevance:
         true, false = scores.masked_fill(~relevant, -INF), scores.masked_fill(relevant, -INF)
         top = (true.amax(1) > false.amax(1)).double()  # (b,)
         self.rows.append(torch.stack([average_precision(scores, relevant), top], 1))
-        self.true.add(true)
-        self.false.add(false)
+        self.true, self.false = keep_best(self.true, true), keep_best(self.false, false)
 
     def metrics(self) -> dict[str, float]:
         rows = gather_rows(torch.cat(self.rows))  # (N_img, 2)
         rows = rows[rows[:, 0].isfinite()]  # without images that no text is true of
-        both = torch.cat([self.false.gathered(), self.true.gathered()], 1)  # (T, 2 k)
+        both = torch.cat([best_of_ranks(self.false), best_of_ranks(self.true)], 1)  # (T, 2 k)
         is_true = torch.arange(2 * self.k, device=self.device).expand_as(both) >= self.k
         top = ordered_hits(both, is_true)[:, : self.k]  # (T, k)
         i2t_map, i2t_p1 = rows.mean(0).tolist()
@@ -225,15 +211,11 @@ class Relevance:
         return {f"t2i_p@{self.k}": (rights.double().mean() / self.k).item()}
 
 
-# Maps against masks ---------------------------------------------------------------------------------------
-
-
 def map_figures(maps: Tensor, masks: Tensor) -> Tensor:
-    """Metrics of each map whose mask is not empty; mean_map_figures averages them.
+    """Metrics of each map whose mask is not empty, for mean_map_figures.
 
     Args:    maps (N, H, W) >= 0, of any scale;  masks (N, H, W), nonzero on the foreground
-    Returns: (N', 104) float64: lift, pointing, area, then intersection over union where the map is at least
-             0, 0.01 .. 1 of its range
+    Returns: (N', 104) float64: lift, pointing, area, then iou at the thresholds 0, 0.01 .. 1
     Raises:  ValueError if shapes differ, or a map is negative or not finite.
     """
     if maps.shape != masks.shape or maps.dim() != 3:
@@ -241,11 +223,9 @@ def map_figures(maps: Tensor, masks: Tensor) -> Tensor:
     maps, masks = maps.flatten(1).double(), masks.flatten(1) != 0  # (N, H W)
     if not torch.isfinite(maps).all() or (maps < 0).any():
         raise ValueError("maps have values that are negative or not finite")
-    kept = masks.any(1)
-    maps, masks = maps[kept], masks[kept].double()
+    maps, masks = maps[masks.any(1)], masks[masks.any(1)].double()
     area = masks.mean(1)  # (N',)
-    # an empty map is as good as a uniform one
-    mass = torch.where(maps.sum(1, keepdim=True) > 0, maps, 1.0)  # (N', H W)
+    mass = torch.where(maps.sum(1, keepdim=True) > 0, maps, 1.0)  # (N', H W), of an empty map uniform
     lift = (mass * masks).sum(1) / mass.sum(1) / area
     low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
     top = (maps == high).double()
@@ -266,9 +246,8 @@ def mean_map_figures(figures: Tensor) -> dict[str, float]:
     Returns: lift         share of the map's mass on the foreground / share of the area; 1 is chance
              pointing     is the highest place on the foreground? Ties count in part. Chance: area
              area         the foreground's share of the image
-             iou          intersection over union, map >= half of its range
-             best_iou     the same at best_threshold, one threshold for all images, of 0, 0.01 .. 1
-             images       the number of images
+             iou          intersection over union with the part of the map above half of its range
+             best_iou     the same at best_threshold, one threshold for all images
     """
     if not len(figures):
         raise ValueError("no mask has a foreground")

@@ -27,13 +27,11 @@ def write(draw, where: tuple[float, float], text: str, size: int = 12, anchor: s
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers within low..high: ticks(0, 0.83) -> [0.0, 0.2, 0.4, 0.6, 0.8]."""
-    span = high - low
-    if not (math.isfinite(span) and span > 0):
+    if not 0 < (span := high - low) < math.inf:
         return [low]
     power = 10.0 ** math.floor(math.log10(span / count))
     step = next(m * power for m in (1, 2, 5, 10) if span / (m * power) <= count)
-    first = math.ceil(low / step - 1e-9)
-    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def colour(k: int) -> tuple[int, int, int]:
@@ -57,15 +55,11 @@ def doubling(values: list[float]) -> list[float]:
 
 
 class Canvas:
-    """One panel with axes. x() and y() turn data coordinates into pixels.
-
-    Args: marks: numbers below a logarithmic x axis; without marks the axis is linear with round numbers
-    """
+    """A panel with axes. x() and y() turn data coordinates into pixels. Marks make the x axis logarithmic."""
 
     def __init__(self, draw, box, xlim, ylim, title, xlabel="", marks=(), xticks=True):
-        self.draw, (self.left, self.top, self.right, self.bottom) = draw, box
-        self.log = len(marks) > 0
-        self.xlim, self.ylim = xlim, ylim
+        self.left, self.top, self.right, self.bottom = box
+        self.log, self.xlim, self.ylim = len(marks) > 0, xlim, ylim
         write(draw, (self.left, self.top - 22), title, 14)
         for t in ticks(*ylim):
             draw.line([(self.left, self.y(t)), (self.right, self.y(t))], fill=GRID)
@@ -101,12 +95,10 @@ def lines(path: str | Path, panels: dict[str, dict[str, list]], xlabel: str = "s
     image = Image.new("RGB", ((width + margin) * len(panels) + 30, height + 85 + 15 * legend_rows), "white")
     draw = ImageDraw.Draw(image)
     for n, (title, series) in enumerate(panels.items()):
-        points = [p for line in series.values() for p in line] or [(0, 0)]
-        left = margin + n * (width + margin)
+        xs, ys = zip(*([p for line in series.values() for p in line] or [(0, 0)]))
+        left, xlim = margin + n * (width + margin), (min(xs), max(xs) or 1)
         box = (left, 40, left + width, 40 + height)
-        xlim = (min(p[0] for p in points), max(p[0] for p in points) or 1)
-        marks = doubling([p[0] for p in points])
-        panel = Canvas(draw, box, xlim, limits([p[1] for p in points]), title, xlabel, marks)
+        panel = Canvas(draw, box, xlim, limits(ys), title, xlabel, doubling(xs))
         for k, (label, line) in enumerate(series.items()):
             line = [(panel.x(x), panel.y(y)) for x, y in line if math.isfinite(y)]
             if len(line) > 1:
@@ -129,9 +121,8 @@ def bars(path: str | Path, groups: dict[str, dict[str, tuple[float, float]]], ti
     low, high = limits([v for g in groups.values() for m, s in g.values() for v in (m + s, m - s, 0)])
     # room for the number above the highest whisker, and none below zero without a bar there
     high += 0.06 * (high - low)
-    ylim = (0 if low > -0.06 * high else low, high)
+    ylim, start = (0 if low > -0.06 * high else low, high), 60 + gap
     panel = Canvas(draw, (60, 40, 60 + width, 40 + height), (0, 1), ylim, title, xticks=False)
-    start = 60 + gap
     for (name, group), slot in zip(groups.items(), slots):
         left = start + (slot - gap - len(group) * each) / 2
         for label, (mean, spread) in group.items():
@@ -192,8 +183,8 @@ def matrix(path: str | Path, values: np.ndarray, rows: list, columns: list, titl
     cell = int(np.clip(900 / max(values.shape), 8, 44))
     left = 20 + 7 * max(map(len, rows))
     top = 50 + 7 * max(map(len, columns))
-    size = (left + cell * len(columns) + 30, top + cell * len(rows) + 20)
-    image = Image.new("RGB", (max(size[0], 9 * len(title)), size[1]), "white")
+    width = max(left + cell * len(columns) + 30, 9 * len(title))
+    image = Image.new("RGB", (width, top + cell * len(rows) + 20), "white")
     draw = ImageDraw.Draw(image)
     write(draw, (10, 8), title, 14)
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
@@ -201,10 +192,10 @@ def matrix(path: str | Path, values: np.ndarray, rows: list, columns: list, titl
     for i, row in enumerate(rows):
         write(draw, (left - 6, top + (i + 0.5) * cell), row, 12, "rm")
         for j in range(len(columns)):
-            x, y = left + j * cell, top + i * cell
-            draw.rectangle([x, y, x + cell - 1, y + cell - 1], fill=tuple(int(v) for v in colours[i, j]))
+            x, y, value = left + j * cell, top + i * cell, values[i, j]
+            draw.rectangle([x, y, x + cell - 1, y + cell - 1], fill=tuple(colours[i, j].tolist()))
             if cell >= 30:
-                text = f"{values[i, j]:.2g}" if abs(values[i, j]) < 10 else f"{values[i, j]:.0f}"
+                text = f"{value:.2g}" if abs(value) < 10 else f"{value:.0f}"
                 ink = "black" if colours[i, j].mean() > 110 else "white"
                 write(draw, (x + cell / 2, y + cell / 2), text, 10, "mm", ink)
     # the names of the columns are drawn on strips and turned by 90 degrees
