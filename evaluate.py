@@ -14,10 +14,10 @@ Other evaluations are programs in evals/, each with --help:
     python -m evals.spectrum       singular values of the covariance of image features
     python -m evals.typographic    images with a wrong class name written over them
 
-Texts are encoded first, once, and every rank holds their features. Images are then encoded and scored against
-all texts by model.pair_logits, one batch at a time. Only running results are kept, so memory does not grow
-with the number of pairs. Ranks share the texts and the images, and all return the same result. "Features" are
-the result of an encoder: one tensor for CLIP, a tuple of tensors for Llip. Metrics are in util/metrics.py.
+Texts are encoded first, and every rank holds their features. Images are then encoded and scored against all
+texts by model.pair_logits, batch by batch, so memory does not grow with the number of pairs. Ranks share the
+texts and the images, and all return the same result. "Features" are the result of an encoder: one tensor for
+CLIP, a tuple of tensors for Llip. Metrics are in util/metrics.py.
 """
 
 import contextlib
@@ -34,7 +34,6 @@ import pretrained
 from baselines import saved
 from readers import scenes
 from readers import templates as prompts
-from readers.templates import read_classes, read_templates
 from scale import distributed, llip_tiles
 from scale.distributed import gather_rows
 from util import plots
@@ -44,8 +43,6 @@ from util.metrics import KS, Recall, Relevance, accuracy, no_nan, places
 from util.program import leave, program
 from util.report import Progress, results_table
 from util.text import warn
-
-# Features --------------------------------------------------------------------------------------------------
 
 
 def map_features(function: Callable, *features):
@@ -81,19 +78,16 @@ def towers(device: torch.device, precision: str):
 def encode_text(model: nn.Module, tokens: Tensor, batch_size: int = 256, precision: str = "fp32"):
     """Text features of all rows of tokens (N, L), in batches of texts of similar length.
 
-    SPEED: the features of a text depend on its tokens up to the end token only, so each batch is cut to its
-    longest text. Captions of COCO have 13 tokens of 77.
+    SPEED: no token attends to a later one, so each batch is cut to its longest text. The end token, which has
+    the highest id, gives the features. Captions of COCO have 13 tokens of 77.
     """
-    device = next(model.parameters()).device
-    # the end token has the highest id
-    end = tokens.argmax(-1)  # (N,)
+    device, end = next(model.parameters()).device, tokens.argmax(-1)  # (N,)
     order, parts = end.argsort(), []
     for rows in order.split(batch_size):
         with towers(device, precision):
             features = model.encode_text(tokens[rows, : int(end[rows].max()) + 1].to(device))
         parts.append(map_features(Tensor.float, features))
-    back = order.argsort().to(device)
-    return map_features(lambda x: x[back], cat_features(parts))
+    return map_features(lambda x: x[order.argsort().to(device)], cat_features(parts))
 
 
 def shared_out(count: int, encode: Callable):
@@ -110,11 +104,11 @@ def score_rows(
     dataset,
     text,
     *,
-    transform: Callable | None = None,
-    batch_size: int = 256,
-    precision: str = "fp32",
-    workers: int = 0,
-    progress: str = "",
+    transform=None,
+    batch_size=256,
+    precision="fp32",
+    workers=0,
+    progress="",
 ) -> Iterator[tuple[int, Tensor]]:
     """Scores of this rank's images against all texts, one batch of images at a time.
 
@@ -125,8 +119,7 @@ def score_rows(
     device = next(model.parameters()).device
     transform = transform or data.preprocess(model.config.image_size)
     W, r = distributed.world_size(), distributed.rank()
-    unit = "images" if W == 1 else "images of this rank"
-    shown = Progress(progress if r == 0 else "", len(dataset) // W, unit)
+    shown = Progress("" if r else progress, len(dataset) // W, "images" if W == 1 else "images of this rank")
     # SPEED: many pairs of an Llip are scored in tiles, by a copy that shares the weights
     texts = len(text[0] if isinstance(text, tuple) else text)
     pairs = llip_tiles.select(copy.copy(model), "auto", batch_size, texts)
@@ -148,9 +141,6 @@ def check_vocabulary(model: nn.Module, tokenizer) -> None:
         raise ValueError(f"the tokenizer has {own} tokens, the model {wanted}: give --vocab, as in training")
 
 
-# Zero-shot classification ----------------------------------------------------------------------------------
-
-
 def encode_classes(
     model: nn.Module, tokenizer, classes: list, templates: tuple[str, ...], batch_size=256, precision="fp32"
 ):
@@ -166,11 +156,8 @@ def encode_classes(
         if not synonyms or not all(isinstance(name, str) and name.strip() for name in synonyms):
             raise ValueError(f"class {c} has no name, or an empty one: {classes[c]!r}")
     templates = model.class_templates(templates)
-    if not templates:
-        raise ValueError("no templates")
-    for template in templates:
-        if prompts.fill(template, "x") == template:
-            raise ValueError(f"template {template!r} has no {{}} for the name of the class")
+    if wrong := [template for template in templates or [""] if prompts.fill(template, "x") == template]:
+        raise ValueError(f"template {wrong[0]!r} has no {{}} for the name of the class")
     device = next(model.parameters()).device
     step = max(1, batch_size // len(templates))  # classes at a time
 
@@ -232,25 +219,19 @@ def summary(place: Tensor, dataset) -> dict:
     chance = {"top1": 1 / C, "top5": min(5, C) / C, "mean_per_class": 1 / C}
     result = accuracy(place, target) | {"chance": chance, "images": len(target), "classes": C}
     if getattr(dataset, "domains", None) is not None:
-        domain = torch.tensor(dataset.domains)
-        result["domains"] = {
-            name: (place[domain == d] < 1).double().mean().item()
-            for d, name in enumerate(dataset.domain_names)
-            if (domain == d).any()
-        }
+        domain, hits = torch.tensor(dataset.domains), (place < 1).double()
+        by_name = {name: hits[domain == d] for d, name in enumerate(dataset.domain_names)}
+        result["domains"] = {name: own.mean().item() for name, own in by_name.items() if len(own)}
     return result
-
-
-# Retrieval -------------------------------------------------------------------------------------------------
 
 
 def retrieval(model: nn.Module, dataset, tokenizer, ks: tuple[int, ...] = KS, **options) -> dict:
     """Retrieval in both directions between images and their captions, equal on every rank.
 
     Karpathy's protocol as in CLIP_benchmark: no template, and all captions of all images are candidates.
-    Equal captions are scored once and stay separate candidates that tie. The metrics of Relevance are added
-    if the data set has relevance(): (N_img, N_txt) bool, which captions are true of which images.
-    Args:    dataset: any number of captions for an image;  options: of score_rows
+    Equal captions are scored once and stay separate candidates that tie.
+    Args:    dataset: any number of captions for an image; its relevance(), if there is one, tells which
+             captions are true of which images, (N_img, N_txt) bool;  options: of score_rows
     Returns: "i2t@k", "t2i@k", the metrics of Relevance; "chance", the same of a random order; "ceiling";
              "images", "captions", "distinct_captions"
     """
@@ -277,9 +258,6 @@ def retrieval(model: nn.Module, dataset, tokenizer, ks: tuple[int, ...] = KS, **
     if len(metrics) == 2:
         result["ceiling"] = metrics[1].ceiling()
     return result | {"images": len(captions), "captions": len(column), "distinct_captions": len(tokens)}
-
-
-# The model and the data set of an evaluation program -------------------------------------------------------
 
 
 def open_model(source: str, vocab: str = "", *, towers: bool = False, **load_options) -> tuple:
@@ -315,9 +293,6 @@ def open_data(flags, model: nn.Module, kind: str):
     return dataset
 
 
-# The program -----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class RetrievalFlags(DataFlags, ModelFlags):
     """Finds the captions of an image, and the image of a caption."""
@@ -350,8 +325,8 @@ def retrieval_command(flags: RetrievalFlags, model: nn.Module, tokenizer) -> Non
 def zeroshot_command(flags: ZeroshotFlags, model: nn.Module, tokenizer) -> None:
     dataset = open_data(flags, model, "labels")
     templates = scenes.TEMPLATES if flags.data == "scenes" else prompts.PHOTO
-    templates = read_templates(list(flags.templates)) if flags.templates else templates
-    classes = read_classes(flags.classnames, dataset.classes) if flags.classnames else dataset.classes
+    templates = prompts.read_templates(list(flags.templates)) if flags.templates else templates
+    classes = prompts.read_classes(flags.classnames, dataset.classes) if flags.classnames else dataset.classes
     place, answer = classify(model, dataset, tokenizer, templates, classes, **options_of(flags, "zeroshot"))
     if distributed.rank():
         return

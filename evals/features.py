@@ -21,19 +21,10 @@ from util.text import one_line, warn
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureFlags(DataFlags, ModelFlags):
-    """Flags of a program that reads the features of a data set."""
-
     cache: str = "runs/features"  # folder where features are kept for the next call
 
 
-def encode(
-    model: nn.Module,
-    dataset,
-    batch_size: int = 256,
-    precision: str = "fp32",
-    workers: int = 0,
-    progress: str = "",
-) -> Tensor:
+def encode(model: nn.Module, dataset, batch_size=256, precision="fp32", workers=0, progress="") -> Tensor:
     """The output of ln_post for the class or mixture tokens of every image: (N, M, D) fp32 on the CPU."""
     transform = data.preprocess(model.config.image_size)
     shown, rows = Progress(progress, len(dataset), "images"), []
@@ -49,8 +40,7 @@ def encode(
 def cache_key(source: str, model: nn.Module, dataset, precision: str) -> str:
     """A name for the features of these images, weights and precision.
 
-    Images count by name, size and time of change. Drawn scenes are no files, so the pixels of the first and
-    the last image count too.
+    Images count by name, size and time of change; drawn scenes, which are no files, by their first and last.
     """
     h = hashlib.sha256()
     with open(pretrained.locate(source), "rb") as file:

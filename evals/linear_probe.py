@@ -30,8 +30,8 @@ def fit_lbfgs(x: Tensor, y: Tensor, classes: int, strength: float) -> tuple[Tens
 
     Radford et al. 2021, appendix A.3 (scikit-learn's objective): sum_i CE_i + strength / 2 |W|^2 with a free
     bias, at most 1,000 iterations. REF: it ends where no slope exceeds 1e-5; scikit-learn's default is 1e-4.
-    SPEED: W = P A, where P are the principal axes of x, scaled so that the loss has equal curvature along all
-    of them. Solving for A takes tens of iterations, not thousands. Directions without an image get weight 0.
+    SPEED: W = P A, with the principal axes P of x, scaled to equal curvature of the loss. A takes tens of
+    iterations, not thousands. Directions without an image get weight 0.
     Args: x (N, D), y (N,).   Returns: W (D, C), b (C,).
     """
     N, mean = len(x), x.double().mean(0)
@@ -44,8 +44,7 @@ def fit_lbfgs(x: Tensor, y: Tensor, classes: int, strength: float) -> tuple[Tens
     length = N**0.5 * (squares.clamp(min=0) / classes + strength).rsqrt()  # (r,)
     basis = axes * length  # (D, r), P above
     z = x @ basis  # (N, r)
-    weight = torch.zeros(z.shape[1], classes, dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
+    weight, bias = (z.new_zeros(shape, requires_grad=True) for shape in ((z.shape[1], classes), classes))
     options = dict(tolerance_grad=1e-5, tolerance_change=1e-12, line_search_fn="strong_wolfe")
     solver = torch.optim.LBFGS([weight, bias], max_iter=1000, history_size=20, **options)
 
@@ -62,30 +61,23 @@ def fit_lbfgs(x: Tensor, y: Tensor, classes: int, strength: float) -> tuple[Tens
     return weight, bias.detach() - mean @ weight
 
 
-def fit_adamw(
-    x: Tensor, y: Tensor, classes: int, strength: float, seed: int = 0, epochs: int = 10
-) -> tuple[Tensor, Tensor]:
+def fit_adamw(x: Tensor, y: Tensor, classes: int, strength: float, seed=0, epochs=10) -> tuple:
     """A linear layer on features of unit length by AdamW; strength is the weight decay.
 
     No equation; LAION-AI/CLIP_benchmark metrics/linear_probe.py: lr 0.1, cosine without warm-up, batch 64,
     10 epochs; the start is nn.Linear's.   Args: x (N, D), y (N,).   Returns: W (D, C), b (C,).
     """
     g = torch.Generator().manual_seed(seed)
-    bound = x.shape[1] ** -0.5
-    weight, bias = (
-        ((2 * torch.rand(shape, generator=g) - 1) * bound).requires_grad_()
-        for shape in ((x.shape[1], classes), (classes,))
-    )
+    bound, shapes = x.shape[1] ** -0.5, ((x.shape[1], classes), (classes,))
+    weight, bias = (((2 * torch.rand(s, generator=g) - 1) * bound).requires_grad_() for s in shapes)
     solver = torch.optim.AdamW([weight, bias], weight_decay=strength)
-    steps, step = epochs * -(-len(x) // 64), 0
+    batches = [rows for _ in range(epochs) for rows in torch.randperm(len(x), generator=g).split(64)]
     with torch.enable_grad():
-        for _ in range(epochs):
-            for rows in torch.randperm(len(x), generator=g).split(64):
-                solver.param_groups[0]["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * step / steps))
-                solver.zero_grad()
-                F.cross_entropy(x[rows] @ weight + bias, y[rows]).backward()
-                solver.step()
-                step += 1
+        for step, rows in enumerate(batches):
+            solver.param_groups[0]["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * step / len(batches)))
+            solver.zero_grad()
+            F.cross_entropy(x[rows] @ weight + bias, y[rows]).backward()
+            solver.step()
     return weight.detach(), bias.detach()
 
 
@@ -164,8 +156,6 @@ def split_for(parts: dict, seed: int) -> dict:
 
 @dataclass(frozen=True, kw_only=True)
 class Flags(FeatureFlags):
-    """Flags of this program."""
-
     solvers: tuple[Literal["l-bfgs", "adamw"], ...] = ("l-bfgs", "adamw")  # logistic regressions
     seeds: int = 3  # of AdamW, and of splits where the data have none
     epochs: int = 10  # of AdamW
@@ -181,8 +171,8 @@ def probe_data(flags: Flags, model: nn.Module) -> dict:
         names = [name for name in names if name in splits]
     if "train" not in names or len(names) < 2:
         names = ["all"]
-    flags_of = {name: replace(flags, split="" if name == "all" else name) for name in names}
-    parts = {name: evaluate.open_data(flags_of[name], model, "labels") for name in names}
+    splits = {name: "" if name == "all" else name for name in names}
+    parts = {n: evaluate.open_data(replace(flags, split=s), model, "labels") for n, s in splits.items()}
     if "test" not in names and "val" in names:
         parts["test"] = parts.pop("val")
     classes = parts[names[0]].classes

@@ -52,8 +52,8 @@ BASELINES = ("uniform", "centre", "mask")
 MAX_ROWS = 24  # pictures on one sheet
 FIGURES = ("lift", "pointing", "area", "iou", "best_iou", "best_threshold")
 # flags of a run that do not make it another kind of model
-RUNNING = "seed out init commit resume device threads workers compile grad_checkpointing log_every".split()
-RUNNING += ["eval_every", "save_every"]
+RUNNING = {"seed", "out", "init", "commit", "resume", "device", "threads", "workers", "compile"}
+RUNNING |= {"grad_checkpointing", "log_every", "eval_every", "save_every"}
 
 
 def raw_maps(model: DualEncoder, images: Tensor, name: str, text: Tensor) -> Tensor:
@@ -96,12 +96,10 @@ def enlarge(maps: Tensor, size: int) -> Tensor:
 
 def things_of(dataset, ids: list[int], together: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Things, or all of a picture as one: (N,) row of the picture, (N,) kind, (N, S, S) bool mask."""
-    rows, kinds, masks = [], [], []
-    for row, i in enumerate(ids):
-        each = torch.from_numpy(dataset.masks(i))  # (things, S, S)
-        masks.append(each.any(0, keepdim=True) if together else each)
-        rows += [row] * len(masks[-1])
-        kinds += dataset.facts["kind"][i][: len(masks[-1])].tolist()
+    masks = [torch.from_numpy(dataset.masks(i)) for i in ids]  # (things, S, S) each
+    masks = [each.any(0, keepdim=True) if together else each for each in masks]
+    rows = [row for row, each in enumerate(masks) for _ in each]
+    kinds = [kind for i, each in zip(ids, masks) for kind in dataset.facts["kind"][i][: len(each)].tolist()]
     return torch.tensor(rows), torch.tensor(kinds), torch.cat(masks)
 
 
@@ -127,12 +125,10 @@ def measure(
     """
     figures, kept = {name: [] for name in names}, {i: [] for i in show}
     shown, S = Progress(progress, len(dataset), "images"), dataset.image_size
-    batches = data.eval_batches(
-        dataset, data.preprocess(model.config.image_size), batch_size, workers=workers
-    )
+    transform = data.preprocess(model.config.image_size)
     with evaluate.evaluating(model) as device:
         text = names_as_text(model, tokenizer)
-        for images, ids in batches:
+        for images, ids in data.eval_batches(dataset, transform, batch_size, workers=workers):
             images, ids = images.to(device), ids.tolist()
             things = [things_of(dataset, ids, together) for together in (False, True)]
             for name in names:
@@ -157,21 +153,21 @@ def kind_of(source: str) -> tuple[str, str]:
     config = read_config(source)
     if not config:
         return Path(source).name or source, source
+    init = kind_of(config["init"])[1] if config.get("init") else ""
     fields = {key: value for key, value in config.items() if key not in RUNNING}
-    fields["init"] = kind_of(config["init"])[1] if config.get("init") else ""
-    return config["method"], json.dumps(fields, sort_keys=True)
+    return config["method"], json.dumps(fields | {"init": init}, sort_keys=True)
 
 
 def table(rows: list[dict]) -> str:
     """Rows of grouped_means as a table: lift as a ratio, the others in percent."""
     shown = []
     for row in rows:
-        cells = {key.replace("_", " "): row[key] for key in row if key not in FIGURES}
-        cells["map"] = TITLES.get(row["map"], row["map"])
-        for figure in FIGURES:
-            head, scale, digits = (figure, 1, 3) if figure == "lift" else (f"{figure}, %", 100, 1)
-            cells[head.replace("_", " ")] = plus_minus(*row[figure], scale, digits)
-        shown.append(cells)
+        cells = {key: row[key] for key in row if key not in FIGURES} | {
+            "map": TITLES.get(row["map"], row["map"])
+        }
+        cells["lift"] = plus_minus(*row["lift"], 1, 3)
+        cells |= {f"{figure}, %": plus_minus(*row[figure]) for figure in FIGURES[1:]}
+        shown.append({key.replace("_", " "): cell for key, cell in cells.items()})
     return format_table(shown)
 
 
@@ -189,8 +185,6 @@ def draw_sheet(path: Path, dataset, kept: dict[int, Tensor], names: list[str], t
 
 @dataclass(frozen=True, kw_only=True)
 class Flags(ModelFlags, DataFlags):
-    """Flags of this program."""
-
     more: tuple[str, ...] = ()  # further models: fine-tuned, other seeds
     structures: tuple[Literal[KINDS], ...] = ()  # attention structures (default: all, if no --methods)
     methods: tuple[Literal[METHODS], ...] = ()  # methods (default: all, if no --structures)
@@ -216,14 +210,14 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--show {flags.show}: a sheet holds 0 to {MAX_ROWS} pictures")
     device = start(flags, one_process=True)
     drawn = scenes.Scenes if flags.several else scenes.Objects
-    # the pictures are written last, so that no figure is lost if one of them fails
+    # pictures are written last, so that no figure is lost if one of them fails
     records, pictures, first = [], {}, {}
     for number, source in enumerate([flags.model, *flags.more]):
         model, tokenizer = surgery.open_for_maps(source, flags.vocab, **load_options(flags))
         names = names_for(flags, source, model.conditional)
         dataset = drawn(flags.split or "test", flags.limit or 1024, image_size=model.config.image_size)
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
-        show = tuple(sorted(order[: flags.show].tolist())) if flags.out else ()
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
+        show = sorted(order[: flags.show]) if flags.out else []
         options = options_of(flags, source) | {"show": show}
         sought = names if number else [*names, *BASELINES]
         scores, kept = measure(model.to(device), tokenizer, dataset, sought, **options)

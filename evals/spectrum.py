@@ -23,10 +23,9 @@ from util.report import format_table
 
 
 def covariance_spectrum(tokens: Tensor) -> Tensor:
-    """Singular values of the covariance of all tokens of all images, descending.
+    """Singular values of the covariance of all tokens of all images, descending: (N, M, D) -> (D,) fp64.
 
     Lavoie et al. 2024, Fig. 5: tokens concatenated on the batch axis, centred, C = Z^T Z / (N M).
-    Args: tokens (N, M, D).   Returns: (D,) fp64.
     """
     z = tokens.flatten(0, 1).double()  # (N M, D)
     z = z - z.mean(0)
@@ -57,8 +56,6 @@ def spectrum_row(source: str, tokens: Tensor) -> tuple[dict, list]:
 
 @dataclass(frozen=True, kw_only=True)
 class Flags(FeatureFlags):
-    """Flags of this program."""
-
     more: tuple[str, ...] = ()  # further models
 
 
@@ -81,8 +78,8 @@ def main(argv: list[str]) -> None:
         row, curves[source] = spectrum_row(source, tokens)
         rows.append(row)
     print(format_table(rows, digits=2))
-    about = {"task": "spectrum", "data": flags.data, "models": models}
-    write_results(flags, about | {"rows": rows, "log_singular_values": curves})
+    content = {"task": "spectrum", "data": flags.data, "models": models, "rows": rows}
+    write_results(flags, content | {"log_singular_values": curves})
     if flags.out:
         lines = {name: [(k, v) for k, v in enumerate(logs) if v is not None] for name, logs in curves.items()}
         path = Path(flags.out) / "spectrum.png"

@@ -55,8 +55,8 @@ TILE, MAX_TILES = 256, 400  # pixels of a picture's longer side; pictures on one
 def embed(visual: VisionTransformer, images: Tensor, method: str) -> Tensor:
     """Images to the first residual stream (B, 1 + P, D).
 
-    Official codes resize the positions differently: bilinear (surgery, alignclip), bicubic with antialias
-    (gem), bicubic (maskclip), bicubic by a factor (sclip, clearclip).
+    Official codes resize the positions: bilinear (surgery, alignclip), bicubic with antialias (gem), bicubic
+    (maskclip), bicubic by a factor (sclip, clearclip).
     """
     side = math.isqrt(len(visual.positional_embedding) - 1)
     size = [pixels // visual.patch_size for pixels in images.shape[-2:]]  # rows, columns
@@ -106,11 +106,7 @@ def last_block(visual: VisionTransformer, x: Tensor, method: str) -> Tensor:
 
 
 def dense_features(
-    visual: VisionTransformer,
-    images: Tensor,
-    method: str = "surgery",
-    blocks: int | None = None,
-    kind: str | None = None,
+    visual: VisionTransformer, images: Tensor, method="surgery", blocks: int | None = None, kind=None
 ) -> Tensor:
     """Every token of the image in the space of images and texts. The papers are named above.
 
@@ -174,16 +170,13 @@ def similarity_map(tokens: Tensor, text: Tensor, size: int | tuple[int, int] | N
     return stretch(as_grid(cosines), size)
 
 
-def feature_surgery(
-    tokens: Tensor, text: Tensor, redundant: Tensor | None = None, scale: float = 2.0
-) -> Tensor:
+def feature_surgery(tokens: Tensor, text: Tensor, redundant: Tensor | None = None, scale=2.0) -> Tensor:
     """Similarity of tokens and texts, without the part that all texts share.
 
     Li et al. 2023, section 3.3.  S_pc = w_c F_p.T_c - mean_c'(w_c' F_p.T_c'),  w = p / mean(p),
     p = softmax_c(scale F_cls.T_c). REF: the released code fixes scale = 2 and fails for several images.
     Args:    tokens (B, L, E), class token first;  text (C, E)
-             redundant (1, E) or (C, E): subtract this text instead, S = F.(T - T_redundant). For a single
-             text the paper subtracts the text "".
+             redundant (1, E) or (C, E): S = F.(T - T_redundant) instead; for a single text the paper takes ""
     Returns: (B, L, C), of any sign.
     """
     tokens, text = F.normalize(tokens, dim=-1), F.normalize(text, dim=-1)
@@ -200,15 +193,14 @@ def llip_token_maps(model: DualEncoder, images: Tensor, first: int = 0) -> Tenso
 
     No equation in the Llip paper. Mixing in earlier blocks (attention rollout) is not undone.
     Args:    first: mean over so many of the first blocks, in place of the last block
-    Returns: (B, rows, columns, M), each map sums to 1. For a CLIP, M = 1: the class token's attention.
+    Returns: (B, rows, columns, M), each map sums to 1. In a CLIP the only token is the class token.
     """
     visual, grid = model.visual, [pixels // model.visual.patch_size for pixels in images.shape[-2:]]
     M, stack, maps = visual.tokens, visual.transformer.resblocks, []
     x = visual.embed(images)
-    for block in stack[: first or None]:
-        if not first and block is not stack[-1]:
-            x = block(x)
-            continue
+    for block in [] if first else stack[:-1]:
+        x = block(x)
+    for block in stack[:first] if first else stack[-1:]:
         x, attn = block(x, need_weights=True)  # (B, L, D), (B, H, L, L)
         rows = attn.mean(1)[:, :M, M:].transpose(1, 2)  # (B, P, M)
         maps.append(rows / rows.sum(1, keepdim=True))
@@ -235,12 +227,10 @@ def llip_caption_map(model: DualEncoder, images: Tensor, tokens: Tensor) -> Tens
     return seen + phi[:, M:].view_as(seen) if model.all_tokens else seen
 
 
-def heat_maps(
-    model: DualEncoder, image: Tensor, tokens: Tensor, method: str, blank: Tensor | None = None
-) -> Tensor:
+def heat_maps(model, image: Tensor, tokens: Tensor, method: str, blank: Tensor | None = None) -> Tensor:
     """One map per text, stretched to [0, 1]: image (3, S, S), ids (C, L) -> (rows, columns, C).
 
-    An Llip has one kind of map and ignores the method. blank (1, L), the ids of "": feature surgery.
+    An Llip ignores the method. blank (1, L), the ids of "", selects feature surgery.
     """
     if model.conditional:
         return stretch(llip_caption_map(model, image[None], tokens))[0]
@@ -254,8 +244,6 @@ def heat_maps(
 
 @dataclass(frozen=True)
 class Flags:
-    """Flags of this program."""
-
     words: tuple[str, ...]  # images or one folder, then texts
     model: str  # a run directory of train.py, a checkpoint, or a name
     out: str  # the picture to write, a .png
@@ -276,10 +264,7 @@ def open_for_maps(source: str, vocab: str = "", **load_options) -> tuple:
 
 
 def split_words(words: tuple[str, ...], out: str) -> tuple[list[Path], list[str]]:
-    """Images (or those of one folder) and texts. Words after the first are images if they end like images.
-
-    Raises: ValueError for a missing image, a folder without images, no text, an image named like out
-    """
+    """Images (or those of one folder) and texts. Words after the first are images if they end like images."""
     count = next((n for n, w in enumerate(words) if n and not w.lower().endswith(IMAGE_SUFFIXES)), len(words))
     paths, texts, target = [Path(word) for word in words[:count]], list(words[count:]), Path(out).resolve()
     for path in paths:
@@ -292,14 +277,11 @@ def split_words(words: tuple[str, ...], out: str) -> tuple[list[Path], list[str]
     if paths[0].is_dir():
         inside = sorted(p for p in paths[0].iterdir() if p.name.lower().endswith(IMAGE_SUFFIXES))
         # the picture of an earlier call is not an image of the folder
-        inside = [p for p in inside if p.resolve() != target]
-        if not inside:
-            raise ValueError(f"{paths[0]}: no image in this folder ({', '.join(IMAGE_SUFFIXES)})")
-        paths[:1] = inside
+        paths[:1] = [p for p in inside if p.resolve() != target]
+    if not paths:
+        raise ValueError(f"{words[0]}: no image in this folder ({', '.join(IMAGE_SUFFIXES)})")
     if len(paths) * (len(texts) + 1) > MAX_TILES:
-        raise ValueError(
-            f"{len(paths)} images x {len(texts)} texts: at most {MAX_TILES} pictures, name fewer"
-        )
+        raise ValueError(f"{len(paths)} x {len(texts)} maps: at most {MAX_TILES} pictures, name fewer")
     return paths, texts
 
 
@@ -336,9 +318,8 @@ def main(argv: list[str]) -> None:
     model, tokenizer = open_for_maps(flags.model, flags.vocab, quick_gelu=flags.quick_gelu)
     patch, size = model.visual.patch_size, flags.size or model.config.image_size
     if size < patch or size % patch:
-        raise ValueError(
-            f"--size {size}: no multiple of the patch, take {max(1, round(size / patch)) * patch}"
-        )
+        fitting = max(1, round(size / patch)) * patch
+        raise ValueError(f"--size {size}: no multiple of the patch, take {fitting}")
     method = "Llip, tokens mixed by the text" if model.conditional else flags.method
     tokens = tokenizer(texts, model.config.context_length)  # (C, L)
     blank = tokenizer([""], model.config.context_length) if flags.subtract_shared else None

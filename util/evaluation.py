@@ -1,7 +1,4 @@
-"""Flags that all evaluation programs share, and what they do before and after the work.
-
-A program's own flags are a dataclass with these as bases: class Flags(DataFlags, ModelFlags).
-"""
+"""Flags that the evaluation programs inherit, and what they do before and after the work."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +12,6 @@ from util.files import output_folder, write_json
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFlags:
-    """Flags of a program that evaluates a model."""
-
     model: str  # a run directory of train.py, a checkpoint, or a name
     vocab: str = ""  # vocabulary (default: the run's own, else OpenAI's)
     batch_size: int = 256  # images, or texts, at a time on each rank
@@ -35,8 +30,6 @@ class ModelFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class DataFlags:
-    """Flags of a program that reads a data set."""
-
     data: str  # scenes (embedded), a folder, a list, or tar shards
     split: str = ""  # of data with splits (default: test)
     image_root: str = ""  # folder of the images of a list (default: the list's own)
@@ -76,9 +69,8 @@ def load_options(flags) -> dict:
 
 def options_of(flags, progress: str = "") -> dict:
     """The flags of score_rows, and the label of its progress line."""
-    return dict(
-        batch_size=flags.batch_size, precision=flags.precision, workers=flags.workers, progress=progress
-    )
+    names = ("batch_size", "precision", "workers")
+    return {name: getattr(flags, name) for name in names} | {"progress": progress}
 
 
 def where_of(flags) -> dict:

@@ -48,13 +48,11 @@ def grouped_means(records: list[dict], keys: tuple[str, ...], figures) -> list[d
         groups.setdefault(tuple(r[key] for key in keys), []).append(r)
     rows = []
     for values, some in groups.items():
-        row = dict(zip(keys, values)) | {"runs": len(some)}
-        for figure in figures:
-            numbers = [r[figure] for r in some if figure in r]
-            if len(numbers) == len(some):
-                deviation = statistics.stdev(numbers) if len(numbers) > 1 else None
-                row[figure] = (statistics.fmean(numbers), deviation)
-        rows.append(row)
+        rows.append(dict(zip(keys, values)) | {"runs": len(some)})
+        for figure in (figure for figure in figures if all(figure in r for r in some)):
+            numbers = [r[figure] for r in some]
+            deviation = statistics.stdev(numbers) if len(numbers) > 1 else None
+            rows[-1][figure] = (statistics.fmean(numbers), deviation)
     return rows
 
 
@@ -65,17 +63,13 @@ def plus_minus(mean: float, deviation: float | None, scale: float = 100, digits:
 
 
 def format_table(rows: list[dict], digits: int = 3) -> str:
-    """Rows of {column: value} as an aligned Markdown table; numbers to the right.
+    """Rows of {column: value} as an aligned Markdown table, floats with so many digits; numbers to the right.
 
     Columns are those of all rows in order of appearance; a value that a row lacks stays empty.
-    Args: digits of a float after the point
     """
     columns = list(dict.fromkeys(column for row in rows for column in row))
-
-    def cell(value) -> str:
-        return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
-
-    table = [[cell(row.get(column, "")) for column in columns] for row in rows]
+    values = [[row.get(column, "") for column in columns] for row in rows]
+    table = [[f"{v:.{digits}f}" if isinstance(v, float) else str(v) for v in line] for line in values]
     widths = [max(3, *(len(line[n]) for line in [columns, *table])) for n in range(len(columns))]
     right = [rows != [] and all(NUMBER.fullmatch(line[n]) for line in table) for n in range(len(columns))]
 
