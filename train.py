@@ -30,11 +30,12 @@ from baselines import methods
 from baselines.configure import parse, resolve
 from model import CONFIGS
 from scale import costs, distributed
+from util import text
 from util.files import write_json
 from util.program import leave, program
 from util.report import format_table
 from util.run import Clock, Meter, Run, StopSignal, check_same_data, check_same_run, git_commit
-from util.text import duration
+from util.text import duration, one_line
 
 
 # fmt: off
@@ -181,7 +182,7 @@ def train(c: TrainConfig, s) -> dict:
 
 def loop(c: TrainConfig, s, run: Run, device: torch.device) -> dict:
     """The run itself, in a directory that belongs to this process."""
-    say = print if run.writes else (lambda *args, **options: None)
+    say = text.say if run.writes else (lambda *values: None)
     task = tasks.TASKS[methods.METHODS[c.method].module.TASK](c, s, run.vocabulary())
     if c.epochs:
         c = replace(c, steps=max(1, round(c.epochs * (len(task.train) // c.batch_size))))
@@ -238,7 +239,7 @@ def loop(c: TrainConfig, s, run: Run, device: torch.device) -> dict:
             check_finite(meter, step, c, task, ids, run)  # the only place that waits for the GPU
             means, scale = meter.means(device), task.clip.logit_scale.exp().item()
             run.log(step=step, **means, lr=learning_rate(step - 1, c), scale=scale)
-            say(clock.line(step, means["loss"], scale), flush=True)
+            say(clock.line(step, means["loss"], scale))
     stop.close()
     finish(run, task, c, results, clock.spent() if start < c.steps else 0.0, say)
     return results
@@ -250,10 +251,13 @@ def restore(c: TrainConfig, s, run: Run, task: tasks.Task, optimizer, say) -> tu
     start, meter = 0, Meter()
     if saved:
         check_same_run(saved["config"], asdict(c) | asdict(s))
-        check_same_data(saved["data"], task.fingerprints(), c.data_changed, say)
-        task.load(saved)
-        optimizer.load_state_dict(saved["optimizer"])
-        start, meter = saved["step"], Meter(**saved["meter"])
+        try:
+            check_same_data(saved["data"], task.fingerprints(), c.data_changed, say)
+            task.load(saved)
+            optimizer.load_state_dict(saved["optimizer"])
+            start, meter = saved["step"], Meter(**saved["meter"])
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{run.checkpoint} does not fit this run ({one_line(error)})") from error
         done = f"{run.path}: all {start} steps are done"
         say(done if start == c.steps else f"resuming {run.path} at step {start}")
     if distributed.mean({"start": start})["start"] != start:

@@ -27,6 +27,7 @@ LIMITS |= {name: (0, math.inf, "must not be negative") for name in COUNTS.split(
 LIMITS |= {name: (0, 0.999999, "must lie in [0, 1)") for name in ("beta1", "beta2")}
 REALS = ("lr", "temperature", "eps", "guidance_temperature", "tes_temperature")
 LIMITS |= {name: (SMALLEST, 1e30, "must be positive") for name in REALS}
+LIMITS |= {"epochs": (0, 1e6, "must lie in [0, 1e6]"), "logit_bias": (-500, 500, "must lie in [-500, 500]")}
 LIMITS |= {"bias": (0, 1, "must lie in [0, 1]"), "crop_scale": (SMALLEST, 1, "must lie in (0, 1]")}
 CHOICES = {"model": tuple(CONFIGS), "objective": ("infonce", "siglip"), "precision": ("auto", "fp32", "bf16")}
 CHOICES |= {"optimizer": ("adamw", "sgd", "nesterov")}
@@ -96,7 +97,8 @@ def check(c, s) -> None:
     """Raises: ValueError for a value that cannot be."""
     for flag, value in (asdict(c) | asdict(s)).items():
         low, high, message = LIMITS.get(flag, (value, value, ""))
-        if not low <= value <= high and not (isinstance(value, float) and math.isnan(value) and not message):
+        unset = flag == "logit_bias" and math.isnan(value)
+        if message and not low <= value <= high and not unset:
             raise ValueError(f"{flag_of(flag)} {value}: {message}")
         if flag in CHOICES and value not in CHOICES[flag]:
             raise ValueError(f"{flag_of(flag)} {value}: expected one of {', '.join(CHOICES[flag])}")

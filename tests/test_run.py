@@ -223,14 +223,36 @@ def test_withdrawing_takes_back_what_is_new_and_empty(tmp_path):
 
 
 def test_a_line_that_a_full_disk_cut_is_left_out(tmp_path):
-    run = open_run(tmp_path)
-    run.log(step=1)
+    run, first = open_run(tmp_path), {"step": 1, "loss": 0.5}
+    run.log(**first)
     with open(tmp_path / "metrics.jsonl", "a") as f:
         f.write('{"step": 2, "lo')
-    assert run.metrics() == [{"step": 1}]
+    assert run.metrics() == [first]
     run.rewind(1)
     run.log(step=2)
-    assert run.metrics() == [{"step": 1}, {"step": 2}]
+    assert run.metrics() == [first, {"step": 2}]
+
+
+@pytest.mark.parametrize("code", ["EIO", "ESTALE", "ETIMEDOUT"])
+def test_a_disk_that_cannot_be_read_now_is_no_damage(tmp_path, monkeypatch, code):
+    run = open_run(tmp_path)
+    run.save(state(1))
+
+    def failing(*_, **__):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    monkeypatch.setattr(torch, "load", failing)
+    with pytest.raises(OSError, match="cannot be read now.*try again"):
+        run.load()
+    assert run.checkpoint.exists() and not (tmp_path / "checkpoint.damaged.pt").exists()
+
+
+@pytest.mark.parametrize("line", ["not json", "[1]", '{"loss": 1}', '"step"'])
+def test_foreign_metrics_are_named(tmp_path, line):
+    run = open_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match="metrics.jsonl has a line that no run wrote"):
+        run.metrics()
 
 
 def test_a_child_does_not_keep_the_lock(tmp_path):
@@ -351,7 +373,7 @@ def test_a_disk_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(fcntl, "lockf", none)
     open_run(tmp_path).save(state(1))
-    assert "cannot be locked on this disk" in capsys.readouterr().out
+    assert "cannot be locked on this disk" in capsys.readouterr().err
 
 
 def test_files_are_named_where_they_cannot_be_written(tmp_path):

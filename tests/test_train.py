@@ -252,6 +252,8 @@ def test_a_damaged_checkpoint_is_named(tmp_path, capsys):
         (["--preset", "llip-L-14", "--method", "clip"], "is a run of --method llip, not of clip"),
         (["--learning-rate", "1"], "there is no flag --learning-rate"),
         (["--comp"], "there is no flag --comp"),
+        (["--epochs", "inf"], "--epochs inf: must lie in"),
+        (["--logit-bias", "1000"], "--logit-bias 1000.0: must lie in"),
         (["llip"], "llip: not a flag"),
     ],
 )
@@ -623,3 +625,43 @@ def test_a_failing_evaluation_loses_no_step(tmp_path, monkeypatch, capsys):
     assert run(tmp_path / "run", "--steps", 2, "--resume", "auto") == 0
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == found
     assert "zeroshot" in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
+
+
+@pytest.mark.parametrize("stream", ["closed", "full", "pipe"])
+def test_a_run_goes_on_when_its_output_is_gone(tmp_path, stream):
+    flags = " ".join([*QUICK, "--steps", "3", "--log-every", "1", "--out", str(tmp_path / "run")])
+    code = "import tasks, train; tasks.PairTask.evaluate = lambda *a: {}; train.leave(train.main())"
+    program = f"{sys.executable} -c '{code}' {flags}"
+    command = {"closed": f"{program} >&-", "full": f"{program} >/dev/full", "pipe": f"{program} | head -1"}[
+        stream
+    ]
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr and checkpoint(tmp_path / "run")["step"] == 3
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGXCPU"])
+def test_other_signals_save_too(tmp_path, monkeypatch, name):
+    step = tasks.PairTask.step
+
+    def signalled(*args):
+        os.kill(os.getpid(), getattr(signal, name))
+        return step(*args)
+
+    before = signal.getsignal(getattr(signal, name))
+    monkeypatch.setattr(tasks.PairTask, "step", signalled)
+    try:
+        assert run(tmp_path / "run", "--steps", 30) == 130
+    finally:
+        signal.signal(getattr(signal, name), before)
+    assert checkpoint(tmp_path / "run")["step"] == 1
+
+
+def test_a_checkpoint_that_lacks_something_is_one_line(tmp_path, capsys):
+    assert run(tmp_path / "run", "--steps", 2) == 0
+    path = tmp_path / "run" / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    for key in ("optimizer", "meter", "data"):
+        torch.save({k: v for k, v in saved.items() if k != key}, path)
+        assert run(tmp_path / "run", "--steps", 2, "--resume", "auto") == 2
+        error = capsys.readouterr().err
+        assert f"does not fit this run ('{key}')" in error and error.count("\n") == 1

@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import torch
 
+from util.text import say
+
 # what torch says when another rank or a loader worker was killed, mostly because memory ran out
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout")
 LOST += ("DataLoader worker",)
@@ -31,16 +33,16 @@ def program(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | No
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # a cp1252 or ascii terminal lacks most characters
         try:
-            status = main(sys.argv[1:] if argv is None else list(argv)) or 0
-            sys.stdout.flush()
-            return status
+            return main(sys.argv[1:] if argv is None else list(argv)) or 0
         except KeyboardInterrupt as stop:
             if not rank():
                 fail(str(stop) or "stopped")
             return 130
-        except BrokenPipeError:  # `program | head`: whoever reads has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # `program | head`
             return 141
+        except (MemoryError, RecursionError) as error:
+            fail(f"error{rank()}: not enough memory or a file nested too deeply ({type(error).__name__})")
+            return 2
         except torch.cuda.OutOfMemoryError:
             fail("error: out of GPU memory: try a smaller --batch-size")
             return 2
@@ -64,12 +66,19 @@ def rank() -> str:
 
 
 def fail(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    say(line, file=sys.stderr)
 
 
 def leave(status: int) -> None:
-    """Ends the program. TRAP: under torchrun gloo's destructor can hang when the interpreter exits."""
-    sys.stdout.flush()
+    """Ends the program.
+
+    TRAP: under torchrun gloo's destructor can hang when the interpreter exits, and with a closed stdout the
+    interpreter prints a traceback at its end: both are avoided by os._exit.
+    """
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):
+        os._exit(status)
     if "WORLD_SIZE" in os.environ:
         os._exit(status)
     sys.exit(status)

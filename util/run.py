@@ -11,6 +11,7 @@ checkpoint is put aside and the previous one is used. The disk needs room for th
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -25,8 +26,10 @@ import torch
 from scale import distributed
 from util import plots
 from util.files import PART, lock, open_own, output_folder, replacing, write_text
-from util.text import duration, one_line
+from util.text import duration, one_line, say, warn
 
+# errors of the disk or the network, which say nothing about the file
+UNREADABLE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOMEM, errno.ENOTCONN)
 MARK = b"lock of a run of train.py\n"
 NAMES = "config.json metrics.jsonl checkpoint.pt checkpoint.previous.pt checkpoint.damaged.pt tokenizer.json"
 NAMES = (*NAMES.split(), "results.json", "curves.png", "results.png")
@@ -58,7 +61,7 @@ class Run:
         self.handle = open_own(self.path / "lock", os.O_RDWR)
         try:
             if not lock(self.handle):
-                print(f"warning: {self.path} cannot be locked on this disk: start one process only")
+                warn(f"{self.path} cannot be locked on this disk: start one process only")
         except BlockingIOError as error:
             raise ValueError(f"{self.path} is in use by another process") from error
         self.handle.seek(0)
@@ -130,7 +133,7 @@ class Run:
                 damage.append(str(error))
                 continue
             if path == self.previous and self.writes:
-                print(f"{'; '.join(damage) or f'{self.checkpoint} is missing'}: {path} is used")
+                say(f"{'; '.join(damage) or f'{self.checkpoint} is missing'}: {path} is used")
                 if damage:
                     # TRAP: the next save would move the damaged checkpoint over the whole one
                     os.replace(self.checkpoint, self.path / "checkpoint.damaged.pt")
@@ -149,8 +152,12 @@ class Run:
 
     def metrics(self) -> list[dict]:
         path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]  # a full disk cuts lines
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+        try:
+            found = [json.loads(line) for line in lines if line.endswith("\n")]  # a full disk cuts lines
+            return [m for m in found if m["step"] >= 0]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{path} has a line that no run wrote: move the file away") from error
 
     def results(self) -> dict | None:
         """results.json of a finished run, on every rank; None if it is missing or broken."""
@@ -252,9 +259,9 @@ def read_checkpoint(path: Path) -> dict:
                     raise ValueError(f"the checksum of {wrong} is wrong")
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
-        except OSError as error:
-            raise OSError(f"{path} cannot be read now ({one_line(error)}): try again") from error
         except Exception as error:
+            if getattr(error, "errno", None) in UNREADABLE:
+                raise OSError(f"{path} cannot be read now ({one_line(error)}): try again") from error
             # damaged files fail in many ways, which all mean the same to the user
             # TRAP: a whole checkpoint must not be put aside because memory was short
             if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
@@ -364,16 +371,16 @@ class Clock:
 
     def __init__(self, c, start: int, unit: str):
         self.c, self.start, self.unit = c, start, unit
-        self.began, self.waited = time.time(), 0.0
+        self.began, self.waited = time.monotonic(), 0.0
 
     def spent(self) -> float:
-        return time.time() - self.began
+        return max(time.monotonic() - self.began, 1e-9)
 
     def waiting(self, batches):
         """The next batch."""
-        before = time.time()
+        before = time.monotonic()
         batch = next(batches)
-        self.waited += time.time() - before
+        self.waited += time.monotonic() - before
         return batch
 
     def line(self, step: int, loss: float, scale: float) -> str:
@@ -387,12 +394,15 @@ class Clock:
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C end the run after a step and a save. A second one ends it at once."""
+    """Ctrl-C, SIGTERM, SIGHUP, SIGXCPU end the run after a step and a save. A second one ends it at once."""
 
     def __init__(self):
         self.received = False
         self.before = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGXCPU"):
+            number = getattr(signal, name, None)  # Windows lacks two of them
+            if number is None or signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup ignores SIGHUP, and so do its programs
             with contextlib.suppress(ValueError):  # not in the main thread: leave the signals alone
                 self.before[number] = signal.signal(number, self.handle)
 

@@ -1,5 +1,6 @@
 """How names, numbers and errors are printed. Names come from strangers' files."""
 
+import contextlib
 import math
 import sys
 
@@ -14,9 +15,15 @@ def one_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
+def say(*values, file=None) -> None:
+    """print for work that must go on when its reader is gone: a closed pipe or stream, a full log disk."""
+    with contextlib.suppress(OSError, ValueError):
+        print(*values, file=file or sys.stdout, flush=True)
+
+
 def warn(text: str) -> None:
-    """Prints one line on stderr, "warning: ...": the work goes on, and the user should know something."""
-    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+    """One line on stderr, "warning: ...": the work goes on, and the user should know something."""
+    say(f"warning: {printable(text)}", file=sys.stderr)
 
 
 def number(x: float) -> str:
