@@ -1,11 +1,11 @@
-"""What bench.py measures against: the published form of Llip's objective, and the packages others use.
+"""What lab/bench.py compares with: the published form of Llip's objective, and other packages' CLIP.
 
-Nothing here is needed to train or evaluate. open_clip and transformers are imported only when asked for;
-without them bench.py says so in one line and goes on.
+open_clip and transformers are imported only when they are measured, and left out where they are missing.
 """
 
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from losses import siglip
 from model import Config
+from util.text import one_line, warn
 
 
 def published_pair_loss(
@@ -22,40 +23,37 @@ def published_pair_loss(
     queries: Tensor,
     text: Tensor,
     weight: Tensor,
-    temperature: float,
-    scale: float,
-    bias: float,
+    tau: float,
+    a: float,
+    b: float,
 ) -> Tensor:
     """Llip's objective as published: attention, mix, output projection, normalise; the block checkpointed.
 
-    Lavoie et al. 2024, eq. 1 to 3, restated from the paper; their code checkpoints a rank's block of pairs.
-    Args:    keys, values (B, H, M, K), queries (N, H, K), text (N, E), weight W_O (E, E)
+    Lavoie et al. 2024, eq. 1 to 3; their code checkpoints the block of all pairs of a rank.
+    Args:    keys, values (B, H, M, K), queries (N, H, K), text (N, E), weight W_O (E, E);  logits a cos + b
     Returns: () the sigmoid loss.
     """
 
     def block(keys, values, queries, text, weight):
-        phi = (torch.einsum("ihmk,jhk->ijhm", keys, queries) / temperature).softmax(-1)
+        phi = (torch.einsum("ihmk,jhk->ijhm", keys, queries) / tau).softmax(-1)
         y = torch.einsum("ijhm,ihmk->ijhk", phi, values)  # (B, N, H, K)
         z = F.normalize(y.flatten(2) @ weight, dim=-1)  # (B, N, E)
-        return scale * torch.einsum("ije,je->ij", z, F.normalize(text, dim=-1)) + bias  # (B, N)
+        return a * torch.einsum("ije,je->ij", z, F.normalize(text, dim=-1)) + b  # (B, N)
 
-    logits = checkpoint(block, keys, values, queries, text, weight, use_reentrant=False)
-    return siglip(logits)
+    return siglip(checkpoint(block, keys, values, queries, text, weight, use_reentrant=False))
 
 
 def published_tower(visual: nn.Module, images: Tensor) -> Tensor:
-    """CLIP's image tower as everybody writes it: (B, 3, S, S) -> (B, E), every token through the last MLP.
-
-    model.VisionTransformer gives the same number without that of the patches, which nobody reads.
-    """
+    """CLIP's image tower as usually written, all tokens through the last MLP: (B, 3, S, S) -> (B, E)."""
     return visual.head(visual.transformer(visual.embed(images)))[:, 0]  # (B, E)
 
 
 def import_open_clip():
-    """open_clip, also where torchvision was built for another torch (a CPU-only one, say)."""
+    """open_clip, also where torchvision was built for another torch."""
     try:
         import torchvision  # noqa: F401
-    except RuntimeError:  # "operator torchvision::nms does not exist": its binary cannot be loaded
+    except RuntimeError:
+        # "operator torchvision::nms does not exist": its binary cannot be loaded
         for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
             del sys.modules[name]
         for name in ("nms", "qnms"):
@@ -69,20 +67,12 @@ def import_open_clip():
 def open_clip_model(c: Config) -> nn.Module:
     """open_clip's CLIP at the sizes of a configuration, random weights."""
     clip = import_open_clip().model
-    vision = clip.CLIPVisionCfg(
-        layers=c.vision_layers,
-        width=c.vision_width,
-        head_width=c.vision_width // c.vision_heads,
-        patch_size=c.patch_size,
-        image_size=c.image_size,
+    image = dict(
+        patch_size=c.patch_size, image_size=c.image_size, head_width=c.vision_width // c.vision_heads
     )
-    text = clip.CLIPTextCfg(
-        context_length=c.context_length,
-        vocab_size=c.vocab_size,
-        width=c.text_width,
-        heads=c.text_heads,
-        layers=c.text_layers,
-    )
+    text = dict(context_length=c.context_length, vocab_size=c.vocab_size, heads=c.text_heads)
+    vision = clip.CLIPVisionCfg(layers=c.vision_layers, width=c.vision_width, **image)
+    text = clip.CLIPTextCfg(layers=c.text_layers, width=c.text_width, **text)
     return clip.CLIP(c.embed_dim, vision, text, quick_gelu=c.activation == "quick_gelu")
 
 
@@ -90,36 +80,13 @@ def transformers_model(c: Config) -> nn.Module:
     """transformers' CLIPModel at the sizes of a configuration, random weights."""
     from transformers import CLIPConfig, CLIPModel
 
-    def tower(which: str, width: int, mlp: int, layers: int, heads: int, **more) -> dict:
-        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        return dict(zip(names, (width, mlp, layers, heads)), hidden_act=c.activation, **more)
-
-    return CLIPModel(
-        CLIPConfig(
-            projection_dim=c.embed_dim,
-            vision_config=tower(
-                "vision",
-                c.vision_width,
-                c.vision_mlp,
-                c.vision_layers,
-                c.vision_heads,
-                image_size=c.image_size,
-                patch_size=c.patch_size,
-            ),
-            text_config=tower(
-                "text",
-                c.text_width,
-                c.text_mlp,
-                c.text_layers,
-                c.text_heads,
-                vocab_size=c.vocab_size,
-                max_position_embeddings=c.context_length,
-                bos_token_id=c.vocab_size - 2,
-                eos_token_id=c.vocab_size - 1,
-                pad_token_id=0,
-            ),
-        )
-    )
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    vision = dict(zip(names, (c.vision_width, c.vision_mlp, c.vision_layers, c.vision_heads)))
+    vision |= dict(image_size=c.image_size, patch_size=c.patch_size, hidden_act=c.activation)
+    text = dict(zip(names, (c.text_width, c.text_mlp, c.text_layers, c.text_heads)), hidden_act=c.activation)
+    text |= dict(vocab_size=c.vocab_size, max_position_embeddings=c.context_length, pad_token_id=0)
+    text |= dict(bos_token_id=c.vocab_size - 2, eos_token_id=c.vocab_size - 1)
+    return CLIPModel(CLIPConfig(projection_dim=c.embed_dim, vision_config=vision, text_config=text))
 
 
 def open_clip_logits(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
@@ -127,31 +94,29 @@ def open_clip_logits(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor
     return scale * image @ text.t()  # (B, B)
 
 
-def transformers_logits(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
-    return model(pixel_values=images, input_ids=tokens).logits_per_image  # (B, B)
+class Peer(NamedTuple):
+    load: Callable  # raises ImportError or RuntimeError where the package is missing
+    build: Callable  # Config -> model
+    logits: Callable  # model, images, tokens -> (B, B)
 
 
-def clip_peers() -> tuple[dict[str, tuple[Callable, Callable]], list[str]]:
-    """{name: (model of a Config, logits of (model, images, tokens))} of what is there, and what is not."""
-    candidates = {
-        "open_clip": (import_open_clip, open_clip_model, open_clip_logits),
-        "transformers": (lambda: __import__("transformers"), transformers_model, transformers_logits),
-    }
-    found, missing = {}, []
-    for name, (load, build, logits) in candidates.items():
+PEERS = {
+    "open_clip": Peer(import_open_clip, open_clip_model, open_clip_logits),
+    "transformers": Peer(
+        lambda: __import__("transformers"),
+        transformers_model,
+        lambda model, images, tokens: model(pixel_values=images, input_ids=tokens).logits_per_image,
+    ),
+}
+
+
+def installed() -> list[str]:
+    """Names of the packages in PEERS that can be imported; a warning for the others."""
+    found = []
+    for name, peer in PEERS.items():
         try:
-            load()
-            found[name] = build, logits
+            peer.load()
+            found.append(name)
         except (ImportError, RuntimeError) as error:
-            missing.append(f"{name} is not measured: {str(error).splitlines()[0]}")
-    return found, missing
-
-
-def torchvision_crop() -> Callable | None:
-    """open_clip's training crop, by torchvision: size -> callable(PIL image); None without it."""
-    try:
-        import_open_clip()
-        from torchvision.transforms import InterpolationMode, RandomResizedCrop
-    except (ImportError, RuntimeError):
-        return None
-    return lambda size: RandomResizedCrop(size, (0.9, 1.0), interpolation=InterpolationMode.BICUBIC)
+            warn(f"{name} is not measured: {one_line(error)}")
+    return found

@@ -14,7 +14,6 @@ from lab.compare import Comparison
 
 
 def compare(out, clip, **more):
-    lines = []
     c = dict(
         scenes=True,
         init=str(clip),
@@ -26,12 +25,11 @@ def compare(out, clip, **more):
         tasks="in-the-wild",
         methods="finetune,clipood",
     )
-    rows = comparison.compare(Comparison(**c | more), lambda text, **_: lines.append(text))
-    return rows, "\n".join(lines)
+    return comparison.compare(Comparison(**c | more))
 
 
-def test_comparison_runs_and_goes_on(tmp_path, clip, monkeypatch):
-    rows, said = compare(tmp_path / "out", clip)
+def test_comparison_runs_and_goes_on(tmp_path, clip, monkeypatch, capsys):
+    rows, said = compare(tmp_path / "out", clip), capsys.readouterr().out
     methods = ["chance", "zero-shot", "finetune", "clipood", "clipood, last step"]
     assert [row["method"] for row in rows] == methods and all(row["runs"] == 2 for row in rows)
     assert rows[0]["H"] == pytest.approx((1 / 16, 0.0)) and "cartoon" in said and "clipood" in said
@@ -44,14 +42,14 @@ def test_comparison_runs_and_goes_on(tmp_path, clip, monkeypatch):
 
     whole = train.train
     monkeypatch.setattr(train, "train", forbidden)
-    again, _ = compare(tmp_path / "out", clip)
+    again = compare(tmp_path / "out", clip)
     assert again == rows
     with pytest.raises(ValueError, match="steps 2 -> 3"):
         compare(tmp_path / "out", clip, steps=3)
     # killed between the checkpoint and the results: evaluated, not trained
     monkeypatch.setattr(train, "train", whole)
     (tmp_path / "out" / "in-the-wild-cartoon-finetune-0" / "results.json").unlink()
-    again, _ = compare(tmp_path / "out", clip)
+    again = compare(tmp_path / "out", clip)
     assert again == rows
 
 

@@ -15,7 +15,7 @@ import pretrained
 from evals import open_world as openworld
 from evals import protocol as protocols
 from evals.open_world import harmonic, protocol, summarise
-from lab.compare import finished
+from lab.reproduce import run_training
 from model import CLIP, Config
 from readers import scenes
 from readers import templates as prompts
@@ -349,7 +349,7 @@ def test_command(tmp_path, clip, folder, capsys):
         runs.append(str(tmp_path / f"run{seed}"))
         flags = dict(method="clipood", init=str(clip), train_data=str(folder), target_domain="art", steps=2)
         flags |= dict(batch_size=4, seed=int(seed), device="cpu", out=runs[-1])
-        finished(flags, io.StringIO())
+        run_training(flags, io.StringIO())
     own = json.loads((tmp_path / "run0" / "results.json").read_text())
     capsys.readouterr()
     both = [*common, "--model", runs[0], "--more", runs[1], "--out", str(tmp_path / "both")]

@@ -37,7 +37,7 @@ data.py DATA/pairs.csv --out OUT/x.png
 readers.scenes --count 2 --out OUT/x.png
 evals.surgery DATA/bed/art/cat/0.png cat --model START --out OUT/x.png
 lab.reproduce --claim l1 --quick --seeds 1 --out OUT
-lab.bench wire --quick --out OUT
+lab.bench alignclip --quick --out OUT
 """
 PLACES = ("locked", "locked/new", "file", "file/new")
 # command | name of a file that is a folder here | result that must exist nevertheless
