@@ -21,7 +21,7 @@ from lab.reproduce import Lab, Request, main
 from model import CLIP, CONFIGS, Config
 from readers import scenes
 from tokenizer import Tokenizer
-from train import TrainConfig, resolve
+from train import configure
 
 
 def verdict(part, kind="seeds", **rows):
@@ -127,10 +127,8 @@ def test_every_claim_has_an_experiment_whose_parts_are_in_its_table():
 def test_arms_are_what_train_accepts():
     lab = Lab(Request(quick=True))
     for arm in ARMS:
-        flags = lab.flags(arm, 3000)
-        c = TrainConfig(**flags)  # an unknown flag would fail here
-        if not lab.starts_from(arm):
-            resolve(c, set(flags))
+        start = {"init": "ViT-B/16"} if lab.starts_from(arm) else {}
+        c, _ = configure(**lab.flags(arm, 3000), **start)
         assert (c.seed, c.test_seed) == (3000, 3000)
 
 
