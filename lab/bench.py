@@ -4,16 +4,16 @@
     python -m lab.bench objective llip --device cuda    some sections, on a GPU
     python -m lab.bench --quick                         small shapes: does it run?
 
-On a shared machine a time means little, but the ratio of two arms that alternate means something. Every
-repetition runs each arm once, and the table shows the median of the ratios to the first arm. On a CPU with
---threads 1 the time is that of this process, so that other processes hardly count. "FLOPs" is the same ratio
-by torch's FlopCounterMode. open_clip and transformers are measured where they are installed.
-Weights are random. lab/reproduce.py takes the timings of claims from here.
+On a shared machine only ratios of arms that alternate mean something. Every repetition runs each arm once,
+and the table shows the median of the ratios to the first arm. On a CPU with --threads 1 the time is that of
+this process, so that other processes hardly count. open_clip and transformers are measured where they are
+installed. Weights are random. lab/reproduce.py takes the timings of claims from here.
 """
 
 import contextlib
 import gc
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import llip
 import losses
 import model as models
 import train
@@ -88,13 +87,6 @@ def alternate(arms: dict[str, Callable], repeats: int, device: torch.device) -> 
     return seconds
 
 
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile; of fewer than three values the extremes."""
-    if len(values) < 3:
-        return min(values), statistics.median(values), max(values)
-    return tuple(statistics.quantiles(values, n=4, method="inclusive"))
-
-
 def peak_bytes(run: Callable, device: torch.device) -> int:
     """Peak of the memory that torch allocates during a run: inputs and weights are not counted."""
     if device.type == "cuda":
@@ -140,34 +132,29 @@ class Bench:
         self.batch = c.batch or (64 if self.device.type == "cuda" else 2)
         self.rows, self.section = [], ""
 
-    def compare(self, what: str, cases: dict, flops=False, memory=False, **more) -> None:
-        """Alternates the cases {arm: function of a device that returns what is timed}; adds a row for each.
-
-        Args: flops, memory: counted too, as ratios to the first arm;  more: {column: {arm: value}}
-        """
+    def compare(self, what: str, cases: dict, flops: bool = False, memory: bool = False) -> None:
+        """Alternates the cases {arm: function of a device, which returns what is timed}; adds their rows."""
         arms = {name: case(self.device) for name, case in cases.items()}
         seconds = alternate(arms, self.repeats, self.device)
-        counts = {"FLOPs": {n: counted_flops(case) for n, case in cases.items()}} if flops else {}
+        counts, base = {}, next(iter(cases))
+        if flops:
+            counts["FLOPs"] = {name: counted_flops(case) for name, case in cases.items()}
         if memory:
-            counts["peak MiB"] = {n: peak_bytes(run, self.device) / 2**20 for n, run in arms.items()}
-        base = next(iter(cases))
+            counts["peak MiB"] = {name: peak_bytes(run, self.device) / 2**20 for name, run in arms.items()}
         for name, taken in seconds.items():
             ratios = [a / b for a, b in zip(taken, seconds[base])]
             row = {"section": self.section, "what": what, "arm": name, "ms": 1e3 * statistics.median(taken)}
             row |= {"ratio": statistics.median(ratios), "ratios": ratios}
             for column, values in counts.items():
-                row[f"{column} ratio"] = values[name] / values[base]
-            more |= {"peak MiB": counts["peak MiB"]} if memory else {}
-            self.rows.append(
-                row | {column: values[name] for column, values in more.items() if name in values}
-            )
+                row |= {column: values[name], f"{column} ratio": values[name] / values[base]}
+            self.rows.append(row | getattr(arms[name], "about", {}))
             print(f"{what:44} {name:22} {row['ms']:10.2f} ms  x {row['ratio']:.3f}", flush=True)
 
     def finish(self) -> None:
         """Prints the table and writes bench.json."""
         shown = []
         for row in self.rows:
-            low, _, high = quartiles(row["ratios"])
+            low, _, high = statistics.quantiles(row["ratios"], n=4, method="inclusive")
             some = {k: v for k, v in row.items() if k != "ratios"}
             shown.append(some | {"quartiles": f"{low:.3f}-{high:.3f}"})
         print("\n" + format_table(shown))
@@ -181,10 +168,8 @@ def machine(device: torch.device) -> str:
     """The GPU, or the processor and the number of its cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    lines = []
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    file = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", file.read_text()) if file.exists() else []
     return f"{os.cpu_count()} cores of {names[0] if names else 'a CPU'}"
 
 
@@ -228,10 +213,10 @@ def build(kind: str, config: models.Config, device) -> nn.Module:
     """clip, siglip, llip (32 tokens, 8 heads), or the CLIP of another package."""
     torch.manual_seed(0)
     if kind in peers.PEERS:
-        return peers.PEERS[kind].build(config).to(device)
+        return peers.PEERS[kind][0](config).to(device)
     with torch.device(device):
         if kind == "llip":
-            return llip.Llip(config, 32, 8)
+            return tiles.TiledLlip(config, 32, 8)
         return models.CLIP(config, 10.0, -10.0 if kind == "siglip" else None)
 
 
@@ -249,8 +234,7 @@ def step_of(module: nn.Module, forward_backward: Callable, device, update: bool)
 
 
 def autocast(precision: str, device) -> Callable:
-    kind = torch.device(device).type
-    return lambda: torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16")
+    return partial(torch.autocast, torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def step_case(kind: str, name: str, batch: int, precision: str, device, update: bool = True) -> Callable:
@@ -261,7 +245,7 @@ def step_case(kind: str, name: str, batch: int, precision: str, device, update: 
     def forward_backward() -> None:
         if kind in peers.PEERS:
             with cast():
-                logits = peers.PEERS[kind].logits(model, *batches)
+                logits = peers.PEERS[kind][1](model, *batches)
             losses.info_nce(logits).backward()
         else:
             training_step(model, *batches, objective, autocast=cast)
@@ -286,9 +270,7 @@ def prompts_case(kind: str, name: str, batch: int, prompts: int, precision: str,
     return run
 
 
-def finetune_case(
-    kind: str, name: str, batch: int, device, classes: int = 10, update: bool = True
-) -> Callable:
+def finetune_case(kind: str, name: str, batch: int, device, classes=10, update=True) -> Callable:
     """A step of fine-tuning: clipood, published (last MLP on all tokens), dv, vvv, or a prompt method."""
     config, g = CONFIGS[name], torch.Generator().manual_seed(0)
     clip = build("clip", config, device)
@@ -309,7 +291,8 @@ def finetune_case(
     pictures = random_batch(config, batch, device)[0]
     labels = torch.arange(batch).remainder(classes).to(device)
     run = step_of(module, lambda: module.loss(pictures, labels)[0].backward(), device, update)
-    run.module = module
+    learn = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    run.about = {"thousand parameters that learn": learn / 1e3}
     return run
 
 
@@ -349,13 +332,7 @@ def prompts(b: Bench) -> None:
     name, kinds = "ViT-B-32" if b.c.quick else "ViT-S-16", {"CLIPood": "clipood", "AlignCLIP": "dv"}
     kinds |= {kind: kind for kind in ("CoOp", "CoCoOp", "MaPLe")}
     cases = {arm: partial(finetune_case, kind, name, 4, classes=7) for arm, kind in kinds.items()}
-    learn = {}
-    for arm, case in cases.items():
-        parameters = case(b.device).module.parameters()
-        learn[arm] = sum(p.numel() for p in parameters if p.requires_grad) / 1e3
-    b.compare(
-        f"{name} step, batch 4, 7 classes", cases, memory=True, **{"thousand parameters that learn": learn}
-    )
+    b.compare(f"{name} step, batch 4, 7 classes", cases, memory=True)
 
 
 def llip_section(b: Bench) -> None:

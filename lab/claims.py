@@ -1,19 +1,16 @@
 """The 32 claims of the two rebuttals as data: what each says, the arms that test it, and what must be seen.
 
-    a1 ... a16   AlignCLIP: the authors' replies to reviewers 1, 2 and 3
-    l1 ... l16   Llip: tables and figures of the paper, replies to reviewers MT7j, Vo7f and wQuf
-
-An arm is a training run, given by flags of train.py. lab/reproduce.py trains, measures, judges and reports.
-In TEXT a claim begins with "ID NAME: sentence"; p1 and p2 are premises of claims. The lines below it are a
-key and its value, and deeper lines continue the value.
+a1 ... a16 are AlignCLIP's (replies to reviewers 1, 2, 3), l1 ... l16 Llip's (paper; replies to MT7j, Vo7f,
+wQuf), p1 and p2 are premises of claims. In TEXT each begins with "ID NAME: sentence". The lines below are a
+key and its value; deeper lines continue the value.
 
     paper     source and published numbers
-    arms      "row: arm, row: arm"; an arm alone is a row with the arm's own name
+    arms      "row: arm, row: arm"; an arm alone is a row with its own name
     figures   columns of the table, a name in GROUPS; default: labels or llip, by the arms
     seen      the judged parts, "figure: row > other, row > other; figure: ...". The relation is >, < or =,
               other is a row or a number, and "within 2" is the margin of =. "both" is each of LLIP_FIGURES
-    with      a premise that must be true; a function of lab/measures.py that makes the table, or draws it;
-              "once" (nothing is random), "timing" (rounds of lab/bench.py), "lines" or "no picture"
+    with      a premise; a function of lab/measures.py that makes the table (or draw_..., that draws it);
+              "once" (nothing is random) or "timing" (rounds of lab/bench.py)
     notes     what a reader of the table must know
 """
 
@@ -25,6 +22,8 @@ from lab import measures
 
 # Settings and arms -----------------------------------------------------------------------------------------
 
+# 20 epochs of a set of Flickr8k's size
+FLICKR8K = dict(model="small", image_size=48, steps=950, batch_size=128, lr=1e-3, weight_decay=0.2)
 # "pairs": pre-training. "start": the CLIP that is fine-tuned, one for each seed. "labels": fine-tuning.
 SETTINGS = {
     "quick": {  # under half an hour on two cores; an arm is far from converged
@@ -37,38 +36,27 @@ SETTINGS = {
         "start": dict(steps=4000, batch_size=48),
         "labels": dict(steps=300, lr=5e-4),
     },
-    "cuda": {  # twice the width and resolution, longer
-        "pairs": dict(model="small", steps=3000, batch_size=256, train_size=49152, lr=1e-3),
-        "start": dict(model="small", steps=6000, batch_size=128, train_size=49152, lr=1e-3),
-        "labels": dict(steps=300, lr=5e-4),
-    },
-    "data": {"pairs": {}, "start": {}, "labels": dict(steps=300)},  # with --data
+    "data": {"pairs": FLICKR8K | dict(crop_scale=0.7), "start": {}, "labels": dict(steps=300)},  # with --data
 }
-# 20 epochs of a set of Flickr8k's size
-SETTINGS["data"]["pairs"] |= dict(model="small", image_size=48, steps=950, batch_size=128, lr=1e-3)
-SETTINGS["data"]["pairs"] |= dict(weight_decay=0.2, crop_scale=0.7)
 CHOICES = """\
 All choices were made once, on seeds that are not reported (100, 101, 2000); `--validation` uses such seeds.
 
-- Llip's arms have the defaults of train.py. The scenes were designed so that Llip's mechanism can show in
-  captions mAP, so that Llip beats SigLIP there by design. The order of variants and kinds top-1 are open.
+- Scenes are designed so that Llip's mechanism can show in captions mAP. Llip beats SigLIP there by design;
+  the order of the variants and kinds top-1 are open.
 - Fine-tuning leaves out photos, where plain fine-tuning gains most. AlignCLIP's weight 0.3 and temperature
-  0.1 are the best of five pairs on that domain itself. Points over CLIPood on two seeds: 0.3, 0.1: +0.4,
-  -1.5; 1, 0.1: -1.0, -1.7; 1, 0.03: -2.4, -2.1; 1, 1 (submission): -1.7, -2.3; 10, 1 (released): -2.9, -3.5.
-- The scale of semantic smoothing is 5. At the published 35 only 0.001 % of a target leaves its label here,
-  because class texts of this CLIP are far apart (mean cosine 0.32). At 5 it is 4.3 %.
+  0.1 are the best of five pairs on that domain itself (the others lose 1 to 3 points to CLIPood).
+- The scale of semantic smoothing is 5: at the published 35 only 0.001 % of a target leaves its label here.
 - Margins of "=" are conventions: 1 point of target accuracy (deviation over seeds 2.2), 2 of Llip's figures
   (2.7). Arms of a group share steps, pictures, schedule and learning rate; only AlignCLIP was tuned."""
 
-TARGET_DOMAIN = "photo"  # the domain that fine-tuning leaves out
 SMOOTH = dict(smoothing="mixture", smoothing_scale=5.0)
 ALIGN = dict(method="alignclip", guidance_temperature=0.1, align_weight=0.3)
 FULL = ALIGN | SMOOTH
 
 
 def fine_tuned(**flags) -> dict:
-    """Flags of an arm that fine-tunes the arm "start"."""
-    return dict(start="start", train_data="scenes", target_domain=TARGET_DOMAIN) | flags
+    """Flags of an arm that fine-tunes the arm "start" and leaves out photos."""
+    return dict(start="start", train_data="scenes", target_domain="photo") | flags
 
 
 ARMS = {
@@ -144,7 +132,7 @@ class Claim:
     figures: tuple[str, ...] = ()
     measure: Callable | None = None  # (lab, seed) -> {row: {figure: value}}, or that and what is drawn
     kind: str = "seeds"  # once: one value is enough;  timing: a value is a list, one for each round
-    picture: str | Callable = "bars"  # lines, none, or a function of (path, [what is drawn, for each seed])
+    picture: Callable | None = None  # of (path, [what is drawn, for each seed]); None: bars of the figures
     premise: "Claim | None" = None
     paper: str = ""
     notes: str = ""
@@ -176,8 +164,6 @@ def claim_of(lines: list[str], premises: dict[str, Claim]) -> Claim:
     for word in text.get("with", "").split(", "):
         if word in ("once", "timing"):
             values["kind"] = word
-        elif word in ("lines", "no picture"):
-            values["picture"] = word
         elif word in premises:
             values["premise"] = premises[word]
         elif word:
@@ -205,7 +191,7 @@ a1 dv-flops: D-V costs 1549 times less than V-V-V.
   paper AlignCLIP, reviewer 1, W1: 0.46478 against 0.0003 GFLOPs, 1549 times
   seen GFLOP: rebuttal's V-V-V = 0.46478 within 0.000005, rebuttal's D-V = 0.0003 within 0.00005; times: exact
     ratio = 1549 within 0.5
-  with formula, once, no picture
+  with formula, once
   notes 0.0003 counts two operations a multiply-add; with all digits 1549 is 1536. 0.46478 is the value and
     output projections, which D-V has too. With projections on both sides the ratio is 1.26.
 a2 dv-vs-vvv: D-V guides as well as V-V-V.
@@ -240,14 +226,13 @@ a7 depth: Aligning the first part of the blocks is best, aligning all hurts.
   paper AlignCLIP, reviewer 2, Fig. 3c: five of 12 blocks are best; LabelMe 65.5 one, 68.7 five, 66.3 all
   arms 0: sls, 1: alignclip, 2: layers 2, 3: layers 3
   seen target: 1 > 0, 1 > 2, 1 > 3
-  with lines, alignment
+  with alignment
   notes This tower has three blocks. The band of the paper's figure is random.uniform(0.5, 1) in its notebook.
 a8 epsilon: Not sensitive to epsilon, and any smoothing is better than 1.
   paper AlignCLIP, reviewer 3, Table 2: 67.4, 68.3, 68.3, 67.9, 67.9 for 1 ... 0.6 (LabelMe)
   arms 1.0: epsilon 1.0, 0.9: alignclip, 0.8: epsilon 0.8, 0.7: epsilon 0.7, 0.6: epsilon 0.6
   seen target: 0.9 > 1.0, 0.8 > 1.0, 0.7 > 1.0, 0.6 > 1.0, 0.8 = 0.9 within 1, 0.7 = 0.9 within 1, 0.6 = 0.9
     within 1
-  with lines
   notes Epsilon 1 is no smoothing here. As released it still smooths: the targets do not sum to 1.
 a9 pooling: The class token beats average pooling in plain fine-tuning.
   paper AlignCLIP, reviewer 3, Table 3: 83.7 against 82.0 (VLCS)
@@ -275,7 +260,7 @@ a13 inference: An image's embedding is not conditioned on text; same size and sp
   paper AlignCLIP, reviewer 1, W2 and reviewer 3, Q1: 1.973 s for both
   arms clipood, alignclip
   seen parameters: difference = 0; tensors: difference = 0; change with a branch: alignclip = 0 within 0.00001
-  with inference, once, no picture
+  with inference, once
   notes True by construction: the finished model is a plain CLIP, with CLIP's speed.
 a14 sls-vs-tes: SLS is cheaper than TeS, and more effective under shift.
   paper AlignCLIP, reviewer 1, W1.3: no numbers
@@ -287,7 +272,6 @@ a15 prompts: Prompt tuning takes less of a step than full fine-tuning; CoCoOp is
   paper AlignCLIP, reviewer 1, W2.4: no numbers
   seen step over CLIPood's: CoOp < 1, MaPLe < 1, CoCoOp > CoOp, CoCoOp > 1
   with prompt_cost, timing
-  notes The reply calls CoCoOp slow because of its small batches; here all batches are equal.
 a16 open-world: AlignCLIP is above CLIPood under domain shift, open class, and both.
   paper AlignCLIP, reviewer 1, W1: best on almost all of 21 data sets
   arms target clipood: clipood, target alignclip: alignclip, open H clipood: open clipood, open H alignclip:
@@ -320,7 +304,6 @@ l4 tokens: More mixture tokens help.
   paper Llip, Fig. 6a: K = 1, 32, 64, 128: 67.3, 70.1, 70.4, 71.2
   arms 1: llip M=1, 4: llip M=4, 8: llip, 16: llip M=16
   seen both: 4 > 1, 8 > 4, 16 > 8
-  with lines
 l5 patches: Patches as keys and values help slightly; learned tokens matter more.
   paper Llip, reviewer MT7j, Table R3: 1 token and patches 68.2; 32: 70.4 with, 70.1 without; 64: 70.7, 70.4
   arms 1 token: llip M=1, 1 and patches: llip M=1 patches, 8 tokens: llip, 8 and patches: llip M=8 patches
@@ -339,19 +322,18 @@ l7 cost: Training and inference cost a little more than CLIP of the same size.
 l8 prompt-count: Inference grows slowly with the number of prompts, not with their length.
   paper Llip, reviewer wQuf, Table R2: 10.7, 10.9, 11.1, 11.8 ms for 10 to 10,000 prompts, ratio 1.10
   seen time over that of 10: 1000 < 1.037, 10000 < 1.103; numbers kept of 25 words less 5: 10 = 0
-  with prompt_count, timing, lines
+  with prompt_count, timing
   notes The bounds are the paper's ratios. A prompt is one query and one feature, however long it is.
 l9 smaller-better: A smaller Llip beats a larger CLIP at lower cost.
   paper Llip, reviewer MT7j, Table R1: L/14 80.9 at 0.011 s against H/14 80.5 at 0.020 s
   arms llip, clip wide
   seen both: llip > clip wide; MFLOP, 16 texts: clip wide > llip; MFLOP, 450 texts: clip wide > llip
   with sizes
-  notes The larger CLIP is twice as wide in both towers. The cost is of one image against encoded texts.
 l10 no-leak: Zero-shot never uses the true label.
   paper Llip, reviewer MT7j: no numbers
   arms llip
   seen answers that change, %: llip = 0; largest change among fewer classes: llip = 0 within 0.0005
-  with no_leak, once, no picture
+  with no_leak, once
   notes True by construction: a class is scored through its own text only.
 l11 context: The image seen through a caption is closer to that caption; less typographic attack.
   paper Llip, reviewer Vo7f: one picture of an apple with an iPod note
@@ -368,13 +350,10 @@ l13 objective: InfoNCE and SigLIP baselines are comparable.
   paper Llip, Table 8: 67.6 against 67.3 (B/32)
   arms clip, siglip, llip (sigmoid): llip, llip (InfoNCE): llip infonce
   seen both: clip = siglip within 2
-  notes Llip under InfoNCE has not been published. It is shown and not part of the claim.
 l14 temperature: The optimum of the temperature is wide.
   paper Llip, Fig. 6b: tau 1, 5, 8, 10: 70.3, 70.4, 70.3, 69.5
   arms 0.5: llip tau=0.5, 2.5: llip tau=2.5, 4.0: llip tau=4.0, 5.0: llip, 8.0: llip tau=8.0
   seen both: 2.5 = 0.5 within 2, 2.5 = 4.0 within 2, 2.5 = 5.0 within 2
-  with lines
-  notes The first four are the paper's multiples of sqrt(head width): 8 there, 4 here.
 l15 text-tokens: Do latent tokens on the text side help?
   paper Llip, reviewer MT7j: an interesting follow-up. A question of this project
   arms llip, 4 text tokens: llip text tokens

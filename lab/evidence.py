@@ -1,21 +1,19 @@
 """Verdicts and the report: what the figures of lab/reproduce.py say about the claims of lab/claims.py.
 
-Claims are judged by sign and order, not by the paper's absolute number, unless the claim is a number (A1) or
-a ratio of costs (A3, L7, L8). A part compares two arms with the same seed, data, batches and steps, or a
-figure with a bound. Let d be the mean difference over the seeds and s its standard error.
+Claims are judged by sign and order, not by the paper's number, unless the claim is a number (A1) or a ratio
+of costs (A3, L7, L8). A part compares two arms with the same seed, data, batches and steps, or a figure with a
+bound. Let d be the mean difference over the seeds and s its standard error.
 
     >, <           d > s in the claimed direction: holds;  d < -s: does not hold;  else not decidable here
     = within w     |d| + s <= w: holds;  |d| - s > w: does not hold;  else not decidable here
     = a number     equal to the printed digits
 
 A claim holds if all its parts hold, and does not hold if one part does not. If the mean of what it presumes
-misses a bound, the verdict is "premise not met". Fewer than three seeds decide nothing. One standard error is
-a low bar: with three seeds chance passes it in one of five cases. Therefore every part has a p, one side of
-Student's t. "at 5 %" is the verdict with p < 0.05 for holds and p > 0.95 for does not hold, and the report
-counts the parts that remain under Holm's correction. Claims that share arms share luck.
-
-Seed n sets weights, pictures and test pictures. Reported seeds start at 3000 and were used for no choice.
-With --data all seeds have the same pictures.
+misses a bound, the verdict is "premise not met". Fewer than three seeds decide nothing. With three seeds
+chance passes one standard error in one of five cases, so every part has a p, one side of Student's t: "at 5 %"
+takes p < 0.05 for holds and p > 0.95 for does not hold. The report counts the parts that remain under Holm's
+correction. Claims that share arms share luck. Seed n sets weights, pictures and test pictures; reported seeds
+start at 3000 and were used for no choice. With --data all seeds have the same pictures.
 """
 
 import json
@@ -30,6 +28,7 @@ from lab.claims import CLAIMS, SETTINGS, Claim, Part
 from util import plots
 from util.files import write_json, write_text
 from util.report import format_table
+from util.run import git_commit
 
 HOLDS, FAILS, OPEN, UNMET = "holds", "does not hold", "not decidable here", "premise not met"
 FIRST_SEED, MIN_SEEDS = 3000, 3
@@ -95,63 +94,56 @@ def together(verdicts: list[str]) -> str:
     return FAILS if FAILS in verdicts else HOLDS if set(verdicts) == {HOLDS} else OPEN
 
 
-def conclude(claim: Claim, table: dict, premise: dict, path: Path, extras: list, about: dict) -> dict:
-    """Parts, premise and verdict of a claim; written to path, with a picture.
-
-    Args: table, premise: {row: {figure: values}} of the claim and of its premise;  extras: what is drawn
-          about: more for the file
-    """
-    found = {key: getattr(claim, key) for key in ("id", "name", "says", "paper", "notes", "kind")} | about
-    found |= {"parts": [judge(part, table, claim.kind) for part in claim.parts], "table": table}
+def conclude(lab, claim: Claim, command: str) -> dict:
+    """Parts, premise and verdict of a claim whose runs exist in a Lab; written as JSON, with a picture."""
+    found = {key: getattr(claim, key) for key in ("id", "name", "says", "paper", "notes")}
+    table, extras = lab.table(claim)
+    found |= {"table": table, "command": command, "commit": git_commit()[:7]}
+    found |= {"scale": lab.scale, "data": Path(lab.request.data).name, "first seed": lab.seeds[0]}
+    found["parts"] = [judge(part, table, claim.kind) for part in claim.parts]
     found |= {"verdict": together([part["verdict"] for part in found["parts"]]), "premise": "", "missed": []}
     if claim.premise:
-        found["premise"] = claim.premise.says
-        for part in claim.premise.parts:
-            mean, _ = mean_error(premise[part.row][part.figure])
-            if judge(part, premise)["difference"] <= 0:
-                found["missed"].append(
-                    f"{part.row} {part.figure} {mean:.3g} is not {part.relation} {part.other:g}"
-                )
+        found |= {"premise": claim.premise.says, "missed": missed(claim.premise, lab.table(claim.premise)[0])}
         found["verdict"] = UNMET if found["missed"] else found["verdict"]
+    names = [claim.id, lab.scale, Path(lab.request.data).stem, "validation" * lab.request.validation]
+    path = lab.out / "claims" / ("-".join(filter(None, names)) + ".json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if callable(claim.picture):
+    if claim.picture:
         claim.picture(path.with_suffix(".png"), extras)
-    elif claim.picture != "no picture":
-        draw(path.with_suffix(".png"), table, {part.figure for part in claim.parts}, claim.picture == "lines")
+    elif claim.kind != "once":
+        draw(path.with_suffix(".png"), table, {part.figure for part in claim.parts})
     write_json(path, found)
     return found
 
 
-def draw(path: Path, table: dict, figures: set, sweep: bool) -> None:
-    """Figures of a table as bars with standard errors; a sweep, whose rows are numbers, as lines."""
-    panels = {}
+def missed(premise: Claim, table: dict) -> list[str]:
+    """The bounds that the mean over the seeds does not satisfy, with its value."""
+    found = []
+    for part in premise.parts:
+        mean, _ = mean_error(table[part.row][part.figure])
+        if judge(part, table)["difference"] <= 0:
+            found.append(f"{part.row} {part.figure} {mean:.3g} is not {part.relation} {part.other:g}")
+    return found
+
+
+def draw(path: Path, table: dict, figures: set) -> None:
+    """Bars of the judged figures, with standard errors."""
+    groups = {}
     for name in sorted(figures):
         rows = {row: mean_error(found[name]) for row, found in table.items() if name in found}
-        if sweep:
-            panels[name] = {"mean": [(float(row), mean) for row, (mean, _) in rows.items()]}
-        else:
-            panels[name] = {row: (mean, error or 0.0) for row, (mean, error) in rows.items()}
-    plots.lines(path, panels, xlabel="") if sweep else plots.bars(path, panels, "mean and standard error")
+        groups[name] = {row: (mean, error or 0.0) for row, (mean, error) in rows.items()}
+    plots.bars(path, groups, "mean and standard error")
 
 
 def cell(values: list[float]) -> str:
     """Mean +- standard error."""
-
-    def text(x: float) -> str:
-        digits = 0 if x == int(x) else 5 if abs(x) < 1 else 3 if abs(x) < 10 else 1
-        return f"{x:,.{digits}f}"
-
     mean, error = mean_error(values)
-    return text(mean) + (f" +- {text(error)}" if error else "")
+    return f"{mean:.5g}" + (f" +- {error:.2g}" if error else "")
 
 
 def sure(found: dict) -> str:
     """The verdict at 5 %."""
     return UNMET if found["missed"] else together([at_level(part) for part in found["parts"]])
-
-
-def held(found: dict) -> str:
-    return f"{sum(part['verdict'] == HOLDS for part in found['parts'])} of {len(found['parts'])}"
 
 
 def section(found: dict) -> str:
@@ -167,15 +159,16 @@ def section(found: dict) -> str:
         row = {"part": part["part"], "difference": f"{part['difference']:+.4g}{error}"}
         row |= {"p": "" if part["p"] is None else part["p"]}
         parts.append(row | {"verdict": part["verdict"], "at 5 %": at_level(part)})
+    held = sum(part["verdict"] == HOLDS for part in parts)
     lines = [
         f"{found['id'].upper()} {found['name']}: {found['says']}",
         f"Paper: {found['paper']}.",
         premise,
-        f"Verdict: **{found['verdict']}** ({held(found)} parts hold; at 5 %: {sure(found)})",
+        f"Verdict: **{found['verdict']}** ({held} of {len(parts)} parts hold; at 5 %: {sure(found)})",
         format_table(table),
         format_table(parts),
         found["notes"],
-        f"`{found['command']}`, {found['repeated']}, settings {found['scale']}, commit {found['commit']}",
+        f"`{found['command']}`, settings {found['scale']}, commit {found['commit']}",
     ]
     return "\n\n".join(filter(None, lines))
 
@@ -192,7 +185,7 @@ def write_report(folder: Path, path: Path, device: torch.device) -> None:
     for found in every:
         says = found["says"] + (f" ({found['data']})" if found["data"] else "")
         row = {"claim": found["id"].upper(), "what": says, "at 5 %": sure(found), "1 s": found["verdict"]}
-        rows.append(row | {"parts": held(found), "settings": found["scale"]})
+        rows.append(row | {"settings": found["scale"]})
     counts = ", ".join(f"{sum(r['at 5 %'] == v for r in rows)} {v}" for v in (HOLDS, FAILS, OPEN, UNMET))
     parts = [part for found in every for part in found["parts"]]
     holm = after_holm([part["p"] for part in parts if part["p"] is not None and part["error"]])

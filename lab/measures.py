@@ -30,17 +30,13 @@ from scale import llip_tiles
 from util import plots
 from util.metrics import map_figures
 
-SHOWN = range(6)  # pictures drawn of each claim about maps
+PHOTOS, SHOWN = ("photo",), range(6)  # pictures drawn of each claim about maps
 STEP = "step over CLIPood's"
 
 
-def photos(split: str, size: int, seed: int, lab) -> scenes.Objects:
-    return scenes.Objects(split, size, seed, lab.image_size, ("photo",))
-
-
-def things(lab, seed: int) -> scenes.Objects:
-    """Pictures of one thing each, of every domain, with masks."""
-    return scenes.Objects("test", 640, seed, lab.image_size)
+def things(lab, seed: int, split="test", size=640, domains=scenes.DOMAINS) -> scenes.Objects:
+    """Pictures of one thing each, with masks."""
+    return scenes.Objects(split, size, seed, lab.image_size, domains)
 
 
 def class_texts(net, tokenizer) -> Tensor:
@@ -110,12 +106,8 @@ def background(lab, seed: int) -> tuple[dict, dict]:
 def drawn(lab, seed: int, names: list[str], kept: list[dict]) -> dict:
     """Maps of some pictures under several models, and what is needed to draw them: JSON values only."""
     joined = {i: torch.cat([kept[0][i][..., :1], *(m[i][..., 1:] for m in kept)], -1) for i in kept[0]}
-    return {
-        "seed": seed,
-        "size": lab.image_size,
-        "names": names,
-        "maps": {i: values.tolist() for i, values in joined.items()},
-    }
+    lists = {i: values.tolist() for i, values in joined.items()}
+    return dict(seed=seed, size=lab.image_size, names=names, maps=lists)
 
 
 def hierarchy(lab, seed: int) -> tuple[dict, list]:
@@ -130,7 +122,7 @@ def hierarchy(lab, seed: int) -> tuple[dict, list]:
     cosines = (text @ text.t()).cpu()  # (C, C)
     within, across = cosines[same], cosines[group[:, None] != group]
     nearer = (within[:, None] > across[None]).double().mean().item()
-    rows, dataset = {"text": {"nearer within, %": 100 * nearer}}, photos("test", 960, seed, lab)
+    rows, dataset = {"text": {"nearer within, %": 100 * nearer}}, things(lab, seed, size=960, domains=PHOTOS)
     target = torch.tensor(dataset.labels)
     for arm in ("clipood", "uniform", "sls"):
         net, tokenizer = lab.model(arm, seed)
@@ -178,14 +170,13 @@ def formula(lab, seed: int) -> dict:
     N, D, H = 197, 768, 12
     K, count = D // H, attention.flops
     dv, vvv = H * N * K, H * 2 * N * (K * D + K * D)
-    rows = {"rebuttal's V-V-V": vvv, "rebuttal's D-V": dv, "D-V with 2 a multiply-add": 2 * dv}
-    rows |= {f"exact {kind}": count(kind, N, D, H) for kind in ("qkv", "vvv", "dv")}
-    rows["exact vvv without projections"] = count("vvv", N, D, H, projections=False)
+    flops = {"rebuttal's V-V-V": vvv, "rebuttal's D-V": dv, "D-V with 2 a multiply-add": 2 * dv}
+    flops |= {f"exact {kind}": count(kind, N, D, H) for kind in ("qkv", "vvv", "dv")}
+    flops["exact vvv without projections"] = count("vvv", N, D, H, projections=False)
     ratios = {"printed ratio": 0.46478 / 0.0003, "ratio of the formulas": vvv / dv}
-    ratios["exact ratio"] = rows["exact vvv"] / rows["exact dv"]
-    return {name: {"GFLOP": flops / 1e9} for name, flops in rows.items()} | {
-        name: {"times": ratio} for name, ratio in ratios.items()
-    }
+    ratios["exact ratio"] = flops["exact vvv"] / flops["exact dv"]
+    rows = {name: {"GFLOP": count / 1e9} for name, count in flops.items()}
+    return rows | {name: {"times": ratio} for name, ratio in ratios.items()}
 
 
 # Timings, all of them taken by lab/bench.py -----------------------------------------------------------------
@@ -218,8 +209,7 @@ def llip_cost(lab, seed: int) -> dict:
     tiles = llip_tiles.flops(4096, pairs, 32, 8, c.embed_dim, train=True) / 4096
     ratio = (3 * (own["image"] + own["text"]) + tiles) / clip
     rounds = len(rows["Llip"]["step over CLIP's"])
-    rows["CLIP"]["FLOPs over CLIP's"], rows["Llip"]["FLOPs over CLIP's"] = [1.0] * rounds, [ratio] * rounds
-    rows["Llip"]["FLOPs over CLIP's, plain form"] = [3 * sum(own.values()) / clip] * rounds
+    rows["Llip"] |= {"FLOPs over CLIP's": [ratio] * rounds, "plain form": [3 * sum(own.values()) / clip]}
     return rows
 
 
@@ -239,7 +229,7 @@ def prompt_count(lab, seed: int) -> dict:
 def linear_probe(lab, seed: int) -> dict:
     """Top-1 of both probes on the image tower's output: CLIP's (L-BFGS) and AdamW's."""
     rows, sizes = {}, {"train": 1536, "val": 512, "test": 960}
-    sets = {name: photos(name, size, seed, lab) for name, size in sizes.items()}
+    sets = {name: things(lab, seed, name, size, PHOTOS) for name, size in sizes.items()}
     for arm in ("clip", "siglip", "llip", "average"):
         net, _ = lab.model(arm, seed)
         inputs = {name: features.reduced(features.encode(net, d)) for name, d in sets.items()}
@@ -256,7 +246,7 @@ def linear_probe(lab, seed: int) -> dict:
 def spectrum(lab, seed: int) -> tuple[dict, dict]:
     """Effective rank of the covariance of the image tower's output, and its log singular values."""
     rows, curves = {}, {}
-    dataset = scenes.Scenes("test", 1024, seed, lab.image_size, ("photo",))
+    dataset = scenes.Scenes("test", 1024, seed, lab.image_size, PHOTOS)
     for arm in ("clip", "siglip", "learned", "llip"):
         row, logs = spectra.spectrum_row(arm, features.encode(lab.model(arm, seed)[0], dataset))
         curves[arm] = [None if value is None else value - logs[0] for value in logs]
@@ -272,11 +262,11 @@ def two_captions(lab, seed: int) -> dict:
     "attack success" counts pictures named rightly whose answer a written word turns, less those that a blank
     note turns.
     """
-    rows, dataset = {}, scenes.Scenes("test", 400, seed, lab.image_size, ("photo",), captions="aspects")
+    rows, dataset = {}, scenes.Scenes("test", 400, seed, lab.image_size, PHOTOS, captions="aspects")
     for arm in ("clip", "siglip", "llip"):
         net, tokenizer = lab.model(arm, seed)
         found, _, _ = typographic.typographic(
-            net, photos("test", 480, seed, lab), tokenizer, scenes.TEMPLATES, seed
+            net, things(lab, seed, size=480, domains=PHOTOS), tokenizer, scenes.TEMPLATES, seed
         )
         success = found["word"]["success"] - found["blank"]["success"]
         rows[arm] = {"attack success": 100 * success, "clean": 100 * found["clean"]["top1"]}
@@ -307,7 +297,10 @@ def own_caption(net: llip.Llip, tokenizer, dataset) -> dict[str, float]:
 def no_leak(lab, seed: int) -> dict:
     """Answers before and after the labels are permuted, and scores among fewer classes."""
     net, tokenizer = lab.model("llip", seed)
-    dataset, shuffled = photos("test", 480, seed, lab), photos("test", 480, seed, lab)
+    dataset, shuffled = (
+        things(lab, seed, size=480, domains=PHOTOS),
+        things(lab, seed, size=480, domains=PHOTOS),
+    )
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
     shuffled.labels = [dataset.labels[i] for i in order.tolist()]
     _, answers = evaluate.classify(net, dataset, tokenizer, scenes.TEMPLATES)

@@ -3,9 +3,7 @@
 open_clip and transformers are imported only when they are measured, and left out where they are missing.
 """
 
-import sys
-from collections.abc import Callable
-from typing import NamedTuple
+import importlib
 
 import torch
 import torch.nn.functional as F
@@ -48,25 +46,10 @@ def published_tower(visual: nn.Module, images: Tensor) -> Tensor:
     return visual.head(visual.transformer(visual.embed(images)))[:, 0]  # (B, E)
 
 
-def import_open_clip():
-    """open_clip, also where torchvision was built for another torch."""
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        # "operator torchvision::nms does not exist": its binary cannot be loaded
-        for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        for name in ("nms", "qnms"):
-            signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            torch.library.define(f"torchvision::{name}", signature)
-    import open_clip
-
-    return open_clip
-
-
 def open_clip_model(c: Config) -> nn.Module:
     """open_clip's CLIP at the sizes of a configuration, random weights."""
-    clip = import_open_clip().model
+    import open_clip.model as clip
+
     image = dict(
         patch_size=c.patch_size, image_size=c.image_size, head_width=c.vision_width // c.vision_heads
     )
@@ -94,28 +77,23 @@ def open_clip_logits(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor
     return scale * image @ text.t()  # (B, B)
 
 
-class Peer(NamedTuple):
-    load: Callable  # raises ImportError or RuntimeError where the package is missing
-    build: Callable  # Config -> model
-    logits: Callable  # model, images, tokens -> (B, B)
+def transformers_logits(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
+    return model(pixel_values=images, input_ids=tokens).logits_per_image  # (B, B)
 
 
+# package: model of a Config; (model, images, tokens) -> logits (B, B)
 PEERS = {
-    "open_clip": Peer(import_open_clip, open_clip_model, open_clip_logits),
-    "transformers": Peer(
-        lambda: __import__("transformers"),
-        transformers_model,
-        lambda model, images, tokens: model(pixel_values=images, input_ids=tokens).logits_per_image,
-    ),
+    "open_clip": (open_clip_model, open_clip_logits),
+    "transformers": (transformers_model, transformers_logits),
 }
 
 
 def installed() -> list[str]:
     """Names of the packages in PEERS that can be imported; a warning for the others."""
     found = []
-    for name, peer in PEERS.items():
+    for name in PEERS:
         try:
-            peer.load()
+            importlib.import_module(name)
             found.append(name)
         except (ImportError, RuntimeError) as error:
             warn(f"{name} is not measured: {one_line(error)}")

@@ -21,6 +21,7 @@ import subprocess
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ from util.files import output_folder, write_json
 from util.flags import parse
 from util.program import leave, program
 from util.report import Progress, format_table
-from util.run import check_same_run, git_commit
+from util.run import check_same_run
 
 VALIDATION_SEED, ROOT = 100, Path(__file__).parent.parent
 
@@ -60,7 +61,7 @@ class Request:
     steps: int = 0  # with --data; 0: that of the settings
     batch_size: int = 0  # with --data; 0: that of the settings; domains: a multiple of their number
     # running
-    device: str = "auto"  # cpu, cuda (larger settings) or auto
+    device: str = "auto"  # cpu, cuda or auto
     jobs: int = 1  # processes of one thread each
     out: str = "runs/reproduce"  # runs, results and pictures
     results: str = ""  # the report; empty: evidence.md under --out
@@ -107,8 +108,7 @@ class Lab:
     def __init__(self, request: Request):
         self.request, self.out = request, Path(request.out)
         self.device = distributed.setup(request.device)
-        self.scale = "quick" if request.quick else "cuda" if self.device.type == "cuda" else "default"
-        self.scale = "data" if request.data else self.scale
+        self.scale = "data" if request.data else "quick" if request.quick else "default"
         first = VALIDATION_SEED if request.validation else evidence.FIRST_SEED
         self.seeds = list(range(first, first + request.seeds))
         self.image_size = CONFIGS[SETTINGS[self.scale]["pairs"].get("model", "tiny")].image_size
@@ -128,12 +128,9 @@ class Lab:
         times = found.pop("times", 1)
         return found | ({"steps": times * found["steps"]} if times > 1 else {})
 
-    def starts_from(self, arm: str) -> str:
-        return ARMS[arm].get("start", "")
-
     def key(self, arm: str, seed: int) -> str:
         """A name for a run: its flags, what it starts from, its data, and the version of the code."""
-        start = self.starts_from(arm)
+        start = ARMS[arm].get("start", "")
         if start:
             start = stamp(self.request.init) if self.request.init else self.key(start, seed)
         code = version("lab", "docs", "tests"), self.device.type
@@ -145,7 +142,7 @@ class Lab:
 
     def train(self, arm: str, seed: int) -> None:
         """Trains an arm, continues its training, or finds it finished."""
-        path, start = self.path(arm, seed), self.starts_from(arm)
+        path, start = self.path(arm, seed), ARMS[arm].get("start", "")
         path.mkdir(parents=True, exist_ok=True)
         more = {"init": self.request.init or str(self.path(start, seed))} if start else {}
         with open(path / "log.txt", "a") as log:
@@ -192,7 +189,7 @@ class Lab:
         return self.kept(f"bench-{section}", [bench.machine(self.device)], lambda: bench.measure(c).rows)
 
     def seeds_of(self, claim: Claim) -> list[int]:
-        return {"timing": [0], "once": self.seeds[:1]}.get(claim.kind, self.seeds)
+        return self.seeds if claim.kind == "seeds" else self.seeds[:1]
 
     def table(self, claim: Claim) -> tuple[dict, list]:
         """{row: {figure: values}} over the seeds (or the rounds of a timing), and what is drawn."""
@@ -202,24 +199,17 @@ class Lab:
                 rows, extra = self.measure(claim, seed)
                 extras.append(extra)
             else:
-                figures = {
-                    row: [self.figure(arm, seed, f) for f in claim.figures] for row, arm in claim.arms.items()
-                }
-                rows = {row: dict(zip(claim.figures, values)) for row, values in figures.items()}
+                of = {row: partial(self.figure, arm, seed) for row, arm in claim.arms.items()}
+                rows = {row: {name: figure(name) for name in claim.figures} for row, figure in of.items()}
             for row, figures in rows.items():
-                kept = {name: value for name, value in figures.items() if value is not None}
-                for name, value in kept.items():
-                    values = table.setdefault(row, {}).setdefault(name, [])
-                    values += value if isinstance(value, list) else [value]
+                for name, value in figures.items():
+                    if value is not None:
+                        values = table.setdefault(row, {}).setdefault(name, [])
+                        values += value if isinstance(value, list) else [value]
         return table, extras
 
 
 # Work ------------------------------------------------------------------------------------------------------
-
-
-def limit_threads() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
 
 
 def begin_worker() -> None:
@@ -229,7 +219,7 @@ def begin_worker() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    limit_threads()
+    torch.set_num_threads(1)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
@@ -266,19 +256,19 @@ def run(lab: Lab, chosen: list[Claim]) -> None:
     chosen = list({c.id: c for claim in chosen for c in (claim, claim.premise) if c}.values())
     arms = {arm for claim in chosen for arm in claim.arms.values()}
     if not lab.request.init:
-        arms |= {lab.starts_from(arm) for arm in arms} - {""}
+        arms |= {ARMS[arm].get("start", "") for arm in arms} - {""}
     for later, label in ((False, "train"), (True, "fine-tune")):
-        some = [arm for arm in sorted(arms) if bool(lab.starts_from(arm)) == later]
+        some = [arm for arm in sorted(arms) if bool(ARMS[arm].get("start", "")) == later]
         tasks = [("train", arm, seed) for arm in some for seed in lab.seeds]
         tasks = [task for task in tasks if not (lab.path(*task[1:]) / "results.json").exists()]
         run_tasks(lab.request, tasks, label)
     measured = [claim for claim in chosen if claim.measure and claim.kind != "timing"]
     tasks = [("measure", claim.id, seed) for claim in measured for seed in lab.seeds_of(claim)]
     run_tasks(lab.request, tasks, "measure")
-    limit_threads()
+    torch.set_num_threads(1)
     for claim in chosen:
         if claim.kind == "timing":
-            lab.measure(claim, 0)
+            lab.measure(claim, lab.seeds[0])
 
 
 def adapted(claim: Claim, request: Request) -> Claim:
@@ -309,40 +299,6 @@ def adapted(claim: Claim, request: Request) -> Claim:
 
 def chosen_by(request: Request) -> list[Claim]:
     """The claims of a request.   Raises: ValueError for contradicting flags and unknown claims."""
-    if request.all == bool(request.claim):
-        raise ValueError("give --list, --all, or --claim with ids or names: exactly one of them")
-    if request.all and request.data:
-        raise ValueError("--data serves some claims only: name them with --claim")
-    names = request.claim.lower().replace(" ", "").split(",")
-    for name in [] if request.all else names:
-        if BY_NAME.get(name) not in CLAIMS:
-            raise ValueError(f"claim {name!r}: --list shows the {len(CLAIMS)} claims")
-    return [adapted(claim, request) for claim in (CLAIMS if request.all else map(BY_NAME.get, names))]
-
-
-def conclude(lab: Lab, claim: Claim) -> dict:
-    """The conclusion about a claim whose runs and measurements exist."""
-    request, words = lab.request, ["python -m lab.reproduce", f"--claim {claim.id}"]
-    for name, value in asdict(request).items():
-        if value != getattr(Request, name) and name not in ("claim", "all", "jobs", "out", "results"):
-            # of paths only the name: the report names no folders of this machine
-            words.append(
-                f"--{name.replace('_', '-')}" + ("" if value is True else f" {Path(str(value)).name}")
-            )
-    table, extras = lab.table(claim)
-    count = len(next(iter(next(iter(table.values())).values())))
-    about = {"scale": lab.scale, "data": Path(request.data).name, "first seed": lab.seeds[0]}
-    about |= {"command": " ".join(words), "commit": git_commit()[:7]}
-    about["repeated"] = f"{count} rounds" if claim.kind == "timing" else f"{count} seeds from {lab.seeds[0]}"
-    names = [claim.id, lab.scale, Path(request.data).stem, "validation" * request.validation]
-    path = lab.out / "claims" / ("-".join(filter(None, names)) + ".json")
-    premise = lab.table(claim.premise)[0] if claim.premise else {}
-    return evidence.conclude(claim, table, premise, path, extras, about)
-
-
-@program
-def main(argv: list[str]) -> None:
-    request = parse(Request, argv, __doc__)
     for name in ("seeds", "jobs"):
         if getattr(request, name) < 1:
             raise ValueError(f"--{name} {getattr(request, name)}: must be at least 1")
@@ -350,14 +306,38 @@ def main(argv: list[str]) -> None:
         raise ValueError("--target goes with --init and --data")
     if (request.steps or request.batch_size) and not request.data:
         raise ValueError("--steps, --batch-size: go with --data")
-    lab = Lab(request)
+    if request.all == bool(request.claim):
+        raise ValueError("give --list, --all, or --claim with ids or names: exactly one of them")
+    if request.all and request.data:
+        raise ValueError("--data serves some claims only: name them with --claim")
+    names = [c.id for c in CLAIMS] if request.all else request.claim.lower().replace(" ", "").split(",")
+    for name in names:
+        if BY_NAME.get(name) not in CLAIMS:
+            raise ValueError(f"claim {name!r}: --list shows the {len(CLAIMS)} claims")
+    return [adapted(BY_NAME[name], request) for name in names]
+
+
+def command(claim: Claim, request: Request) -> str:
+    """The command line for a claim. Paths are names only: the report has no folders of this machine."""
+    words = ["python -m lab.reproduce", f"--claim {claim.id}"]
+    for name, value in asdict(request).items():
+        if value != getattr(Request, name) and name not in ("claim", "all", "jobs", "out", "results"):
+            words.append(
+                f"--{name.replace('_', '-')}" + ("" if value is True else f" {Path(str(value)).name}")
+            )
+    return " ".join(words)
+
+
+@program
+def main(argv: list[str]) -> None:
+    request = parse(Request, argv, __doc__)
     if request.list:
         return print(format_table([{"id": c.id, "name": c.name, "claim": c.says} for c in CLAIMS]))
-    chosen = chosen_by(request)
+    chosen, lab = chosen_by(request), Lab(request)
     output_folder(lab.out)
     run(lab, chosen)
     for claim in chosen:
-        print(f"\n{evidence.section(conclude(lab, claim))}")
+        print(f"\n{evidence.section(evidence.conclude(lab, claim, command(claim, request)))}")
     path = Path(request.results or lab.out / "evidence.md")
     evidence.write_report(lab.out / "claims", path, lab.device)
     print(f"\n{len(chosen)} claims; report in {path}")

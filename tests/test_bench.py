@@ -33,11 +33,6 @@ def test_arms_take_turns_and_the_first_run_is_not_counted():
     assert {k: len(v) for k, v in seconds.items()} == {"a": 3, "b": 3}
 
 
-def test_quartiles():
-    assert bench.quartiles([4.0, 1.0, 2.0, 3.0, 5.0]) == (2.0, 3.0, 4.0)
-    assert bench.quartiles([2.0, 1.0]) == (1.0, 1.5, 2.0)
-
-
 def test_the_published_form_is_the_same_number():
     """Loss and all gradients."""
     published, tiled = (

@@ -127,7 +127,7 @@ def test_every_claim_has_an_experiment_whose_parts_are_in_its_table():
 def test_arms_are_what_train_accepts():
     lab = Lab(Request(quick=True))
     for arm in ARMS:
-        start = {"init": "ViT-B/16"} if lab.starts_from(arm) else {}
+        start = {"init": "ViT-B/16"} if ARMS[arm].get("start") else {}
         c, _ = configure(**lab.flags(arm, 3000), **start)
         assert (c.seed, c.test_seed) == (3000, 3000)
 
@@ -265,7 +265,7 @@ def test_the_flops_claim_from_end_to_end(tmp_path, capsys):
     assert main(["--claim", "dv-flops", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "Verdict: **does not hold** (1 of 3 parts hold; at 5 %: does not hold)" in out
-    assert "0.46478" in out and "1.257" in out
+    assert "0.46478" in out and "1.2565" in out
     table = json.loads((tmp_path / "claims" / "a1-default.json").read_text())["table"]
     assert table["rebuttal's V-V-V"]["GFLOP"] == [0.464781312]
     assert table["rebuttal's D-V"]["GFLOP"] == [0.000151296]
@@ -275,15 +275,16 @@ def test_the_flops_claim_from_end_to_end(tmp_path, capsys):
     assert "## A1 dv-flops" in text and "Claims are judged by sign" in text and str(tmp_path) not in text
 
 
-def test_a_false_premise_is_the_verdict_and_has_its_number(tmp_path):
+def test_a_false_premise_is_the_verdict_and_has_its_number(tmp_path, monkeypatch):
     premise = Claim("p9", "dark", "pictures are dark", parts_of("lift: attention < 1, guidance > 1"))
-    claim = replace(BY_NAME["a9"], premise=premise, picture="no picture")
-    table = {row: {"target": [1.0, 2.0, 3.1]} for row in claim.arms}
-    about = {"scale": "quick", "data": "", "first seed": 3000, "command": "c", "commit": "", "repeated": "3"}
+    claim = replace(BY_NAME["a9"], premise=premise)
+    lab = Lab(Request(out=str(tmp_path)))
 
     def conclude(attention, guidance):
         lifts = {"attention": {"lift": attention}, "guidance": {"lift": guidance}}
-        return evidence.conclude(claim, table, lifts, tmp_path / "claims" / "a9.json", [], about)
+        targets = {row: {"target": [1.0, 2.0, 3.1]} for row in claim.arms}
+        monkeypatch.setattr(lab, "table", lambda one: (lifts if one is premise else targets, []))
+        return evidence.conclude(lab, claim, "command")
 
     found = conclude([2.3, 2.4, 0.9], [1.5, 1.5, 1.2])
     assert found["verdict"] == UNMET == evidence.sure(found)
@@ -319,7 +320,7 @@ def test_a_claim_on_pairs_of_ones_own_resumes_reports_and_draws(tmp_path, small,
     first = capsys.readouterr().out
     assert "L16 small-data" in first and "text to image R@1" in first
     found = json.loads((out / "claims" / "l16-data-captions.json").read_text())
-    assert set(found["table"]) == {"clip", "siglip", "llip"} and found["repeated"] == "3 seeds from 3000"
+    assert set(found["table"]) == {"clip", "siglip", "llip"} and len(found["parts"]) == 4
     values = found["table"]["llip"]["image to text R@10"]
     assert len(values) == 3 and all(0 <= v <= 100 for v in values)
     assert found["verdict"] in (HOLDS, FAILS, OPEN) and found["data"] == "captions.jsonl"
