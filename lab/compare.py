@@ -105,6 +105,8 @@ def compare(c: Comparison) -> list[dict]:
         raise ValueError(f"--data {c.data} needs --init: the CLIP to fine-tune")
     if c.seeds < 1:
         raise ValueError(f"--seeds {c.seeds}: must be at least 1")
+    if not 0 <= c.bias <= 1:
+        raise ValueError(f"--bias {c.bias}: must lie in [0, 1]")
     name = ("scenes" if c.scenes else Path(c.data).stem) + ("-quick" if c.quick else "")
     out = Path(c.out or f"runs/open-world-{name}")
     init, records = c.init or str(out / "clip"), {}

@@ -1,8 +1,8 @@
 """Verdicts and the report: what the figures of lab/reproduce.py say about the claims of lab/claims.py.
 
 Claims are judged by sign and order, not by the paper's number, unless the claim is a number (A1) or a ratio
-of costs (A3, L7, L8). A part compares two arms with the same seed, data, batches and steps, or a figure with a
-bound. Let d be the mean difference over the seeds and s its standard error.
+of costs (A3, L7, L8). A part compares two arms with the same seed, data, batches and steps, or a figure with
+a bound. Let d be the mean difference over the seeds and s its standard error.
 
     >, <           d > s in the claimed direction: holds;  d < -s: does not hold;  else not decidable here
     = within w     |d| + s <= w: holds;  |d| - s > w: does not hold;  else not decidable here
@@ -10,10 +10,10 @@ bound. Let d be the mean difference over the seeds and s its standard error.
 
 A claim holds if all its parts hold, and does not hold if one part does not. If the mean of what it presumes
 misses a bound, the verdict is "premise not met". Fewer than three seeds decide nothing. With three seeds
-chance passes one standard error in one of five cases, so every part has a p, one side of Student's t: "at 5 %"
-takes p < 0.05 for holds and p > 0.95 for does not hold. The report counts the parts that remain under Holm's
-correction. Claims that share arms share luck. Seed n sets weights, pictures and test pictures; reported seeds
-start at 3000 and were used for no choice. With --data all seeds have the same pictures.
+chance passes one standard error in one of five cases, so every part has a p, one side of Student's t: "at
+5 %" takes p < 0.05 for holds and p > 0.95 for does not hold. The report counts the parts that remain under
+Holm's correction. Claims that share arms share luck. Seed n sets weights, pictures and test pictures;
+reported seeds start at 3000 and were used for no choice. With --data all seeds have the same pictures.
 """
 
 import json

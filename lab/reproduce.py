@@ -331,9 +331,10 @@ def command(claim: Claim, request: Request) -> str:
 @program
 def main(argv: list[str]) -> None:
     request = parse(Request, argv, __doc__)
+    lab = Lab(request)
     if request.list:
         return print(format_table([{"id": c.id, "name": c.name, "claim": c.says} for c in CLAIMS]))
-    chosen, lab = chosen_by(request), Lab(request)
+    chosen = chosen_by(request)
     output_folder(lab.out)
     run(lab, chosen)
     for claim in chosen:
