@@ -3,15 +3,13 @@
 open_clip and transformers are imported only when they are measured, and left out where they are missing.
 """
 
-import importlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from losses import siglip
-from model import Config
+from model import CONFIGS, Config
 from util.text import one_line, warn
 
 
@@ -89,11 +87,11 @@ PEERS = {
 
 
 def installed() -> list[str]:
-    """Names of the packages in PEERS that can be imported; a warning for the others."""
+    """Names of the packages in PEERS that can build a model; a warning for the others."""
     found = []
     for name in PEERS:
         try:
-            importlib.import_module(name)
+            PEERS[name][0](CONFIGS["tiny"])
             found.append(name)
         except (ImportError, RuntimeError) as error:
             warn(f"{name} is not measured: {one_line(error)}")
