@@ -1,13 +1,13 @@
 """MetaCLIP curation: match captions with metadata entries, then balance frequent and rare entries.
 
 Xu et al. 2024 (arXiv:2309.16671), section 3 and Algorithm 1. Llip and its baselines train on data selected in
-this way. Two passes over the captions suffice; images are not read, and memory grows with the metadata only:
+this way. Two passes over the captions suffice, and memory grows with the metadata only:
 
     1. count   counts[e] = number of captions that contain entry e as a sub-string
     2. sample  keep a caption with probability 1 - prod_e (1 - min(1, t / counts[e]))
 
-An entry with at most t captions (the tail) keeps all of them. A more frequent entry (the head) keeps at least
-t in expectation. A caption without any entry is dropped. The paper takes t = 20k for 1.6B pairs.
+An entry with at most t captions (the tail) keeps all of them, a more frequent one (the head) at least t in
+expectation. A caption without any entry is dropped. The paper takes t = 20k for 1.6B pairs.
 
     python -m baselines.metaclip captions.tsv --entries entries.txt --t 20 --out kept.tsv
 """
@@ -21,13 +21,13 @@ import math
 import os
 import re
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from readers.lists import table_layout
+from readers.lists import table_layout, whole_row
 from util.files import output_folder, replacing, write_json
 from util.flags import parse
 from util.program import leave, program
@@ -62,9 +62,9 @@ def compiled(entries: Iterable[str]) -> Callable[[str], list[int]]:
     """SPEED: a function that equals `match` and passes once over a caption, for any number of entries.
 
     " a b " is in " text " exactly when a and b are neighbours in text.split(" "), so that a dictionary of
-    token n-grams is the same test. `beginnings` holds everything that longer entries start with.
+    token n-grams is the same test.
     """
-    ids, beginnings = {}, set()
+    ids, beginnings = {}, set()  # beginnings: all that longer entries start with
     for i, entry in enumerate(entries):
         ids.setdefault(entry, []).append(i)
         beginnings.update(entry[: space.start()] for space in re.finditer(" ", entry))
@@ -149,7 +149,7 @@ class Corpus:
             if self.dialect["delimiter"] == "\t":
                 # in many tab-separated files, quotes are plain characters
                 try:
-                    deque(csv.reader(self.lines(), strict=True, **self.dialect), 0)
+                    sum(1 for _ in csv.reader(self.lines(), strict=True, **self.dialect))
                 except csv.Error:
                     self.dialect["quoting"] = csv.QUOTE_NONE
 
@@ -166,25 +166,23 @@ class Corpus:
 
         Raises: ValueError that names the record which cannot be read.
         """
-        progress, count = Progress(label, total, "captions"), 0
+        progress = Progress(label, total, "captions")
         rows = csv.reader(self.lines(), **self.dialect) if self.columns else self.lines()
         try:
             if self.columns and not self.headless:
                 next(rows)
             for record in rows:
+                record = (
+                    whole_row(record, self.columns, self.dialect["delimiter"]) if self.columns else record
+                )
                 yield record, self.caption(record)
-                count += 1
                 progress.add(1)
         except (ValueError, TypeError, AttributeError, RecursionError, csv.Error) as error:
-            raise ValueError(f"{self.path}: cannot read on after record {count}: {error!r:.200}") from None
+            where = f"{self.path}: cannot read on after record {progress.done}"
+            raise ValueError(f"{where}: {error!r:.200}") from None
 
     def caption(self, record: list[str] | str) -> str:
-        """The caption of a record; a row is filled to full width."""
         if self.columns:
-            last = len(self.columns) - 1
-            record += [""] * (last + 1 - len(record))
-            # separators in an unquoted last column belong to the text
-            record[last:] = [self.dialect["delimiter"].join(record[last:])]
             return record[self.columns.index(self.column)]
         if not self.name.endswith(".jsonl") or not record.strip():
             return record.rstrip("\r\n")
@@ -208,11 +206,11 @@ class Corpus:
 def check_out(out: Path, side: Path) -> None:
     """Raises: ValueError, OSError if the results cannot be written there or would replace foreign files."""
     output_folder(out.parent)
-    ours = False
+    ours = not os.path.lexists(out) and not os.path.lexists(side)
     with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
         written = json.loads(side.read_text())["written"]
         ours = not os.path.lexists(out) or written == out.stat().st_mtime_ns
-    if not ours and (os.path.lexists(out) or os.path.lexists(side)):
+    if not ours:
         raise ValueError(f"{out} or {side} exists, and this program did not write it: choose another --out")
 
 

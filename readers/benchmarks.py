@@ -15,7 +15,7 @@ def domainbed_split(
              part "base" or "open" for the classes of AlignCLIP's in-the-wild protocol
     Returns: (train, holdout) lists of indices
     """
-    seed_of = (trial, env) if part is None else (trial, env, part)
+    seed_of = (trial, env, part) if part else (trial, env)
     seed = int(hashlib.md5(str(seed_of).encode()).hexdigest(), 16) % 2**31
     keys = list(range(n))
     np.random.RandomState(seed).shuffle(keys)
@@ -29,7 +29,5 @@ def base_new_classes(count: int, rounding: str = "up") -> tuple[list[int], list[
     PAPER: CoCoOp takes ceil(C/2) base classes ("up"); CLIPood and AlignCLIP in the wild take floor(C/2)
     ("down"), so that OfficeHome has 32 base and 33 open classes.
     """
-    if rounding not in ("up", "down"):
-        raise ValueError(f"rounding {rounding!r}; known: up, down")
-    middle = (count + (rounding == "up")) // 2
+    middle = (count + {"up": 1, "down": 0}[rounding]) // 2
     return list(range(middle)), list(range(middle, count))

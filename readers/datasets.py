@@ -85,16 +85,15 @@ class Subset:
     def __init__(self, dataset, indices: list | None = None, classes: list | None = None):
         indices = list(range(len(dataset)) if indices is None else indices)
         if hasattr(dataset, "labels"):
-            classes = list(range(len(dataset.classes)) if classes is None else classes)
-            new = {old: k for k, old in enumerate(classes)}
-            indices = [i for i in indices if dataset.labels[i] in new]
-            self.labels = [new[dataset.labels[i]] for i in indices]
-            self.classes = [dataset.classes[c] for c in classes]
+            kept = range(len(dataset.classes)) if classes is None else classes
+            number = {old: new for new, old in enumerate(kept)}
+            indices = [i for i in indices if dataset.labels[i] in number]
+            self.labels = [number[dataset.labels[i]] for i in indices]
+            self.classes = [dataset.classes[c] for c in kept]
         if hasattr(dataset, "captions"):
             self.captions = [dataset.captions[i] for i in indices]
         if getattr(dataset, "domains", None) is not None:
-            domains = dataset.domains
-            self.domains, self.domain_names = [domains[i] for i in indices], dataset.domain_names
+            self.domains, self.domain_names = [dataset.domains[i] for i in indices], dataset.domain_names
         if getattr(dataset, "pixels", None) is not None:
             self.pixels = dataset.pixels[indices]  # (n, S, S, 3)
         self.dataset, self.indices = dataset, indices
@@ -140,10 +139,8 @@ def refuse_outside(root: str, files: list, where) -> None:
     """TRAP: a stranger's list must not make us open, and show, files outside the image folder."""
     for file in files:
         if not os.path.normpath(os.path.join(root, file)).startswith(os.path.join(root, "")):
-            raise ValueError(
-                f"{where}: {file!r} is outside {root}; --image-root names the folder that it is relative to,"
-                " --allow-outside reads it anyway"
-            )
+            remedy = "--image-root names the folder of the images, --allow-outside reads it anyway"
+            raise ValueError(f"{where}: {file!r} is outside {root}; {remedy}")
 
 
 def group_captions(rows: list, where) -> dict:
@@ -178,13 +175,12 @@ def build(listing: Listing, path: Path, split, default, image_root, allow_outsid
     if not labelled:
         return Pairs(**common, captions=list(grouped.values()))
     # numbers come from all splits, so that a class has the same number in each of them
-    names = listing.classes
-    names = names or {k: str(k).replace("_", " ") for k in natural({row.label for row in listing.rows})}
+    labels = natural({row.label for row in listing.rows})
+    names = listing.classes or {label: str(label).replace("_", " ") for label in labels}
     number = {label: k for k, label in enumerate(names)}
-    labels = [number[row.label] for row in rows]
+    labels, classes = [number[row.label] for row in rows], list(names.values())
     domain_names = sorted({row.domain for row in listing.rows if row.domain is not None}) or None
     domains = domain_names and [domain_names.index(row.domain) for row in rows]
-    classes = list(names.values())
     return Labelled(**common, labels=labels, classes=classes, domains=domains, domain_names=domain_names)
 
 
@@ -194,10 +190,9 @@ def list_in(folder: Path) -> Path:
     inside = sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes)
     if len(inside) == 1 or (inside and all(p.suffix == ".tar" for p in inside)):
         return inside[0]
-    raise ValueError(
-        f"{folder}: no images found; looked for class/*, domain/class/*, split/class/*"
-        f" ({' '.join(IMAGE_SUFFIXES)}), *.tar, or one list ({len(inside)} of {' '.join(suffixes[:4])} there)"
-    )
+    looked_for = f"class/*, domain/class/*, split/class/* ({' '.join(IMAGE_SUFFIXES)}), *.tar"
+    one = f"one list ({len(inside)} of {' '.join(suffixes[:4])} there)"
+    raise ValueError(f"{folder}: no images found; looked for {looked_for}, or {one}")
 
 
 def open_dataset(
@@ -210,21 +205,17 @@ def open_dataset(
     caption_key: str | None = None,
     label_key: str | None = None,
     allow_outside: bool = False,
-    **scene_options,
 ):
     """The data set at a path, in any of the formats listed at the top of this file.
 
     Args:    split that must exist; None: default_split if there are splits, otherwise everything;
              image_root the folder that names in a list are relative to (default: the list's folder or one in
-             it);  *_key columns of a list;  allow_outside reads names that leave image_root;
-             scene_options of scenes.Scenes
+             it);  *_key columns of a list;  allow_outside reads names that leave image_root
     Returns: Pairs, Labelled, Shards or scenes.   Raises: ValueError, one line.
     """
     if str(path) in ("scenes", "objects"):
         make = scenes.Scenes if str(path) == "scenes" else scenes.Objects
-        return make(split=split or default_split or "train", **scene_options)
-    if scene_options:
-        raise ValueError(f"only scenes take the options {', '.join(scene_options)}")
+        return make(split or default_split or "train")
     if re.search(r"\.(tar|tgz)(\.\w+)?($|::)", str(path)):
         if split:
             raise ValueError(f"{path}: shards have no splits; leave out {split!r}, name other shards")
@@ -233,10 +224,9 @@ def open_dataset(
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     listing = read_folder(path) if path.is_dir() else None
-    if path.is_dir() and listing is None:
-        path = list_in(path)
+    if listing is None:
+        path = list_in(path) if path.is_dir() else path
         if path.suffix == ".tar":
             return open_dataset("::".join(map(str, sorted(path.parent.glob("*.tar")))), split)
-    if listing is None:
         listing = read_list(path, image_key=image_key, caption_key=caption_key, label_key=label_key)
     return build(listing, path, split, default_split, image_root, allow_outside)

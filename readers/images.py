@@ -25,10 +25,8 @@ FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BIL
 MAX_IMAGE_BYTES = 64 << 20  # a larger file is refused
 IMAGE_SUFFIXES = tuple(".jpg .jpeg .png .webp .ppm .bmp .pgm .tif .tiff .gif".split())
 # Formats that Pillow decodes within this process. TRAP: for EPS it starts Ghostscript, which runs the file.
-FORMATS = "JPEG PNG WEBP GIF BMP PPM TIFF JPEG2000 AVIF MPO ICO TGA PCX"
-FORMATS += (
-    " BLP CUR DCX DDS DIB FLI FTEX GBR ICNS IM IMT MCIDAS MSP PCD PIXAR PSD QOI SGI SUN XBM XPM XVTHUMB"
-)
+FORMATS = "JPEG PNG WEBP GIF BMP PPM TIFF JPEG2000 AVIF MPO ICO TGA PCX BLP CUR DCX DDS DIB FLI FTEX GBR ICNS"
+FORMATS += " IM IMT MCIDAS MSP PCD PIXAR PSD QOI SGI SUN XBM XPM XVTHUMB"
 IMAGE_ERRORS = (OSError, ValueError)  # what open_image and the transforms raise for a broken image
 
 
@@ -44,17 +42,16 @@ def decoding():
 
 
 @functools.cache
-def formats() -> tuple[str, ...]:
+def formats() -> list[str]:
     """Those of FORMATS that this Pillow knows."""
     Image.init()
-    return tuple(name for name in FORMATS.split() if name in Image.OPEN)
+    return [name for name in FORMATS.split() if name in Image.OPEN]
 
 
 def open_image(source: str | bytes) -> Image.Image:
     """An image from a path or from its bytes: opened, not yet decoded, within limits of bytes and pixels.
 
-    An animation gives its first frame. 16-bit grey keeps its upper byte; Pillow's own conversion clips it to
-    white. Orientation tags are ignored, as in OpenAI's pipeline.
+    An animation gives its first frame. Orientation tags are ignored, as in OpenAI's pipeline.
     Raises: ValueError or OSError: not an image, not one of FORMATS, too large, or damaged.
     """
     size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
@@ -66,7 +63,7 @@ def open_image(source: str | bytes) -> Image.Image:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats())
         if image.mode == "F":
             raise ValueError("floating-point pixels without a known range: save the image with 8 bits")
-        if image.mode.startswith("I"):
+        if image.mode.startswith("I"):  # Pillow's own conversion of 16-bit grey clips it to white
             image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     return image
 
@@ -119,8 +116,7 @@ preprocess = Preprocess  # the transform of evaluation under its public name: pr
 def crop_box(width: int, height: int, rng, scale: tuple, ratio: tuple) -> tuple:
     """(left, top, width, height) in pixels of a random part of a picture.
 
-    No equation; torchvision RandomResizedCrop.get_params: ten tries, then the largest centred part whose
-    width-to-height ratio is allowed.
+    No equation; torchvision RandomResizedCrop.get_params: ten tries, then the largest centred part allowed.
     """
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
@@ -128,11 +124,8 @@ def crop_box(width: int, height: int, rng, scale: tuple, ratio: tuple) -> tuple:
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.random() * (width - w + 1)), int(rng.random() * (height - h + 1)), w, h
-    w, h = width, height
-    if width / height < ratio[0]:
-        h = round(width / ratio[0])
-    elif width / height > ratio[1]:
-        w = round(height * ratio[1])
+    w = round(height * ratio[1]) if width / height > ratio[1] else width
+    h = round(width / ratio[0]) if width / height < ratio[0] else height
     return (width - w) // 2, (height - h) // 2, w, h
 
 
@@ -141,14 +134,13 @@ class RandomCrop:
     """The transform of training: a random part of the picture as a square (torchvision's RandomResizedCrop).
 
     REF: Llip and open_clip crop 0.9 to 1 of the area and do not flip; that is the default.
-    Args: scale share of the area;  flip mirrors half of the pictures;  ratio width to height
     """
 
     image_size: int
-    scale: tuple = (0.9, 1.0)
-    flip: bool = False
+    scale: tuple = (0.9, 1.0)  # share of the area
+    flip: bool = False  # mirrors half of the pictures
     interpolation: str = "bicubic"
-    ratio: tuple = (3 / 4, 4 / 3)
+    ratio: tuple = (3 / 4, 4 / 3)  # width to height
 
     @decoding()
     def pixels(self, image: Image.Image, rng) -> np.ndarray:
@@ -161,12 +153,10 @@ class RandomCrop:
             image.draft("RGB", (math.ceil(width * size / w), math.ceil(height * size / h)))
             x, y = image.width / width, image.height / height
             box = (left * x, top * y, min(image.width, (left + w) * x), min(image.height, (top + h) * y))
-            image = image.resize((size, size), FILTERS[self.interpolation], box)
         else:
-            image = image.crop((left, top, left + w, top + h))
-            image = image.resize((size, size), FILTERS[self.interpolation])
+            image, box = image.crop((left, top, left + w, top + h)), None
         # RGB comes last, as in evaluation: a model must not see other colours in training
-        image = image.convert("RGB")
+        image = image.resize((size, size), FILTERS[self.interpolation], box).convert("RGB")
         if self.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return np.asarray(image)

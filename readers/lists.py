@@ -82,8 +82,14 @@ def table_layout(first: str, image_key: str | None) -> tuple:
     return separator, split[separator], False
 
 
+def whole_row(fields: list, columns: list, separator: str) -> list:
+    """A row of full width: separators in an unquoted last column are text, missing fields are empty."""
+    fields, last = fields + [""] * (len(columns) - len(fields)), len(columns) - 1
+    return [*fields[:last], separator.join(fields[last:])]
+
+
 def read_table(path: Path, **keys) -> Listing:
-    """CSV or TSV. Separators in an unquoted last column are text; missing last fields are empty."""
+    """CSV or TSV, with or without a line of column names."""
     rows, line, spans = [], 1, 0
     with open(path, encoding="utf-8-sig", newline="") as file:
         first = file.readline().strip("\r\n")
@@ -94,19 +100,16 @@ def read_table(path: Path, **keys) -> Listing:
             file.seek(0)
         names = (*choose_keys(columns, path, **keys), "split", "domain")
         places = [columns.index(name) if name in columns else None for name in names]
-        last = len(columns) - 1
         try:
             for fields in csv.reader(file, delimiter=separator):
                 line += 1
                 if not fields:
                     continue
-                fields += [""] * (last + 1 - len(fields))
-                fields[last:] = [separator.join(fields[last:])]
+                fields = whole_row(fields, columns, separator)
                 spans += any("\n" in field for field in fields)
-                values = (None if k is None else fields[k].strip() for k in places)
-                image, caption, label, split, domain = values
-                image = re.sub(r"(?<=\w)#\d+$", "", image)
-                rows.append(make_row(f"{path}, row {line}", image, caption or [], split, label, domain))
+                name, text, label, split, domain = (None if k is None else fields[k].strip() for k in places)
+                name = re.sub(r"(?<=\w)#\d+$", "", name)
+                rows.append(make_row(f"{path}, row {line}", name, text or [], split, label, domain))
         except csv.Error as error:
             raise ValueError(f"{path}, row {line}: {error}; an unbalanced quote?") from None
     if spans:
@@ -125,19 +128,18 @@ def read_records(path: Path, records, **keys) -> Listing:
             names = choose_keys(list(record), where, **keys)
         image, caption, label = names
         texts, label = record[caption] if caption else [], record[label] if label else None
-        split, domain = record.get("split"), record.get("domain")
-        rows.append(make_row(where, record[image], texts, split, label, domain))
+        rows.append(make_row(where, record[image], texts, record.get("split"), label, record.get("domain")))
     return Listing("JSON records", rows)
 
 
 def json_lines(path: Path):
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
+            try:
+                if line.strip():
                     yield json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
 
 
 def read_karpathy(path: Path, images: list) -> Listing:
@@ -153,10 +155,10 @@ def read_karpathy(path: Path, images: list) -> Listing:
 
 def read_coco(path: Path, content: dict) -> Listing:
     """COCO's captions_*.json."""
-    texts = {image["id"]: [] for image in content["images"]}
+    images = content["images"]
+    texts = {image["id"]: [] for image in images}
     for annotation in content["annotations"]:
         texts[annotation["image_id"]].append(annotation["caption"])
-    images = content["images"]
     rows = [make_row(f"{path}, image {m['id']}", m["file_name"], texts[m["id"]]) for m in images]
     return Listing("COCO captions", rows)
 
@@ -189,10 +191,9 @@ def read_json(path: Path, **keys) -> Listing:
         return read_karpathy(path, content["images"])
     if {"train", "val", "test"} & set(names):
         return read_coop(path, content)
-    raise ValueError(
-        f"{path}: unknown JSON; expected Karpathy's, COCO's (images), CoOp's (train, val, test) or a list of"
-        f" records; found: {printable(', '.join(names[:8])[:200])}"
-    )
+    expected = "Karpathy's, COCO's (images), CoOp's (train, val, test) or a list of records"
+    found = printable(", ".join(names[:8])[:200])
+    raise ValueError(f"{path}: unknown JSON; expected {expected}; found: {found}")
 
 
 def read_list(path: Path, **keys) -> Listing:
@@ -209,7 +210,5 @@ def read_list(path: Path, **keys) -> Listing:
         raise ValueError(f"{path}: {error}") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: an entry has the wrong form ({error!r:.200})") from None
-    raise ValueError(
-        f"{path}: unknown format {suffix!r}; known: .csv .tsv .txt .jsonl, .json (Karpathy, COCO, CoOp),"
-        " .tar, folders of classes"
-    )
+    known = ".csv .tsv .txt .jsonl, .json (Karpathy, COCO, CoOp), .tar, folders of classes"
+    raise ValueError(f"{path}: unknown format {suffix!r}; known: {known}")

@@ -406,11 +406,8 @@ class Scenes(Drawn):
 
     def relevance(self) -> np.ndarray:
         """Which captions are true of which pictures: (N pictures, all captions in order) bool."""
-        flat, truths = (
-            [claims for some in self.written for _, claims in some],
-            map(words.truths, self.pictures),
-        )
-        return np.array([[claims <= true for claims in flat] for true in truths])
+        flat = [claims for some in self.written for _, claims in some]
+        return np.array([[claims <= true for claims in flat] for true in map(words.truths, self.pictures)])
 
 
 class Broad:

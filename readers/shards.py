@@ -5,6 +5,7 @@ with .txt (the caption) or .json (a field caption, or a list captions). The stan
 them; nothing is ever extracted to disk.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -37,15 +38,14 @@ def expand_shards(spec: str) -> list:
     paths = []
     for part in spec.split("::"):
         braces = re.search(r"\{(\d+)\.\.(\d+)\}", part)
-        if not braces:
+        if braces is None:
             paths.append(part)
             continue
         first, last = braces.groups()
         if int(last) < int(first):
             raise ValueError(f"{part}: the range {braces[0]} is empty")
-        head, tail = part[: braces.start()], part[braces.end() :]
         for number in range(int(first), int(last) + 1):
-            paths += expand_shards(f"{head}{number:0{len(first)}d}{tail}")
+            paths += expand_shards(part.replace(braces[0], f"{number:0{len(first)}d}", 1))
     return paths
 
 
@@ -73,8 +73,8 @@ def scan_members(path: str) -> tuple[dict, dict]:
                 last, end = member.name, member.offset_data + -(-member.size // 512) * 512
                 stem, suffix = os.path.splitext(member.name)
                 place, suffix = (member.offset_data, member.size), suffix.lower()
-                hidden = os.path.basename(stem).startswith(".")  # macOS adds ._a.jpg to a.jpg
-                if hidden or not member.isreg() or member.issparse():
+                # macOS adds ._a.jpg to a.jpg
+                if os.path.basename(stem).startswith(".") or not member.isreg() or member.issparse():
                     continue
                 if suffix in (".jpg", ".jpeg", ".png", ".webp"):
                     images.setdefault(stem, place)
@@ -87,17 +87,15 @@ def scan_members(path: str) -> tuple[dict, dict]:
                 raise tarfile.ReadError("no end-of-archive mark follows")
     except tarfile.TarError as error:
         hint = "" if path.endswith(".tar") else "; compressed archives must be decompressed first"
-        raise ValueError(
-            f"{path}: truncated or damaged tar, the last good member is {last!r} ({error}){hint}"
-        ) from None
+        last = f"the last good member is {last!r}"
+        raise ValueError(f"{path}: truncated or damaged tar, {last} ({error}){hint}") from None
     return images, texts
 
 
 def index_shard(path: str, cache: Path) -> dict:
     """Where the samples of an archive are; cached in a file while the archive's size and time stay the same.
 
-    Returns: {"samples": [[stem, image offset, size, text offset, size, is_json], ...],
-             "skipped": number of images without a caption, ...}
+    Returns: {"samples": [[stem, image offset, size, text offset, size, is_json], ...], "skipped": a number}
     Raises:  ValueError with the archive and the member if it is cut short or damaged.
     """
     if not os.path.isfile(path):
@@ -105,12 +103,10 @@ def index_shard(path: str, cache: Path) -> dict:
     status = os.stat(path)
     state = {"version": 1, "size": status.st_size, "mtime": status.st_mtime_ns}
     file = cache / (hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:32] + ".idx")
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # there is none yet, or it is damaged
         index = json.loads(file.read_text())
         if {k: index[k] for k in state} == state:
             return index
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # there is none yet, or it is damaged
     images, texts = scan_members(path)
     samples = []
     with open(path, "rb") as archive:
@@ -120,11 +116,9 @@ def index_shard(path: str, cache: Path) -> dict:
             if size <= MAX_TEXT_BYTES and member_captions(archive.read(size), is_json):
                 samples.append([stem, *place, offset, size, is_json])
     index = state | {"samples": samples, "skipped": len(images) - len(samples)}
-    try:
+    with contextlib.suppress(OSError):  # with a read-only home the next run scans again
         cache.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(index))
-    except OSError:
-        pass  # with a read-only home the next run scans again
     return index
 
 
@@ -146,10 +140,9 @@ class Shards:
     """Image-caption pairs in tar archives, by random access.
 
     The headers of each archive are read once and kept in the user's cache. Sample i is then (archive, offset,
-    size), in a map-style data set like the others: resuming is exact, all ranks get equally many batches, and
-    there may be more workers than shards. An epoch shuffles the archives, and then the samples inside windows
-    of `window` archives, so that reads stay within a few files. Images of distant archives therefore seldom
-    share a batch; for archives that are sorted by content, raise `window`.
+    size): resuming is exact, all ranks get equally many batches, and there may be more workers than shards.
+    An epoch shuffles the archives, and then the samples inside windows of `window` archives, so that reads
+    stay within a few files. For archives that are sorted by content, raise `window`.
     Args:   spec 'a/{00000..00010}.tar::b.tar';  window archives;  cache folder of the indices
     Raises: ValueError for a missing, damaged or compressed archive, or if there are no samples.
     """
@@ -157,23 +150,21 @@ class Shards:
     def __init__(self, spec: str, window: int = 16, cache: str | Path | None = None):
         user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         self.cache = Path(cache) if cache else user / "alignclip_llip"
-        self.paths, self.window, self.skipped = expand_shards(spec), window, 0
+        self.paths, self.window, tables, skipped = expand_shards(spec), window, [], 0
         self.format = f"tar shards ({len(self.paths)})"
-        label = "indexing" if len(self.paths) >= 100 else ""
-        tables, progress = [], Progress(label, len(self.paths), "shards")
+        progress = Progress("indexing" if len(self.paths) >= 100 else "", len(self.paths), "shards")
         for shard, path in enumerate(self.paths):
             index = index_shard(path, self.cache)
             rows = [[shard, *sample[1:]] for sample in index["samples"]]
             tables.append(np.array(rows, dtype=np.int64).reshape(-1, 6))
-            self.skipped += index["skipped"]
+            skipped += index["skipped"]
             progress.add(1)
         # shard, image offset, size, text offset, size, is_json
         self.table = np.concatenate(tables)  # (N, 6)
-        if self.skipped:
-            warn(f"{spec}: {self.skipped} images without a caption skipped")
+        if skipped:
+            warn(f"{spec}: {skipped} images without a caption skipped")
         if not len(self.table):
-            looked_for = "NAME.jpg (.jpeg .png .webp) with NAME.txt or .json"
-            raise ValueError(f"{spec}: no samples; looked for {looked_for}")
+            raise ValueError(f"{spec}: no samples; looked for NAME.jpg .jpeg .png .webp with NAME.txt .json")
         self.captions = ShardCaptions(self)
 
     def __len__(self):
@@ -198,8 +189,7 @@ class Shards:
     def epoch_order(self, rng: np.random.Generator) -> np.ndarray:
         """The order of an epoch: archives are shuffled, then samples inside windows of archives."""
         starts = np.searchsorted(self.table[:, 0], np.arange(len(self.paths) + 1))
-        order, shards = [], rng.permutation(len(self.paths))
-        for k in range(0, len(shards), self.window):
-            members = [np.arange(starts[s], starts[s + 1]) for s in shards[k : k + self.window]]
-            order.append(rng.permutation(np.concatenate(members)))
-        return np.concatenate(order)  # (N,)
+        shards = rng.permutation(len(self.paths))
+        members = [np.arange(starts[s], starts[s + 1]) for s in shards]
+        windows = [np.concatenate(members[k : k + self.window]) for k in range(0, len(shards), self.window)]
+        return np.concatenate([rng.permutation(some) for some in windows])  # (N,)

@@ -75,12 +75,10 @@ def read_templates(words: list[str]) -> tuple[str, ...]:
         return TEMPLATES[words[0]]
     if all("{" in word for word in words):
         return tuple(words)
-    if len(words) > 1 or not Path(words[0]).is_file():
-        known = ", ".join(TEMPLATES)
-        raise ValueError(
-            f"templates {' '.join(words)!r}: neither one of {known}, nor texts with {{}}, nor a file"
-        )
-    return tuple(read_names(words[0]))
+    if len(words) == 1 and Path(words[0]).is_file():
+        return tuple(read_names(words[0]))
+    known = ", ".join(TEMPLATES)
+    raise ValueError(f"templates {' '.join(words)!r}: none of {known}, nor texts with {{}}, nor a file")
 
 
 def read_classes(path: str, folders: list[str]) -> list:
