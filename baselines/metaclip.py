@@ -166,15 +166,14 @@ class Corpus:
 
         Raises: ValueError that names the record which cannot be read.
         """
-        progress = Progress(label, total, "captions")
-        rows = csv.reader(self.lines(), **self.dialect) if self.columns else self.lines()
+        progress, rows = Progress(label, total, "captions"), self.lines()
+        if self.columns:
+            separator = self.dialect["delimiter"]
+            rows = (whole_row(row, self.columns, separator) for row in csv.reader(rows, **self.dialect))
         try:
             if self.columns and not self.headless:
                 next(rows)
             for record in rows:
-                record = (
-                    whole_row(record, self.columns, self.dialect["delimiter"]) if self.columns else record
-                )
                 yield record, self.caption(record)
                 progress.add(1)
         except (ValueError, TypeError, AttributeError, RecursionError, csv.Error) as error:

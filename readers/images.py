@@ -86,10 +86,6 @@ class Preprocess:
     image_size: int
     interpolation: str = "bicubic"
 
-    def __post_init__(self):
-        if self.interpolation not in FILTERS:
-            raise ValueError(f"interpolation {self.interpolation!r}; known: {', '.join(FILTERS)}")
-
     @decoding()
     def pixels(self, image: Image.Image, rng=None) -> np.ndarray:
         """(S, S, 3) uint8; rng is not used."""

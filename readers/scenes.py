@@ -13,6 +13,7 @@ picture's facts decides to which split it belongs, so no two splits share a pict
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -93,45 +94,10 @@ def decide(make, split: str, seed: int, index: np.ndarray) -> dict:
     return facts
 
 
-TONES = "msldwg"  # main colour, shade, light, dark, white, green; the seventh is the outline
+TONES = "msldwg"  # of drawings.txt; the seventh tone is the outline
 DARK, LINE = 3, 6
-# "TONE o x0 y0 x1 y1" ellipse, "TONE r x0 y0 x1 y1" rectangle, "TONE p x y x y ..." polygon, on a grid of 24
-LEGS = "s r 5 14 7 22; m r 3 14 5 22; s r 13 14 15 22; m r 15 14 17 22"
-WHEELS = "d o 3 14 10 21; l o 5 16 8 19; d o 14 14 21 21; l o 16 16 19 19"
-STEM = "d p 11 7 12 1 14 1 13 7; g o 13 1 21 6"
-DRAWINGS = f"""
-dog: {LEGS}; m p 2 12 0 4 2 3 6 11; m o 2 9 18 18; m o 12 2 21 12; l o 17 6 24 12; d o 22 6 24 9;
-  s o 11 2 16 13; d o 17 4 19 7 |
-wolf: {LEGS}; s p 5 10 0 13 0 22 3 19 7 14; m o 2 9 18 18; w o 11 11 18 18;
-  m p 12 6 12 0 15 3 17 0 19 4 24 10 18 13 12 13; w p 18 9 24 10 18 13; d r 22 8 24 11; d o 17 5 19 7 |
-cat: {LEGS}; m p 3 14 0 11 0 2 4 0 5 2 2 4 3 10 6 12; m o 2 10 18 18; m p 12 8 12 1 16 4 20 4 24 1 24 8;
-  m o 12 3 24 14; w o 14 6 17 9; w o 19 6 22 9; d r 15 6 16 9; d r 20 6 21 9; d p 16 10 20 10 18 12 |
-rabbit: w o 0 14 6 20; m o 2 10 18 22; s o 3 13 11 22; m r 12 19 20 22; m o 12 0 16 11; m o 17 0 21 11;
-  l o 13 2 15 9; l o 18 2 20 9; m o 11 7 22 16; d o 17 9 19 12; w o 20 12 23 15 |
-fish: s p 8 12 0 4 2 12 0 20; s p 10 6 13 2 18 6; s p 11 18 13 22 17 18; m o 4 5 24 19; w o 17 8 22 13;
-  d o 19 9 21 12; s p 11 9 14 12 11 15 |
-shark: m p 0 3 5 10 10 8 12 1 16 8 22 10 24 13 20 16 10 17 5 14 0 19 2 11; w p 8 16 13 14 24 13 20 16 10 17;
-  s p 11 16 8 22 15 16; d p 17 13 24 12 23 14; d o 19 9 21 11 |
-whale: m p 0 2 4 4 8 2 6 8 9 12 5 16 2 9; m o 4 7 24 22; w p 6 17 24 17 20 22 11 22; d o 19 12 21 15;
-  w p 15 7 16 3 13 2 14 0 17 2 20 0 21 2 18 3 17 7; s p 11 16 13 21 16 17 |
-crab: s p 4 16 1 22 3 22 7 17; s p 8 17 6 23 8 23 10 18; s p 16 17 18 23 16 23 14 18;
-  s p 20 16 23 22 21 22 17 17; m p 6 13 1 9 3 8 8 11; m p 18 13 23 9 21 8 16 11;
-  m p 0 10 0 3 3 6 5 2 7 6 5 10; m p 24 10 24 3 21 6 19 2 17 6 19 10; m o 4 9 20 20; w o 7 6 11 11;
-  w o 13 6 17 11; d o 8 7 10 10; d o 14 7 16 10 |
-car: m p 5 11 8 5 16 5 20 11; w p 7 10 9 6 12 6 12 10; w p 13 10 13 6 15 6 18 10;
-  m p 0 17 0 12 3 10 20 10 24 13 24 17; {WHEELS} |
-truck: m r 0 2 14 17; s p 15 17 15 6 20 6 24 11 24 17; w p 17 11 17 8 20 8 22 11; {WHEELS} |
-bus: m r 0 3 24 17; w r 2 5 6 10; w r 8 5 12 10; w r 14 5 18 10; w r 20 5 24 10; s r 0 12 24 14; {WHEELS} |
-tractor: s p 2 2 13 2 13 4 2 4; m r 3 3 5 12; m r 11 3 13 12; w r 5 4 11 10; m r 2 9 23 17; d r 18 3 20 9;
-  d o 0 9 13 22; l o 4 13 9 18; d o 16 14 24 22; l o 19 17 21 19 |
-pear: {STEM}; m o 8 4 17 15; m o 4 10 21 24; l o 7 13 10 18 |
-cherry: d p 12 2 14 2 8 14 6 14; d p 12 2 14 2 19 13 17 13; g o 13 0 23 6; m o 1 11 12 23; m o 13 10 24 22;
-  l o 3 13 6 17; l o 15 12 18 16 |
-lemon: m o 3 6 21 21; m p 0 14 5 9 5 18; m p 24 13 19 9 19 18; l o 7 9 12 13; g o 10 2 19 7 |
-banana: m p 3 3 6 2 8 9 13 14 23 15 24 18 17 22 9 20 4 14; s p 4 12 9 18 17 20 24 17 17 22 9 20 4 14;
-  d p 2 2 3 0 6 0 6 3 3 4; d p 22 15 24 15 24 18
-"""
-SHAPES = dict(drawing.strip().split(":") for drawing in DRAWINGS.split("|"))
+DRAWINGS = Path(__file__).with_name("drawings.txt").read_text().strip().split("\n\n")
+SHAPES = dict(drawing.split(":") for drawing in DRAWINGS[1:])  # kind -> its shapes, separated by ";"
 MASTER = 240  # pixels a side of the drawing of a kind that all its sizes are reduced from
 RGB = np.array([[214, 40, 40], [245, 135, 20], [250, 215, 40], [40, 150, 60], [45, 90, 215], [145, 50, 175]])
 PAPER = np.array([246, 242, 230])
@@ -437,11 +403,7 @@ class Broad:
 class Flags:
     objects: bool = False  # labelled pictures of one thing
     split: str = "train"  # train, val or test
-    seed: int = 0  # of the pictures
     count: int = 40  # pictures
-    image_size: int = 32  # pixels
-    domain: tuple[str, ...] = DOMAINS  # only these domains
-    bias: float = 0.0  # how often the background is the home of the first thing
     out: str = "scenes.png"  # where to write the contact sheet
 
 
@@ -449,11 +411,11 @@ class Flags:
 def main(argv: list[str]) -> None:
     """Writes a contact sheet of pictures and their masks, and prints some captions and all words."""
     c = parse(Flags, argv, main.__doc__)
-    data = (Objects if c.objects else Scenes)(c.split, c.count, c.seed, c.image_size, c.domain, bias=c.bias)
+    data = (Objects if c.objects else Scenes)(c.split, c.count)
     masks = [np.repeat(data.masks(i).any(0)[..., None] * np.uint8(255), 3, -1) for i in range(len(data))]
     pictures = [np.concatenate(both, 1) for both in zip(data.pixels, masks)]
     texts = [f"{data.domain_names[d]}: {some[0]}" for d, some in zip(data.domains, data.captions)]
-    write_image(c.out, sheet(pictures, texts, 6, 8 * c.image_size))
+    write_image(c.out, sheet(pictures, texts, 6, 8 * data.image_size))
     print(f"wrote {c.out}")
     for i in range(min(3, len(data))):
         print(data.name(i), *data.captions[i], sep="\n    ")
