@@ -112,8 +112,7 @@ def score_rows(
 ) -> Iterator[tuple[int, Tensor]]:
     """Scores of this rank's images against all texts, one batch of images at a time.
 
-    Args:    text: features of T texts;  transform: of an image, default OpenAI's at the model's size;
-             batch_size: images;  workers: loader processes;  progress: a label, empty for no progress line
+    Args:    text: features of T texts;  transform: default OpenAI's;  progress: a label, empty for no line
     Returns: iterator of (number of the first image, scores (b, T) fp32)
     """
     device = next(model.parameters()).device
@@ -264,9 +263,8 @@ def open_model(source: str, vocab: str = "", *, towers: bool = False, **load_opt
     """The dual encoder of a checkpoint, on the CPU, and its tokenizer.
 
     A fine-tuned run whose model is more than a CLIP (prompts, TeS, average pooling) is rebuilt by its method.
-    Args:    source: a run directory of train.py, a checkpoint, or a name;  vocab: a vocabulary (default: the
-             run's own, else OpenAI's);  towers: the caller uses the towers themselves, not the scores;
-             load_options: of pretrained.load
+    Args:    source: a run directory, a checkpoint, or a name;  vocab (default: the run's own, else OpenAI's);
+             towers: the caller uses the towers themselves, not the scores;  load_options: of pretrained.load
     Raises:  ValueError, one line; with towers=True also for a model that is more than its towers.
     """
     model, tokenizer = pretrained.load(source, **load_options), pretrained.tokenizer_for(source, vocab)

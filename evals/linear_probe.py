@@ -189,8 +189,6 @@ def probe_data(flags: Flags, model: nn.Module) -> dict:
 def main(argv: list[str]) -> None:
     flags = parse(Flags, argv, __doc__)
     device = start(flags, one_process=True)
-    if flags.seeds < 1 or flags.epochs < 1:
-        raise ValueError(f"--seeds {flags.seeds} and --epochs {flags.epochs}: must be at least 1")
     model, _ = evaluate.open_model(flags.model, flags.vocab, towers=True, **load_options(flags))
     tokens, labels, records = {}, {}, []
     for name, dataset in probe_data(flags, model).items():

@@ -570,7 +570,7 @@ def test_llip_and_one_class_are_refused(tmp_path, clip, capsys):
         for k in range(5):
             Image.new("RGB", (8, 8)).save(tmp_path / "data" / domain / "cat" / f"{k}.png")
     assert run(tmp_path / "b", clip, "clipood", "--train-data", tmp_path / "data") == 2
-    assert "one class to train on (cat)" in capsys.readouterr().err
+    assert "needs two classes or more, there is only cat" in capsys.readouterr().err
 
 
 def test_broken_loss_is_not_saved(tmp_path, clip, monkeypatch, capsys):

@@ -192,7 +192,7 @@ def test_linear_probe_draws_the_parts_that_are_missing(small_runs, tmp_path, cap
     "flags, message",
     [
         (["--data", "scenes", "--split", "val"], "--split: a probe trains on one"),
-        (["--data", "scenes", "--seeds", "0"], "--seeds 0 and --epochs 10: must be"),
+        (["--data", "scenes", "--seeds", "0"], "--seeds 0 must be at least 1"),
         (["--data", "nowhere"], "nowhere: no such file"),
     ],
 )

@@ -26,6 +26,13 @@ def hit_rates(place: Tensor, name: str, ks: tuple[int, ...]) -> dict[str, float]
     return {f"{name}@{k}": (place < k).double().mean().item() for k in ks}
 
 
+def not_below(scores: Tensor, own: Tensor) -> Tensor:
+    """Number of items not below the best own item of their row: (Q, N), (Q, N) bool -> (Q,)."""
+    best = scores.masked_fill(~own, -INF).amax(1, keepdim=True)  # (Q, 1)
+    count = ((scores >= best) & ~own).sum(1)
+    return count.masked_fill(~own.any(1), torch.iinfo(count.dtype).max)
+
+
 def recall_at_k(scores: Tensor, image_of_text: Tensor, ks: tuple[int, ...] = KS) -> dict[str, float]:
     """Recall of retrieval in both directions.
 
@@ -42,11 +49,7 @@ def recall_at_k(scores: Tensor, image_of_text: Tensor, ks: tuple[int, ...] = KS)
         raise ValueError(f"image_of_text has {low}..{high}, but there are {images} images")
     scores = no_nan(scores)
     own = torch.arange(images, device=scores.device)[:, None] == image_of_text  # (N_img, N_txt)
-    best = scores.masked_fill(~own, -INF).amax(1, keepdim=True)  # (N_img, 1)
-    i2t = ((scores >= best) & ~own).sum(1)  # (N_img,)
-    i2t[~own.any(1)] = max(ks)
-    right = scores[image_of_text, torch.arange(texts, device=scores.device)]  # (N_txt,)
-    t2i = ((scores >= right) & ~own).sum(0)  # (N_txt,)
+    i2t, t2i = not_below(scores, own), not_below(scores.t(), own.t())  # (N_img,), (N_txt,)
     return hit_rates(i2t, "i2t", ks) | hit_rates(t2i, "t2i", ks)
 
 
@@ -139,22 +142,15 @@ class Recall:
     def __init__(self, images: int, image_of_text: Tensor, column: Tensor, ks: tuple, device):
         self.images, self.ks = images, ks
         self.owner, self.column = image_of_text.to(device), column.to(device)  # (N_txt,) each
-        self.copies = torch.bincount(self.column)  # (T,)
-        self.best = torch.full((len(self.copies), min(max(ks) + 1, images)), -INF, device=device)
-        self.own, self.i2t = [self.copies.new_zeros(0).float()], [self.copies.new_zeros(0)]
+        self.best = torch.full((len(column.unique()), min(max(ks) + 1, images)), -INF, device=device)
+        self.own, self.i2t = [self.best.new_zeros(0)], [self.owner.new_zeros(0)]
 
     def add(self, first: int, scores: Tensor) -> None:
         """scores (b, T) of images first, first + 1, ... of this rank's share."""
-        b, scores = len(scores), no_nan(scores)
-        ends = torch.tensor([first, first + b], device=scores.device)
-        texts = slice(*torch.searchsorted(self.owner, ends).tolist())
-        row, column = self.owner[texts] - first, self.column[texts]
-        own = scores[row, column]  # (captions of these images,)
-        highest = own.new_full((b,), -INF).scatter_reduce(0, row, own, "amax")  # (b,)
-        above = ((scores >= highest[:, None]) * self.copies).sum(1)  # (b,) own captions included
-        above -= torch.zeros_like(above).index_add(0, row, (own >= highest[row]).long())
-        self.own.append(own)
-        self.i2t.append(above)
+        scores, images = no_nan(scores), torch.arange(first, first + len(scores), device=scores.device)
+        own, every = images[:, None] == self.owner, scores[:, self.column]  # (b, N_txt) each
+        self.own.append(every[own])
+        self.i2t.append(not_below(every, own))
         self.best = keep_best(self.best, scores)
 
     def metrics(self) -> dict[str, float]:
@@ -174,8 +170,8 @@ class Relevance:
 
     i2t_map   mean over images of the average precision of ranking all distinct texts
     i2t_p@1   share of images whose best text is true of them
-    t2i_p@10  mean over texts of the share of true images among the ten best (at most 10 are counted, so a
-              text that is true of 4 images cannot exceed 0.4: see "ceiling")
+    t2i_p@10  mean over texts of the share of true images among the ten best; a text that is true of 4 images
+              cannot exceed 0.4, hence ceiling()
     """
 
     def __init__(self, relevant: Tensor, device, k: int = 10):
