@@ -25,7 +25,6 @@ never published, so the branch is inferred.
     REF: the released L_sim gathers the label's map and then sums over all classes ("all"); its comments
     describe the label's map only ("label"), the default here.
     REF: the released code ignores --layer and fixes five layers and 196 patches; here both vary.
-    REF: the released smoothing does not sum to 1 (losses.smoothing_targets, form "released").
     REF: CLIP Surgery converts its blocks at the first forward, after the optimiser and the moving average
     took their copies. Here nothing is converted: the attention structure is an argument of the call.
     PAPER: G is nearly uniform at temperature 1, because cosines of patches differ by about 0.03 (see the
@@ -74,10 +73,9 @@ def cls_attention(weights: list[Tensor]) -> Tensor:
 
 
 def guidance(similarity: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """The label's similarity map as a distribution over patches: G_{D-V} of eq. 6.
+    """G of eq. 6, the label's map as a distribution over patches: softmax_p(S[p, y] / temperature).
 
-    G_p = softmax_p(S[p, y] / temperature);  PAPER: temperature 1, which is almost uniform.
-    Args:    similarity (B, P, C) cosines of the second branch;  labels (B,)
+    Args:    similarity (B, P, C) cosines of the second branch;  labels (B,);  temperature: 1 in the paper
     Returns: (B, P), rows sum to 1.
     """
     own = similarity[torch.arange(len(labels), device=labels.device), :, labels]  # (B, P)
@@ -89,9 +87,8 @@ def dual_block(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """One block of the plain path, and what the second branch takes from it.
 
-    Args:    x (B, L, D) plain path
-             branch: the second attention structure, a kind of attention.attend or a function
-             (q, k, v, LN1 x) -> (B, H, L, K); None before the branch starts
+    Args:    x (B, L, D) plain path;  branch: a kind of attention.attend, a function (q, k, v, LN1 x) ->
+             (B, H, L, K), or None before the branch starts
     Returns: the plain path after the block (B, L, D), the branch's attention output (B, L, D) or None,
              the class token's attention averaged over heads (B, 1, L) or None.
     Cost:    in addition to the block, one output projection for dv, 2 L D^2; vvv, qqv, kkv 4 L^2 D more.
@@ -116,7 +113,6 @@ def two_paths(
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """The image tower with its second branch, before the head.
 
-    z = x^(first_dual_block) + sum over the blocks from there on of attn_branch(LN1(x)), x the plain path.
     Args:    x (B, 1 + P, D) from visual.embed;  layers: return the class token's attention of so many blocks
     Returns: x (B, 1 + P, D) plain path, z (B, 1 + P, D) or None if no block is left for the branch, and the
              attention rows, a list of (B, 1, 1 + P).
@@ -136,9 +132,8 @@ def two_paths(
 
 
 class AlignCLIP(FineTune):
-    """CLIPood's objective with attention alignment and semantic label smoothing.
+    """L = L_SLS + weight * (KL(G || A) + L_sim), see above; predictions and parameters are those of CLIP.
 
-    L = L_SLS + weight * (KL(G || A) + L_sim), see above; predictions and parameters are those of CLIP.
     Args:   clip, text, margin, epsilon, scale, smoothing: as in clipood.FineTune
             branch: structure of the second branch, dv, vvv, qqv or kkv;  first_dual_block, layers: index of
             its first block, and number of aligned blocks; None: default_blocks
@@ -178,13 +173,11 @@ class AlignCLIP(FineTune):
         if similarity not in ("label", "all", "none"):
             raise ValueError(f"similarity {similarity!r}: expected label, all or none")
         if not 0 <= first_dual_block < depth or not 1 <= layers <= depth:
-            raise ValueError(
-                f"first_dual_block {first_dual_block}, layers {layers}: the image tower has {depth} blocks"
-            )
+            chosen = f"first_dual_block {first_dual_block}, layers {layers}"
+            raise ValueError(f"{chosen}: the image tower has {depth} blocks")
         self.branch, self.first_dual_block, self.layers = branch, first_dual_block, layers
-        self.weight = weight
         self.attention, self.similarity, self.detach = attention, similarity, detach
-        self.guidance_temperature = guidance_temperature
+        self.weight, self.guidance_temperature = weight, guidance_temperature
         on = ["attention"] * attention + ["similarity"] * (similarity != "none")
         if on:
             self.loss_terms = f"classification + {weight:g} x ({' + '.join(on)})"
@@ -205,9 +198,7 @@ class AlignCLIP(FineTune):
             loss, logs[name] = loss + self.weight * value, value.detach()
         return loss, logs
 
-    def alignment(
-        self, image: Tensor, guide: Tensor, rows: list[Tensor], labels: Tensor
-    ) -> dict[str, Tensor]:
+    def alignment(self, image: Tensor, guide: Tensor, rows: list, labels: Tensor) -> dict[str, Tensor]:
         """The alignment losses that are on, from unit patch features (B, P, E) of both paths."""
         if self.similarity == "all":
             names, own = self.text.t(), labels  # (E, C)
@@ -230,15 +221,10 @@ class AlignCLIP(FineTune):
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(clipood.Classification):
     """Flags of alignclip."""
 
-    # classification loss
-    margin: float = 0.3  # lambda of the margin metric softmax
     smoothing: str = "mixture"  # none, uniform, mixture or released
-    epsilon: float = 0.9  # the label's own share of a smoothed target
-    smoothing_scale: float = 35.0  # of the text cosines that distribute the rest
-    bma_beta: float = 0.5  # Beta moving average of the weights, which is the reported model; 0: off
     # alignment
     align_attention: bool = True  # attention alignment (AAL)
     similarity: str = "label"  # align the label's map in the last layer, all maps, or none
@@ -251,18 +237,10 @@ class Settings:
 
 DEFAULTS, TINY = clipood.DEFAULTS, clipood.TINY
 # zhyhan/AlignCLIP@bb8c449, by (task, data set): changes to DEFAULTS. The batch is 36 of each source domain
-PUBLISHED = {
-    ("domain-shift", "PACS"): dict(batch_size=108),
-    ("domain-shift", "VLCS"): dict(batch_size=108),
-    ("domain-shift", "TerraIncognita"): dict(batch_size=108),
+PUBLISHED = {("domain-shift", name): dict(batch_size=108) for name in ("PACS", "VLCS", "TerraIncognita")}
+PUBLISHED |= clipood.OPEN_CLASS | {
     ("domain-shift", "OfficeHome"): dict(batch_size=108, lr=1e-5),
     ("domain-shift", "DomainNet"): dict(batch_size=180, lr=1e-5, steps=10000, margin=0.1),
-    ("open-class", ""): dict(steps=500, bma_beta=0.1),
-    ("open-class", "ImageNet"): dict(steps=5000, bma_beta=0.1),
-    ("open-class", "FGVCAircraft"): dict(steps=5000, bma_beta=0.1),
-    ("open-class", "StanfordCars"): dict(steps=2500, bma_beta=0.1),
-    ("open-class", "SUN397"): dict(steps=2500, bma_beta=0.1),
-    ("open-class", "UCF101"): dict(steps=1000, bma_beta=0.1),
     ("in-the-wild", "OfficeHome"): dict(batch_size=108, lr=3e-6, margin=0.1, bma_beta=0.1),
     ("in-the-wild", "DomainNet"): dict(batch_size=180, lr=5e-6, steps=10000),
 }
@@ -280,21 +258,9 @@ TASK = "labels"
 def build(settings: Settings, clip: CLIP, classes: Classes) -> AlignCLIP:
     """The module that is trained."""
     s = settings
-    return AlignCLIP(
-        clip,
-        classes.text,
-        branch=s.branch,
-        layers=s.align_layers or None,
-        weight=s.align_weight,
-        smoothing=s.smoothing,
-        epsilon=s.epsilon,
-        scale=s.smoothing_scale,
-        margin=s.margin,
-        guidance_temperature=s.guidance_temperature,
-        attention=s.align_attention,
-        similarity=s.similarity,
-        detach=s.detach,
-    )
+    branch = dict(branch=s.branch, layers=s.align_layers or None, guidance_temperature=s.guidance_temperature)
+    terms = dict(attention=s.align_attention, similarity=s.similarity, weight=s.align_weight)
+    return AlignCLIP(clip, classes.text, **s.arguments(), **branch, **terms, detach=s.detach)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ zero-shot CLIP, and classes that were never trained on can be scored afterwards.
     clipood      FineTune(clip, text, margin=0.3), BetaMovingAverage   Shu et al. 2023 (arXiv:2302.00864)
     wise_ft      wise_ft(zero_shot, fine_tuned, alpha)                 Wortsman et al. 2022 (arXiv:2109.01903)
 
-This file also holds the protocol of all fine-tuning methods: LabelMethod and Classes.
+LabelMethod and Classes are the protocol of all fine-tuning methods.
 
     REF: thuml/CLIPood@bc0d874 holds the weights in fp16 between steps, without a master copy. At its learning
     rate of 5e-6 many updates round away. Weights are fp32 here.
@@ -41,7 +41,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def full_precision(x: Tensor) -> torch.autocast:
-    """Switches autocast off on x's device: bf16 serves the towers, cosines and losses are at least fp32."""
+    """Switches autocast off on x's device: only the towers run in bf16."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -70,9 +70,8 @@ class Classes:
 
 
 class LabelMethod(nn.Module):
-    """The protocol of fine-tuning methods: a module around .clip with loss and predict.
+    """A module around .clip: loss(images, labels) -> (loss, {name: tensor to log}), predict(images) -> (B, C)
 
-    loss(images, labels) -> (loss (), {name: tensor to log});  predict(images) -> (B, C)
     starts_as     what is true of the first step, for the line about the expected loss
     loss_terms    the sum that is logged as the loss, where it is more than one cross-entropy
     whole_batch   the loss is not a mean over images, so a batch cannot be cut into chunks
@@ -138,7 +137,7 @@ class FineTune(LabelMethod):
     """Cross-entropy between an image's cosines to the class texts and its label; margin 0.3 is CLIPood.
 
     CLIPood's margin metric softmax:  L = -log softmax_y(exp(t) * (f_c + margin * (1 - T_y . T_c))),  f_c the
-    cosine to class c. losses.margin_metric_logits computes a shorter form of the same number.
+    cosine to class c (losses.margin_metric_logits).
     Args:   clip: every parameter but those of clip.visual is frozen, the logit scale exp(t) included
             text (C, E) unit-norm text features of the classes: the head, never trained
             smoothing, epsilon, scale: the target of each label, see losses.smoothing_targets
@@ -163,8 +162,8 @@ class FineTune(LabelMethod):
         super().__init__()
         require_clip(clip)
         if text.dim() != 2 or text.shape[1] != clip.config.embed_dim:
-            width = clip.config.embed_dim
-            raise ValueError(f"text features {tuple(text.shape)}: expected (classes, {width})")
+            wanted = f"(classes, {clip.config.embed_dim})"
+            raise ValueError(f"text features {tuple(text.shape)}: expected {wanted}")
         length = text.norm(dim=-1)
         if not torch.allclose(length, torch.ones_like(length), atol=1e-3):
             worst = length[(length - 1).abs().argmax()]
@@ -229,7 +228,7 @@ class BetaMovingAverage:
         self.weight_sum = self.weight(0)
 
     def weight(self, step: int) -> float:
-        """The density of Beta(beta, beta) at this step, without its constant."""
+        """a_t of this step."""
         x = (step + 0.5) / (self.total_steps + 1)
         return (x * (1 - x)) ** (self.beta - 1)
 
@@ -246,7 +245,6 @@ class BetaMovingAverage:
             mean.lerp_(new.to(mean.dtype), share)
 
     def state_dict(self) -> dict:
-        """Everything that resuming needs: plain numbers and the averaged weights."""
         numbers = {k: getattr(self, k) for k in ("total_steps", "beta", "step", "weight_sum")}
         return {**numbers, "average": self.average.state_dict()}
 
@@ -259,9 +257,7 @@ class BetaMovingAverage:
         self.average.load_state_dict(state["average"])
 
 
-def wise_ft(
-    zero_shot: dict[str, Tensor], fine_tuned: dict[str, Tensor], alpha: float = 0.5
-) -> dict[str, Tensor]:
+def wise_ft(zero_shot: dict, fine_tuned: dict, alpha: float = 0.5) -> dict[str, Tensor]:
     """Robust fine-tuning by a straight line between two checkpoints.
 
     Wortsman et al. 2022:  (1 - alpha) theta_zero-shot + alpha theta_fine-tuned, for every entry.
@@ -273,10 +269,8 @@ def wise_ft(
     shapes = [{k: tuple(v.shape) for k, v in state.items()} for state in (zero_shot, fine_tuned)]
     if shapes[0] != shapes[1]:
         name = sorted(k for k, _ in shapes[0].items() ^ shapes[1].items())[0]
-        raise ValueError(
-            f"{name}: {shapes[0].get(name, 'absent')} in the zero-shot weights, "
-            f"{shapes[1].get(name, 'absent')} in the fine-tuned ones"
-        )
+        first, second = (found.get(name, "absent") for found in shapes)
+        raise ValueError(f"{name}: {first} in the zero-shot weights, {second} in the fine-tuned ones")
     return {k: torch.lerp(v, fine_tuned[k].to(v), alpha) for k, v in zero_shot.items()}
 
 
@@ -284,52 +278,50 @@ def wise_ft(
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Flags of finetune, labelsmooth and clipood."""
+class Classification:
+    """Flags of the classification loss, which AlignCLIP has too."""
 
     # classification loss
     margin: float = 0.3  # lambda of the margin metric softmax; finetune, labelsmooth: 0
     smoothing: str = "none"  # none, uniform, mixture or released; labelsmooth: uniform
     epsilon: float = 0.9  # the label's own share of a smoothed target
     smoothing_scale: float = 35.0  # of the text cosines that distribute the rest
-    image_pooling: str = "cls"  # cls, or average of the patches
     bma_beta: float = 0.5  # Beta moving average of the weights, which is the reported model; 0: off
 
+    def arguments(self) -> dict:
+        """Of FineTune."""
+        names = ("margin", "smoothing", "epsilon")
+        return {name: getattr(self, name) for name in names} | {"scale": self.smoothing_scale}
 
-DEFAULTS = dict(
-    lr=5e-6, steps=5000, batch_size=36, warmup=0, weight_decay=0.1, beta2=0.999, eps=1e-8, crop_scale=0.7
-)
-DEFAULTS |= dict(train_size=2048)  # scenes to draw
+
+@dataclass(frozen=True)
+class Settings(Classification):
+    """Flags of finetune, labelsmooth and clipood."""
+
+    # classification loss
+    image_pooling: str = "cls"  # cls, or average of the patches
+
+
+DEFAULTS = dict(lr=5e-6, steps=5000, batch_size=36, warmup=0, weight_decay=0.1, beta2=0.999, eps=1e-8)
+DEFAULTS |= dict(crop_scale=0.7, train_size=2048)
 TINY = dict(lr=5e-4, steps=300)
-# thuml/CLIPood@bc0d874 main.py, scripts.sh, by (task, data set): changes to DEFAULTS. 500 steps are an epoch
-PUBLISHED = {
+PRESETS, TASK = {}, "labels"
+# of both papers' codes for new classes; 500 steps are an epoch
+STEPS = {"ImageNet": 5000, "FGVCAircraft": 5000, "StanfordCars": 2500, "SUN397": 2500, "UCF101": 1000}
+STEPS[""] = 500  # of all others
+OPEN_CLASS = {("open-class", name): dict(steps=steps, bma_beta=0.1) for name, steps in STEPS.items()}
+# thuml/CLIPood@bc0d874 main.py, scripts.sh, by (task, data set): changes to DEFAULTS
+PUBLISHED = {key: flags | dict(shots=16) for key, flags in OPEN_CLASS.items()} | {
     ("domain-shift", "OfficeHome"): dict(lr=1e-5),
     ("domain-shift", "DomainNet"): dict(lr=1e-5, steps=10000, batch_size=60),
-    ("open-class", ""): dict(steps=500, bma_beta=0.1, shots=16),
-    ("open-class", "ImageNet"): dict(steps=5000, bma_beta=0.1, shots=16),
-    ("open-class", "FGVCAircraft"): dict(steps=5000, bma_beta=0.1, shots=16),
-    ("open-class", "StanfordCars"): dict(steps=2500, bma_beta=0.1, shots=16),
-    ("open-class", "SUN397"): dict(steps=2500, bma_beta=0.1, shots=16),
-    ("open-class", "UCF101"): dict(steps=1000, bma_beta=0.1, shots=16),
     ("in-the-wild", "OfficeHome"): dict(lr=3e-6, margin=0.1, bma_beta=0.1),
     ("in-the-wild", "DomainNet"): dict(lr=5e-6, steps=10000, batch_size=60, margin=0.1),
 }
-PRESETS = {}
-TASK = "labels"
 
 
 def build(settings: Settings, clip: CLIP, classes: Classes) -> FineTune:
     """The module that is trained."""
-    s = settings
-    return FineTune(
-        clip,
-        classes.text,
-        smoothing=s.smoothing,
-        epsilon=s.epsilon,
-        scale=s.smoothing_scale,
-        margin=s.margin,
-        pooling=s.image_pooling,
-    )
+    return FineTune(clip, classes.text, **settings.arguments(), pooling=settings.image_pooling)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,7 +337,6 @@ class Flags:
 
 @program
 def main(argv: list[str]) -> None:
-    """Interpolates two checkpoints, so that the result loads like either of them."""
     c = parse(Flags, argv, __doc__, positional=("command", "zero_shot", "fine_tuned"))
     if c.command != "wise-ft":
         raise ValueError(f"{c.command}: the only command is wise-ft")

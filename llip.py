@@ -10,15 +10,13 @@ Lavoie et al. 2024, "Modeling Caption Diversity in Contrastive Vision-Language P
     z_ij = concat_m(sum_k Phi_ijk^m V_ik^m) W_O            eq. 2
     logits_ij = exp(a) cos(z_ij, t_j) + b                  under losses.siglip, eq. 3
 
-Llip.mixing_weights, mix and pair_logits below execute these equations. Training and evaluation run them, but
-for batches so large that scale/llip_tiles.py computes the same logits without storing z.
+Llip.mixing_weights, mix and pair_logits execute these equations in training and evaluation. For large batches
+scale/llip_tiles.py computes the same logits without storing z.
 
-This file was written from the paper's equations. Where the paper leaves a choice open, the file follows the
-layout of the released checkpoints.
+Where the paper leaves a choice open, this file follows the layout of the released checkpoints.
     REF: eq. 3 is printed without its minus sign and with -b; losses.siglip has the intended form.
     REF: the paper says that a larger tau is sharper; under its own eq. 1, and in the code, it is softer.
     REF: the released code starts a at ln(1/0.07), the paper at ln 10 as SigLIP does: ln 10 here.
-Under several processes only queries and text features travel. The M keys and values of an image never do.
 """
 
 import math
@@ -34,18 +32,14 @@ PLAIN_BYTES = 256 << 20  # the plain form holds at most so many bytes of pairs w
 
 
 def mixture_tokens(visual: VisionTransformer, images: Tensor, all_tokens: bool = False) -> Tensor:
-    """The mixture tokens of the last layer: (B, 3, S, S) -> (B, M, D), or (B, M + P, D) with all_tokens.
-
-    One LayerNorm (ln_post) serves all of them.
-    """
+    """The mixture tokens after ln_post: (B, 3, S, S) -> (B, M, D), or (B, M + P, D) with all_tokens."""
     used = None if all_tokens else visual.tokens
     return visual.ln_post(visual.transformer(visual.embed(images), keep_tokens=lambda x: x[:, :used]))
 
 
 def project_each(x: Tensor, weight: Tensor) -> Tensor:
-    """Every token through its own matrix: (B, M, D), (M, D, E) -> (B, M, E); or through one shared (D, E)."""
-    weight = weight.to(x.dtype)
-    return x @ weight if weight.dim() == 2 else torch.einsum("bmd,mde->bme", x, weight)  # (B, M, E)
+    """Every token through its own matrix: (B, M, D), (M, D, E) -> (B, M, E)."""
+    return torch.einsum("bmd,mde->bme", x, weight.to(x.dtype))
 
 
 class Mixer(nn.Module):
@@ -65,13 +59,11 @@ class Llip(DualEncoder):
                     1 to 8 works equally well. sqrt(head width) would be ordinary attention scaling.
     norm            LayerNorm on keys, values and queries, as in the released H/14 and G/14
     all_tokens      the patches are keys and values too (Fig. 7)
-    shared          one W_K and one W_V for all tokens: much smaller, never published
     scale, bias     starts of exp(logit_scale) and logit_bias. PAPER: 10 and -10, as SigLIP. For a small
                     batch of N pairs -ln(N - 1) is a better start.
-    Parameters have the names of the released checkpoints.
     Cost: a pair takes 4 M E + 2 E^2 FLOPs, mostly W_O. A caption sends 2 E numbers to each other rank. W_K
     and W_V have 2 M D E parameters: B/32 grows from 151 to 202 million at M = 64.
-    PAPER: "without changing the model size" is true only with shared=True (152 million).
+    PAPER: "without changing the model size" would need one W_K and W_V for all tokens (152 million).
     REF: the official class fails for M = 1. Here M = 1 is SigLIP with one more projection.
     """
 
@@ -85,7 +77,6 @@ class Llip(DualEncoder):
         temperature: float = 5.0,
         norm: bool = False,
         all_tokens: bool = False,
-        shared: bool = False,
         scale: float = 10.0,
         bias: float = -10.0,
     ):
@@ -95,9 +86,8 @@ class Llip(DualEncoder):
         D, E = config.vision_width, config.embed_dim
         self.heads, self.temperature, self.all_tokens = heads, float(temperature), all_tokens
         tokens = mixture_tokens + config.patches * all_tokens
-        shape = (D, E) if shared else (tokens, D, E)
-        self.k_proj = nn.Parameter(torch.randn(shape) * D**-0.5)
-        self.v_proj = nn.Parameter(torch.randn(shape) * D**-0.5)
+        self.k_proj = nn.Parameter(torch.randn(tokens, D, E) * D**-0.5)
+        self.v_proj = nn.Parameter(torch.randn(tokens, D, E) * D**-0.5)
         self.q_proj = nn.Parameter(torch.randn(config.text_width, E) * config.text_width**-0.5)
         self.pred = Mixer(E)
         self.K_norm, self.V_norm, self.Q_norm = (nn.LayerNorm(E) if norm else nn.Identity() for _ in range(3))
@@ -159,8 +149,7 @@ class Llip(DualEncoder):
 
 def plain_bytes(model: Llip, images: int, texts: int) -> int:
     """Bytes that the plain form holds for these pairs: scores and weights (H M), y, z and their unit (E)."""
-    tokens = model.k_proj.shape[0] if model.k_proj.dim() == 3 else model.visual.tokens
-    return 4 * images * texts * (2 * model.heads * tokens + 4 * model.config.embed_dim)
+    return 4 * images * texts * (2 * model.heads * len(model.k_proj) + 4 * model.config.embed_dim)
 
 
 class PooledTokens(CLIP):
@@ -268,13 +257,11 @@ def flops(config: Config, tokens: int, prompts: int = 0, all_tokens: bool = Fals
     Two per multiply-add, as model.tower_flops. "pairs" is 4 M E + 2 E^2 per prompt: scores, mix and W_O of
     the plain form; llip_tiles.flops counts the tiled one.
     """
-    c = config
-    used = tokens + c.patches * all_tokens
+    c, used = config, tokens + config.patches * all_tokens
     tower = tower_flops(c, tokens, used)
-    # tower_flops counts one head per token; k_proj and v_proj take its place
-    heads = 2 * used * c.vision_width * c.embed_dim
     return {
-        "image": tower["image"] + heads,
+        # tower_flops counts one projection per token; k_proj and v_proj are two
+        "image": tower["image"] + 2 * used * c.vision_width * c.embed_dim,
         "text": tower["text"] + 2 * c.text_width * c.embed_dim,
         "pairs": prompts * (4 * used * c.embed_dim + 2 * c.embed_dim**2),
     }
@@ -324,17 +311,13 @@ def _preset(model: str, tokens: int, tau: float, lr: float, **changes) -> dict:
 
 _BIG = dict(mixture_norm=True, grad_checkpointing=True, compile=False)
 DEFAULTS, TINY = {}, {}
-# Lavoie et al. 2024, Table 1, on MetaCLIP's 2.5 billion pairs: hardware; zero-shot ImageNet top-1 at the end
+# Lavoie et al. 2024, Table 1: MetaCLIP's 2.5 billion pairs on 128 V100 (B) or A100 (L). Zero-shot ImageNet
+# top-1 at the end: 70.4, 75.3, 80.9, 82.7, 83.5. REF: the paper has 64 tokens for B/16, the released model 32
 PRESETS = {
-    # 128 V100; 70.4
     "llip-B-32": _preset("ViT-B-32", 64, 5.0, 5e-4),
-    # 128 V100; 75.3 with 64 tokens. REF: the released model has 32
     "llip-B-16": _preset("ViT-B-16", 32, 5.0, 5e-4),
-    # 128 A100; 80.9
     "llip-L-14": _preset("ViT-L-14", 32, 1.0, 4e-4),
-    # 82.7
     "llip-H-14": _preset("ViT-H-14", 64, 5.0, 4e-4, **_BIG),
-    # 83.5
     "llip-G-14": _preset("ViT-bigG-14", 64, 5.0, 4e-4, **_BIG),
 }
 TASK = "pairs"
@@ -347,8 +330,6 @@ def build(settings: Settings, start: Config | nn.Module, batch_size: int) -> Dua
     Raises: ValueError for a variant that cannot start from a checkpoint, and for one that does not exist.
     """
     s = settings
-    if s.pooling not in ("text", "register", "average", "learned"):
-        raise ValueError(f"--pooling {s.pooling}: expected text, register, average or learned")
     if s.pooling != "text" and s.all_tokens:
         raise ValueError("--all-tokens: only with --pooling text")
     numbers = dict(scale=start_of_scale(s.objective, s.logit_scale))

@@ -161,8 +161,7 @@ def infer(state: dict[str, Tensor], known: dict) -> dict:
             "heads": known.get("heads", released and 8),
             "temperature": known.get("temperature", released),
             "norm": "K_norm.weight" in state,
-            "all_tokens": k_proj.dim() == 3 and len(k_proj) == tokens + config.patches,
-            "shared": k_proj.dim() == 2,  # a shared matrix does not show all_tokens: assumed false
+            "all_tokens": k_proj.shape[:1] == (tokens + config.patches,),
         }
     elif state["visual.proj"].dim() == 3:
         found |= {"class": "PooledTokens", "mixture_tokens": len(state["visual.proj"])}
@@ -247,8 +246,8 @@ def describe(model: DualEncoder) -> dict:
         found["mixture_tokens"] = model.visual.tokens
         found |= {"heads": model.heads, "temperature": float(model.temperature)}
     if name == "Llip":
-        norm, shared = isinstance(model.K_norm, nn.LayerNorm), model.k_proj.dim() == 2
-        return found | {"norm": norm, "all_tokens": bool(model.all_tokens), "shared": shared}
+        norm = isinstance(model.K_norm, nn.LayerNorm)
+        return found | {"norm": norm, "all_tokens": bool(model.all_tokens)}
     if name == "PooledTokens":
         found["pooling"] = model.pooling
     return found | {"bias": None if model.logit_bias is None else -10.0}
@@ -259,7 +258,8 @@ def build(description: dict) -> DualEncoder:
 
     Raises: ValueError for an unknown class, and for a missing, unknown or absurd value.
     """
-    arguments = dict(description)
+    # older checkpoints say "shared": False, a variant of Llip that was never published
+    arguments = {k: v for k, v in description.items() if k != "shared" or v is not False}
     name, config = arguments.pop("class", None), arguments.pop("config", None)
     if type(name) is not str or name not in CLASSES or not isinstance(config, dict):
         raise ValueError(f"model description: class {short(name)}, expected {', '.join(CLASSES)}")

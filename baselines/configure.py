@@ -30,7 +30,7 @@ LIMITS |= {name: (SMALLEST, 1e30, "must be positive") for name in REALS}
 LIMITS |= {"epochs": (0, 1e6, "must lie in [0, 1e6]"), "logit_bias": (-500, 500, "must lie in [-500, 500]")}
 LIMITS |= {"bias": (0, 1, "must lie in [0, 1]"), "crop_scale": (SMALLEST, 1, "must lie in (0, 1]")}
 CHOICES = {"model": tuple(CONFIGS), "objective": ("infonce", "siglip"), "precision": ("auto", "fp32", "bf16")}
-CHOICES |= {"optimizer": ("adamw", "sgd", "nesterov")}
+CHOICES |= {"optimizer": ("adamw", "sgd", "nesterov"), "pooling": ("text", "register", "average", "learned")}
 CHOICES |= {"open_task": ("domain-shift", "open-class", "in-the-wild")}
 
 

@@ -262,10 +262,10 @@ def test_gradcheck_of_the_loss(clip, text, batch, name, similarity):
     """The gradient of the whole loss equals finite differences, in fp64."""
     method = AlignCLIP(clip.double(), text.double(), similarity=similarity)
     images, labels = batch[0].double(), batch[1]
-    parameter = clip.get_parameter(name).detach().clone().requires_grad_()
+    parameter = clip.visual.get_parameter(name).detach().clone().requires_grad_()
 
     def loss(x):
-        return functional_call(method, {f"clip.{name}": x}, (images, labels))[0]
+        return functional_call(method, {f"clip.visual.{name}": x}, (images, labels))[0]
 
     assert loss(parameter).dtype == torch.float64
     assert torch.autograd.gradcheck(loss, parameter)

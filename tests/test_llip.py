@@ -209,16 +209,6 @@ def test_one_mixture_token_is_a_plain_projection():
     torch.testing.assert_close(model.mix(keys, values, queries), expected.expand(-1, 4, -1))
 
 
-def test_shared_projections_are_tiled_ones():
-    shared, each = build(shared=True), build()
-    state = shared.state_dict()
-    for name in ("k_proj", "v_proj"):
-        state[name] = state[name].expand(3, -1, -1)
-    each.load_state_dict(state)
-    for a, b in zip(shared.encode_image(images(2)), each.encode_image(images(2))):
-        torch.testing.assert_close(a, b)
-
-
 def test_learned_pooling_is_llip_with_one_query_for_all():
     torch.manual_seed(0)
     model = PooledTokens(SIZES, 3, "learned", heads=2, temperature=2.0).double()
