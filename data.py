@@ -182,11 +182,10 @@ class EvalSource(Source):
     def __init__(self, dataset, transform, batch_size, rank, world):
         super().__init__(dataset, transform, strict=True)
         first, last = (r * len(dataset) // world for r in (rank, rank + 1))
-        self.batches = [range(k, min(k + batch_size, last)) for k in range(first, last, batch_size)]
+        self.batches = [list(range(k, min(k + batch_size, last))) for k in range(first, last, batch_size)]
 
     def batch(self, step: int, broken: list) -> tuple[Tensor, Tensor]:
-        ids = list(self.batches[step])
-        images, ids = self.images(ids, [()] * len(ids), broken)
+        images, ids = self.images(self.batches[step], [()] * len(self.batches[step]), broken)
         return images, torch.tensor(ids)
 
 
@@ -257,9 +256,8 @@ def train_batches(dataset, tokenizer, transform, *, batch_size: int, context_len
 
 
 def domain_batches(dataset, transform, *, batch_size: int, **stream) -> Batches:
-    """Endless batches for fine-tuning: batch_size images of each domain, one domain after another.
+    """Endless batches for fine-tuning: batch_size images of each domain, with replacement as in DomainBed.
 
-    Images are drawn with replacement, as in DomainBed.
     Args:    dataset labelled, e.g. a Subset of the source domains; without domains it counts as one;
              transform and stream as for train_batches
     Returns: iterator of LabelledBatch, b = domains * batch_size / world

@@ -51,8 +51,8 @@ class Flags:
 def match(text: str, entries: Iterable[str]) -> list[int]:
     """Indices of the entries that occur in the caption, ascending.
 
-    Xu et al. 2024, section 3.2; no equation; code metaclip1/substr_matching.py@f47f784. Case matters. An
-    entry such as "U.S." never matches, because the caption's punctuation gets spaces around it.
+    Xu et al. 2024, section 3.2; no equation; code metaclip1/substr_matching.py@f47f784. Case matters. Entries
+    such as "U.S." never match, because the caption's punctuation gets spaces around it.
     """
     text = f" {text.translate(SPACING)} "
     return [i for i, entry in enumerate(entries) if f" {entry} " in text]

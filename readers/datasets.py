@@ -122,17 +122,15 @@ def choose_split(rows: list, split: str | None, default: str | None, where) -> l
 
 def find_root(path: Path, files: list, image_root: str | Path | None) -> str:
     """The folder that image names are relative to: image_root, or the list's own folder or one in it."""
-    folder = path.parent
-    places = [folder, *(folder / f for f in folders_in(folder))]
-    if folder.name == "annotations":  # COCO keeps its lists in a folder of this name
-        places += [folder.parent, *(folder.parent / f for f in folders_in(folder.parent))]
+    # COCO keeps its lists in a folder named annotations
+    near = [path.parent, path.parent.parent] if path.parent.name == "annotations" else [path.parent]
+    places = [place for folder in near for place in (folder, *(folder / f for f in folders_in(folder)))]
     places = [Path(image_root)] if image_root else places
     for place in places:
         if any(os.path.isfile(os.path.join(place, f)) for f in files[:10]):
             return os.path.abspath(place)
-    more = f", nor in {len(places) - 1} folders near it" if len(places) > 1 else ""
     first = printable(os.path.join(places[0], files[0])[:300])
-    raise ValueError(f"{path}: no image at {first}{more}; --image-root says where the images are")
+    raise ValueError(f"{path}: no image at {first}; --image-root says where the images are")
 
 
 def refuse_outside(root: str, files: list, where) -> None:
@@ -163,16 +161,15 @@ def build(listing: Listing, path: Path, split, default, image_root, allow_outsid
     if not listing.rows:
         raise ValueError(f"{path}: no rows ({listing.format})")
     rows = choose_split(listing.rows, split, default, path)
-    labelled = rows[0].label is not None
-    grouped = {} if labelled else group_captions(rows, path)
-    files = [row.file for row in rows] if labelled else list(grouped)
+    grouped = group_captions(rows, path) if rows[0].label is None else None
+    files = list(grouped or [row.file for row in rows])
     root = os.path.abspath(path) if path.is_dir() else find_root(path, files, image_root)
     if not allow_outside:
         refuse_outside(root, files, path)
     inside = "" if allow_outside or path.is_dir() else os.path.join(os.path.realpath(root), "")
     splits = dict(Counter(row.split for row in listing.rows if row.split))
     common = dict(root=root, files=files, inside=inside, format=listing.format, splits=splits)
-    if not labelled:
+    if grouped:
         return Pairs(**common, captions=list(grouped.values()))
     # numbers come from all splits, so that a class has the same number in each of them
     labels = natural({row.label for row in listing.rows})

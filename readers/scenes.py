@@ -382,7 +382,7 @@ class Broad:
     def __init__(self, split="train", size=10000, seed=0, image_size=32, bias=0.0):
         several = Scenes(split, size - size // 2, seed, image_size, captions="mixed", bias=bias)
         self.parts = several, Objects(split, max(1, size // 2), seed, image_size, bias=bias)
-        self.captions = [texts for part in self.parts for texts in part.captions]
+        self.captions = several.captions + self.parts[1].captions
         self.names = [part.name(row) for part in self.parts for row in range(len(part))]
 
     def __len__(self) -> int:

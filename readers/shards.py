@@ -35,18 +35,16 @@ def clean_captions(texts: list) -> list:
 
 def expand_shards(spec: str) -> list:
     """'a/{00..02}.tar::b.tar' -> the four paths."""
-    paths = []
-    for part in spec.split("::"):
-        braces = re.search(r"\{(\d+)\.\.(\d+)\}", part)
-        if braces is None:
-            paths.append(part)
-            continue
-        first, last = braces.groups()
-        if int(last) < int(first):
-            raise ValueError(f"{part}: the range {braces[0]} is empty")
-        for number in range(int(first), int(last) + 1):
-            paths += expand_shards(part.replace(braces[0], f"{number:0{len(first)}d}", 1))
-    return paths
+    if "::" in spec:
+        return [path for part in spec.split("::") for path in expand_shards(part)]
+    braces = re.search(r"\{(\d+)\.\.(\d+)\}", spec)
+    if braces is None:
+        return [spec]
+    first, last = braces.groups()
+    if int(last) < int(first):
+        raise ValueError(f"{spec}: the range {braces[0]} is empty")
+    numbers = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    return [path for number in numbers for path in expand_shards(spec.replace(braces[0], number, 1))]
 
 
 def member_captions(text: bytes, is_json: bool) -> list:
