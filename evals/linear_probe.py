@@ -17,12 +17,32 @@ from torch import Tensor, nn
 
 import data
 import evaluate
-from evals.features import FeatureFlags, features, reduced
-from util.evaluation import load_options, options_of, start, where_of, write_results
+from llip import mixture_tokens
+from util.evaluation import DataFlags, ModelFlags, load_options, options_of, start, where_of, write_results
 from util.flags import parse
 from util.program import leave, program
 from util.report import Progress, format_table, grouped_means, plus_minus
 from util.text import warn
+
+
+def encode(model: nn.Module, dataset, batch_size=256, precision="fp32", workers=0, progress="") -> Tensor:
+    """The output of ln_post for the class or mixture tokens of every image: (N, M, D) fp32 on the CPU."""
+    transform = data.preprocess(model.config.image_size)
+    shown, rows = Progress(progress, len(dataset), "images"), []
+    with evaluate.evaluating(model) as device:
+        for images, _ in data.eval_batches(dataset, transform, batch_size, workers=workers):
+            with evaluate.towers(device, precision):
+                tokens = mixture_tokens(model.visual, images.to(device, non_blocking=True))
+            rows.append(tokens.float().cpu())  # (b, M, D)
+            shown.add(len(images))
+    return torch.cat(rows)
+
+
+def reduced(tokens: Tensor) -> dict[str, Tensor]:
+    """One feature an image: (N, M, D) -> "mean" (N, D), "concatenation" (N, M D); "class token" if M = 1."""
+    if tokens.shape[1] == 1:
+        return {"class token": tokens[:, 0]}
+    return {"mean": tokens.mean(1), "concatenation": tokens.flatten(1)}
 
 
 def fit_lbfgs(x: Tensor, y: Tensor, classes: int, strength: float) -> tuple[Tensor, Tensor]:
@@ -155,10 +175,9 @@ def split_for(parts: dict, seed: int) -> dict:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags(FeatureFlags):
+class Flags(DataFlags, ModelFlags):
     solvers: tuple[Literal["l-bfgs", "adamw"], ...] = ("l-bfgs", "adamw")  # logistic regressions
     seeds: int = 3  # of AdamW, and of splits where the data have none
-    epochs: int = 10  # of AdamW
 
 
 def probe_data(flags: Flags, model: nn.Module) -> dict:
@@ -193,14 +212,13 @@ def main(argv: list[str]) -> None:
     tokens, labels, records = {}, {}, []
     for name, dataset in probe_data(flags, model).items():
         labels[name], classes = torch.tensor(dataset.labels), dataset.classes
-        options = options_of(flags, f"linear-probe {name}")
-        tokens[name] = features(flags.model, model.to(device), dataset, flags.cache, **options)
+        tokens[name] = encode(model.to(device), dataset, **options_of(flags, f"linear-probe {name}"))
     for kind in reduced(next(iter(tokens.values()))):
         parts = {name: (reduced(x)[kind], labels[name]) for name, x in tokens.items()}
         for solver in flags.solvers:
             # the fit is convex: where no split is drawn, every seed gives the same result
             for seed in range(1 if solver == "l-bfgs" and "val" in parts else flags.seeds):
-                more = {} if solver == "l-bfgs" else {"seed": seed, "epochs": flags.epochs}
+                more = {} if solver == "l-bfgs" else {"seed": seed}
                 label = f"linear-probe {kind}, {solver}, seed {seed}"
                 about = {"feature": kind, "width": parts[name][0].shape[1], "solver": solver, "seed": seed}
                 records.append(about | probe(solver, split_for(parts, seed), len(classes), label, **more))

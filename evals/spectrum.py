@@ -2,7 +2,7 @@
 
     python -m evals.spectrum --model runs/llip --more runs/clip --data scenes --out spectrum
 
-Lavoie et al. 2024, Fig. 5. The features are the output of ln_post before any projection (evals/features.py).
+Lavoie et al. 2024, Fig. 5. The features are those of linear_probe.py.
 """
 
 import math
@@ -14,9 +14,9 @@ from torch import Tensor
 
 import evaluate
 import pretrained
-from evals.features import FeatureFlags, features
+from evals.linear_probe import encode
 from util import plots
-from util.evaluation import load_options, options_of, start, write_results
+from util.evaluation import DataFlags, ModelFlags, load_options, options_of, start, write_results
 from util.flags import parse
 from util.program import leave, program
 from util.report import format_table
@@ -55,7 +55,7 @@ def spectrum_row(source: str, tokens: Tensor) -> tuple[dict, list]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags(FeatureFlags):
+class Flags(DataFlags, ModelFlags):
     more: tuple[str, ...] = ()  # further models
 
 
@@ -70,8 +70,7 @@ def main(argv: list[str]) -> None:
     for source in models:
         model, _ = evaluate.open_model(source, flags.vocab, towers=True, **load_options(flags))
         dataset = evaluate.open_data(flags, model, "image")
-        options = options_of(flags, f"spectrum {source}")
-        tokens = features(source, model.to(device), dataset, flags.cache, **options)
+        tokens = encode(model.to(device), dataset, **options_of(flags, f"spectrum {source}"))
         N, M, D = tokens.shape
         if N * M <= D:
             raise ValueError(f"{source}: {N} x {M} vectors span less than the width {D}: use more images")

@@ -20,8 +20,8 @@ import evaluate
 import llip
 from baselines.tes import TeS
 from clipood import FineTune, unit
-from evals import features, maps, surgery, typographic
 from evals import linear_probe as probes
+from evals import maps, surgery, typographic
 from evals import spectrum as spectra
 from losses import smoothing_targets
 from model import CONFIGS, tower_flops
@@ -232,7 +232,7 @@ def linear_probe(lab, seed: int) -> dict:
     sets = {name: things(lab, seed, name, size, PHOTOS) for name, size in sizes.items()}
     for arm in ("clip", "siglip", "llip", "average"):
         net, _ = lab.model(arm, seed)
-        inputs = {name: features.reduced(features.encode(net, d)) for name, d in sets.items()}
+        inputs = {name: probes.reduced(probes.encode(net, d)) for name, d in sets.items()}
         for kind in inputs["train"]:
             parts = {n: (x[kind], torch.tensor(sets[n].labels)) for n, x in inputs.items()}
             row = {"width": float(parts["train"][0].shape[1])}
@@ -248,7 +248,7 @@ def spectrum(lab, seed: int) -> tuple[dict, dict]:
     rows, curves = {}, {}
     dataset = scenes.Scenes("test", 1024, seed, lab.image_size, PHOTOS)
     for arm in ("clip", "siglip", "learned", "llip"):
-        row, logs = spectra.spectrum_row(arm, features.encode(lab.model(arm, seed)[0], dataset))
+        row, logs = spectra.spectrum_row(arm, probes.encode(lab.model(arm, seed)[0], dataset))
         curves[arm] = [None if value is None else value - logs[0] for value in logs]
         half = curves[arm][len(logs) // 2]
         rows[arm] = {"ln s at D/2 less the first": -99.0 if half is None else half}

@@ -7,9 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from small_models import MODELS
 from torch import nn
 
+import data
+import pretrained
 from evals import linear_probe
+from readers import scenes
 from util import report
 
 
@@ -18,6 +22,28 @@ def blobs(n=90, classes=3, width=4, spread=0.2, seed=0):
     g = torch.Generator().manual_seed(seed)
     y = torch.arange(n) % classes
     return torch.eye(width)[y] + spread * torch.randn(n, width, generator=g) / 2, y
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_features_are_the_towers_output_before_projection(small_runs, name):
+    model, objects = pretrained.load(small_runs[name]), scenes.Objects("test", 5, image_size=16)
+    tokens = linear_probe.encode(model, objects, batch_size=2)
+    M = 3 if name in ("llip", "pooled") else 1
+    assert tokens.shape == (5, M, 16) and not tokens.requires_grad
+    images = torch.stack([data.preprocess(16)(objects.image(i)) for i in range(5)])
+    with torch.no_grad():
+        side = model.encode_image(images)
+        if name in ("clip", "siglip"):
+            torch.testing.assert_close(tokens[:, 0] @ model.visual.proj, side)
+        if name == "llip":
+            values = torch.einsum("bmd,mde->bme", tokens, model.v_proj)
+            torch.testing.assert_close(model.split(values).transpose(1, 2), side[1])
+    kinds = linear_probe.reduced(tokens)
+    if M == 1:
+        assert list(kinds) == ["class token"] and torch.equal(kinds["class token"], tokens[:, 0])
+    else:
+        torch.testing.assert_close(kinds["mean"], tokens.sum(1) / 3)
+        assert torch.equal(kinds["concatenation"][:, 16:32], tokens[:, 1])
 
 
 @pytest.mark.parametrize("strength", [0.1, 1.0, 100.0])
@@ -151,8 +177,7 @@ def command(model, *flags):
 @pytest.mark.parametrize("name", ["clip", "llip"])
 def test_linear_probe_command(small_runs, tmp_path, capsys, monkeypatch, name):
     monkeypatch.setattr(linear_probe, "search", lambda score: max((40, 56), key=score))
-    flags = ["--data", "scenes", "--limit", 32, "--cache", tmp_path / "cache", "--seeds", 2]
-    flags += ["--epochs", 1, "--out", tmp_path / "out"]
+    flags = ["--data", "scenes", "--limit", 32, "--seeds", 2, "--out", tmp_path / "out"]
     assert command(small_runs[name], *flags) == 0
     printed, progress = capsys.readouterr()
     assert "linear-probe val  32 of 32 images" in progress and "l-bfgs, seed 0  3 of 3 fits" in progress
@@ -161,7 +186,6 @@ def test_linear_probe_command(small_runs, tmp_path, capsys, monkeypatch, name):
     assert [r["feature"] for r in result["rows"]] == [k for k in kinds for _ in range(2)]
     assert [r["runs"] for r in result["rows"]] == len(kinds) * [1, 2]  # convex and nothing drawn: once
     assert "train 32, val 32, test 32" in printed and "chance 6.25 %" in printed
-    assert len(list((tmp_path / "cache").glob("*.pt"))) == 3
     assert result["records"][0]["top1"] == pytest.approx(result["rows"][0]["top1"][0])
 
 
@@ -174,7 +198,7 @@ def test_linear_probe_draws_the_parts_that_are_missing(small_runs, tmp_path, cap
                 image = Image.new("RGB", (16, 16), (250 * c, 9 * k, 0))
                 image.save(tmp_path / "split" / split / name / f"{k}.png")
                 image.save(tmp_path / "flat" / name / f"{split}{k}.png")
-    common = ["--cache", tmp_path / "cache", "--solvers", "l-bfgs", "--seeds", 2]
+    common = ["--solvers", "l-bfgs", "--seeds", 2]
     for data_set, counts in (("split", "train 10, test 6"), ("flat", "all 16")):
         assert command(small_runs["clip"], "--data", tmp_path / data_set, *common) == 0
         printed = capsys.readouterr().out
@@ -196,8 +220,8 @@ def test_linear_probe_draws_the_parts_that_are_missing(small_runs, tmp_path, cap
         (["--data", "nowhere"], "nowhere: no such file"),
     ],
 )
-def test_mistakes_get_one_line(small_runs, tmp_path, capsys, flags, message):
-    assert command(small_runs["clip"], *flags, "--limit", 17, "--cache", tmp_path) == 2
+def test_mistakes_get_one_line(small_runs, capsys, flags, message):
+    assert command(small_runs["clip"], *flags, "--limit", 17) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
 
@@ -214,6 +238,6 @@ def test_classes_that_are_too_small_to_be_tested_are_named(small_runs, tmp_path,
         (tmp_path / "data" / name).mkdir(parents=True)
         for k in range(count):
             Image.new("RGB", (16, 16), (9 * k, 0, 0)).save(tmp_path / "data" / name / f"{k}.png")
-    common = ["--cache", tmp_path / "cache", "--solvers", "l-bfgs", "--seeds", 1]
+    common = ["--solvers", "l-bfgs", "--seeds", 1]
     assert command(small_runs["clip"], "--data", tmp_path / "data", *common) == 0
     assert "warning: 1 classes have fewer than 3 images and are not tested" in capsys.readouterr().err

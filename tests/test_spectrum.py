@@ -32,7 +32,7 @@ def command(model, *flags):
 
 
 def test_spectrum_command(small_runs, tmp_path, capsys):
-    flags = ["--data", "scenes", "--limit", 20, "--cache", tmp_path / "cache", "--out", tmp_path / "out"]
+    flags = ["--data", "scenes", "--limit", 20, "--out", tmp_path / "out"]
     others = [small_runs[name] for name in ("siglip", "llip", "pooled")]
     assert command(small_runs["clip"], "--more", *others, *flags) == 0
     result = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -47,7 +47,7 @@ def test_spectrum_command(small_runs, tmp_path, capsys):
     assert "9 x 1 vectors span less than the width 16" in capsys.readouterr().err
 
 
-def test_a_missing_model_is_reported_before_the_work(small_runs, tmp_path, capsys):
-    assert command(small_runs["clip"], "--data", "scenes", "--more", "nowhere.pt", "--cache", tmp_path) == 2
+def test_a_missing_model_is_reported_before_the_work(small_runs, capsys):
+    assert command(small_runs["clip"], "--data", "scenes", "--more", "nowhere.pt") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: nowhere.pt: no such file") and error.count("\n") == 1
