@@ -10,17 +10,15 @@ util.metrics.map_figures compares the map with the thing's mask. There are three
     a method      the same similarity from the features of plain CLIP, maskclip, sclip, gem or clearclip;
                   surgery is vvv, and alignclip is dv
     attention     cls is the class token's attention over the patches in the last block (AlignCLIP, Fig. 1 and
-                  4), cls-early its mean over the blocks that AlignCLIP aligns. All things are foreground.
-                  An Llip has caption (surgery.llip_caption_map) and cls, the mean of its mixture tokens
+                  4), cls-early its mean over the blocks that AlignCLIP aligns. An Llip has caption
+                  (surgery.llip_caption_map) and cls, the mean of its mixture tokens
 
-Baselines without a model: uniform; centre, a cone; mask, the true mask averaged over the patches of a model.
+centre, a cone in the middle of the picture, is the baseline without a model.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,26 +38,19 @@ from util.flags import parse
 from util.metrics import map_figures, mean_map_figures
 from util.plots import sheet
 from util.program import leave, program
-from util.report import Progress, format_table, grouped_means, plus_minus
-from util.run import read_config
+from util.report import Progress, format_table
 
-# a method and the structure that equals it
-SAME = {"surgery": "vvv", "alignclip": "dv"}
-TITLES = {kind: f"{kind} ({method})" for method, kind in SAME.items()}
-METHODS = ("plain", *surgery.METHODS)
+# a structure and the method that equals it
+TITLES = {"vvv": "vvv (surgery)", "dv": "dv (alignclip)"}
 ATTENTION, LLIP = ("cls", "cls-early"), ("caption", "cls")
-BASELINES = ("uniform", "centre", "mask")
+NAMES = (*KINDS, "plain", "gem", "maskclip", "sclip", "clearclip", *ATTENTION)
 MAX_ROWS = 24  # pictures on one sheet
-FIGURES = ("lift", "pointing", "area", "iou", "best_iou", "best_threshold")
-# flags of a run that do not make it another kind of model
-RUNNING = {"seed", "out", "init", "commit", "resume", "device", "threads", "workers", "compile"}
-RUNNING |= {"grad_checkpointing", "log_every", "eval_every", "save_every"}
 
 
 def raw_maps(model: DualEncoder, images: Tensor, name: str, text: Tensor) -> Tensor:
     """One kind of map, on the grid of patches.
 
-    Args:    images (B, 3, S, S);  name: one of KINDS, METHODS, ATTENTION or LLIP
+    Args:    images (B, 3, S, S);  name: one of NAMES or LLIP
              text: class features (C, E), or for caption the ids of the prompts (C, templates, L)
     Returns: (B, rows, columns, C); of attention that ignores the text, (B, rows, columns, 1)
     """
@@ -77,16 +68,11 @@ def raw_maps(model: DualEncoder, images: Tensor, name: str, text: Tensor) -> Ten
     return surgery.similarity_map(tokens, text)
 
 
-def baseline(name: str, masks: Tensor, patch: int) -> Tensor:
-    """A map (N, S, S) without a model: uniform, centre, or the masks (N, S, S) averaged over patches."""
-    N, S, _ = masks.shape
-    if name == "uniform":
-        return torch.ones(N, S, S)
-    if name == "mask":
-        return enlarge(F.avg_pool2d(masks[:, None].float(), patch)[:, 0], S)
-    place = (torch.arange(S) + 0.5) / S - 0.5
+def centre(size: int) -> Tensor:
+    """1 in the middle of the picture, 0 in its corners, linear in the distance: (size, size)."""
+    place = (torch.arange(size) + 0.5) / size - 0.5
     cone = 1 - (place[:, None] ** 2 + place**2).sqrt() * math.sqrt(2)  # (S, S)
-    return cone.clamp(min=0).expand(N, S, S)
+    return cone.clamp(min=0)
 
 
 def enlarge(maps: Tensor, size: int) -> Tensor:
@@ -94,13 +80,9 @@ def enlarge(maps: Tensor, size: int) -> Tensor:
     return F.interpolate(maps[:, None], (size, size), mode="bilinear")[:, 0]
 
 
-def things_of(dataset, ids: list[int], together: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Things, or all of a picture as one: (N,) row of the picture, (N,) kind, (N, S, S) bool mask."""
-    masks = [torch.from_numpy(dataset.masks(i)) for i in ids]  # (things, S, S) each
-    masks = [each.any(0, keepdim=True) if together else each for each in masks]
-    rows = [row for row, each in enumerate(masks) for _ in each]
-    kinds = [kind for i, each in zip(ids, masks) for kind in dataset.facts["kind"][i][: len(each)].tolist()]
-    return torch.tensor(rows), torch.tensor(kinds), torch.cat(masks)
+def masks_of(dataset: scenes.Objects, ids: list[int]) -> Tensor:
+    """The masks of the things in these pictures: (N, S, S) bool."""
+    return torch.stack([torch.from_numpy(dataset.masks(i)[0]) for i in ids])
 
 
 def names_as_text(model: DualEncoder, tokenizer) -> Tensor:
@@ -119,9 +101,9 @@ def measure(
 ) -> tuple[dict[str, dict], dict[int, Tensor]]:
     """Figures of maps on a data set, in batches; memory does not grow with the number of pictures.
 
-    Args:    dataset scenes.Objects or scenes.Scenes;  names of raw_maps, and of BASELINES
+    Args:    dataset scenes.Objects;  names of raw_maps, and "centre"
              show: indices of pictures whose maps are returned
-    Returns: {name: metrics.mean_map_figures}, {picture: mask and maps of its first thing (S, S, 1 + names)}
+    Returns: {name: metrics.mean_map_figures}, {picture: its mask and maps (S, S, 1 + names)}
     """
     figures, kept = {name: [] for name in names}, {i: [] for i in show}
     shown, S = Progress(progress, len(dataset), "images"), dataset.image_size
@@ -130,75 +112,38 @@ def measure(
         text = names_as_text(model, tokenizer)
         for images, ids in data.eval_batches(dataset, transform, batch_size, workers=workers):
             images, ids = images.to(device), ids.tolist()
-            things = [things_of(dataset, ids, together) for together in (False, True)]
+            masks, rows = masks_of(dataset, ids), range(len(ids))  # (N, S, S)
             for name in names:
-                rows, kinds, masks = things[name in ATTENTION]
-                if name in BASELINES:
-                    maps = baseline(name, masks, model.visual.patch_size)
+                if name == "centre":
+                    maps = centre(S).expand_as(masks)
                 else:
                     with evaluate.towers(device, precision):
                         grid = raw_maps(model, images, name, text).float().cpu()
-                    own = kinds if grid.shape[-1] > 1 else torch.zeros_like(kinds)
-                    maps = enlarge(grid[rows, :, :, own], S)  # (N, S, S)
+                    kinds = dataset.facts["kind"][ids, 0].tolist() if grid.shape[-1] > 1 else 0
+                    maps = enlarge(grid[rows, :, :, kinds], S)  # (N, S, S)
                 figures[name].append(map_figures(maps, masks))
                 for i in kept.keys() & set(ids):
-                    kept[i].append(maps[rows == ids.index(i)][0])
+                    kept[i].append(maps[ids.index(i)])
             shown.add(len(ids))
-    kept = {i: torch.stack([torch.from_numpy(dataset.masks(i)[0]).float(), *kept[i]], -1) for i in kept}
+    kept = {i: torch.stack([masks_of(dataset, [i])[0].float(), *kept[i]], -1) for i in kept}
     return {name: mean_map_figures(torch.cat(parts)) for name, parts in figures.items()}, kept
-
-
-def kind_of(source: str) -> tuple[str, str]:
-    """A model's name for the table, and the flags of its run (and of the run before) but for the seed."""
-    config = read_config(source)
-    if not config:
-        return Path(source).name or source, source
-    init = kind_of(config["init"])[1] if config.get("init") else ""
-    fields = {key: value for key, value in config.items() if key not in RUNNING}
-    return config["method"], json.dumps(fields | {"init": init}, sort_keys=True)
-
-
-def table(rows: list[dict]) -> str:
-    """Rows of grouped_means as a table: lift as a ratio, the others in percent."""
-    shown = []
-    for row in rows:
-        cells = {key: row[key] for key in row if key not in FIGURES} | {
-            "map": TITLES.get(row["map"], row["map"])
-        }
-        cells["lift"] = plus_minus(*row["lift"], 1, 3)
-        cells |= {f"{figure}, %": plus_minus(*row[figure]) for figure in FIGURES[1:]}
-        shown.append({key.replace("_", " "): cell for key, cell in cells.items()})
-    return format_table(shown)
 
 
 def draw_sheet(path: Path, dataset, kept: dict[int, Tensor], names: list[str], title: str) -> None:
     """Writes one picture: image, mask and maps in a row, for each picture in kept (measure returns it)."""
     pictures, labels = [], []
     for i, maps in kept.items():
-        kinds = [scenes.KINDS[kind] for kind in dataset.facts["kind"][i].tolist() if kind >= 0]
         maps = surgery.stretch(maps[None, ..., : 1 + len(names)])[0]  # (S, S, 1 + names)
         pictures += surgery.with_maps(dataset.image(i), maps)
-        labels += [f"{dataset.domain_names[dataset.domains[i]]}: {' and '.join(kinds)}"]
-        labels += ["mask" if len(kinds) == 1 else f"mask, {kinds[0]}", *(TITLES.get(n, n) for n in names)]
+        what = f"{dataset.domain_names[dataset.domains[i]]}: {scenes.KINDS[dataset.facts['kind'][i, 0]]}"
+        labels += [what, "mask", *(TITLES.get(name, name) for name in names)]
     write_image(path, sheet(pictures, labels, 2 + len(names), surgery.TILE, title))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flags(ModelFlags, DataFlags):
     more: tuple[str, ...] = ()  # further models: fine-tuned, other seeds
-    structures: tuple[Literal[KINDS], ...] = ()  # attention structures (default: all, if no --methods)
-    methods: tuple[Literal[METHODS], ...] = ()  # methods (default: all, if no --structures)
-    several: bool = False  # one to four things in a picture, each searched by its name
     show: int = 8  # pictures on the sheet in --out
-
-
-def names_for(flags: Flags, source: str, conditional: bool) -> list[str]:
-    """The maps of a model, without repeats.   Raises: ValueError if an Llip is to have a CLIP's."""
-    names = [*flags.structures, *flags.methods]
-    if conditional and names:
-        raise ValueError(f"{source} is an Llip with the maps {', '.join(LLIP)}: no --structures or --methods")
-    names = names or [*KINDS, *METHODS]
-    return list(LLIP) if conditional else [*dict.fromkeys(SAME.get(n, n) for n in names), *ATTENTION]
 
 
 @program
@@ -209,32 +154,25 @@ def main(argv: list[str]) -> None:
     if not 0 <= flags.show <= MAX_ROWS:
         raise ValueError(f"--show {flags.show}: a sheet holds 0 to {MAX_ROWS} pictures")
     device = start(flags, one_process=True)
-    drawn = scenes.Scenes if flags.several else scenes.Objects
     # pictures are written last, so that no figure is lost if one of them fails
-    records, pictures, first = [], {}, {}
+    rows, pictures = [], {}
     for number, source in enumerate([flags.model, *flags.more]):
         model, tokenizer = surgery.open_for_maps(source, flags.vocab, **load_options(flags))
-        names = names_for(flags, source, model.conditional)
-        dataset = drawn(flags.split or "test", flags.limit or 1024, image_size=model.config.image_size)
+        dataset = evaluate.open_data(flags, model, "labels")
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
         show = sorted(order[: flags.show]) if flags.out else []
+        names = LLIP if model.conditional else NAMES
+        sought = names if number else (*names, "centre")
         options = options_of(flags, source) | {"show": show}
-        sought = names if number else [*names, *BASELINES]
         scores, kept = measure(model.to(device), tokenizer, dataset, sought, **options)
-        label, kind = kind_of(source)
         for name, figures in scores.items():
-            about = {"model": label, "first_run": first.setdefault(kind, source)}
-            about = {"model": "no model", "first_run": ""} if name in BASELINES else about
-            records.append(about | {"map": name, "source": source} | figures)
+            rows.append({"model": "no model" if name == "centre" else source, "map": name} | figures)
         if show:
-            title = f"{label}, {source}, {dataset.image_size} pixels; each map from dark blue to yellow"
+            title = f"{source}, {dataset.image_size} pixels; each map from dark blue to yellow"
             pictures[Path(flags.out) / f"maps-{number + 1}.png"] = (dataset, kept, names, title)
-    rows = grouped_means(records, ("model", "first_run", "map"), FIGURES)
-    print(table(rows))
-    print("chance: lift 1, pointing the area; the foreground of attention is all things together")
-    content = {"task": "map", "data": flags.data, "split": flags.split, "several": flags.several}
-    content |= {"rows": rows, "records": records, "pictures": [path.name for path in pictures]}
-    write_results(flags, content)
+    print(format_table([row | {"map": TITLES.get(row["map"], row["map"])} for row in rows]))
+    print("chance: lift 1, pointing the area")
+    write_results(flags, {"task": "map", "data": flags.data, "split": flags.split, "rows": rows})
     for path, parts in pictures.items():
         draw_sheet(path, *parts)
         print(f"drawn in {path}")

@@ -59,7 +59,7 @@ def alignment_lifts(lab, seed: int) -> dict:
     text, found = class_texts(net, tokenizer), {"attention": [], "guidance": []}
     blocks = alignclip.default_blocks(len(net.visual.transformer.resblocks))
     for images, ids in data.eval_batches(dataset, data.preprocess(net.config.image_size), 256):
-        masks = maps.things_of(dataset, ids.tolist(), True)[2]  # (B, S, S)
+        masks = maps.masks_of(dataset, ids.tolist())  # (B, S, S)
         labels = torch.tensor(dataset.labels)[ids].to(lab.device)
         x = net.visual.embed(images.to(lab.device))
         _, branch, rows = alignclip.two_paths(net.visual, x, "dv", *blocks)

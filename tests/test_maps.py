@@ -18,7 +18,6 @@ from readers import scenes
 from scale import distributed
 from tokenizer import Tokenizer
 from util.metrics import map_figures, mean_map_figures
-from util.report import grouped_means
 
 TOKENIZER = Tokenizer.learn([f"{t.format(k)}" for k in scenes.KINDS for t in scenes.TEMPLATES], 560)
 SIZES = Config(16, 32, 8, 32, 4, 4, 64, 24, TOKENIZER.vocab_size, 16, 1, 2, 32)
@@ -39,15 +38,6 @@ def no_grad():
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 # Each kind of map ------------------------------------------------------------------------------------
-
-
-def test_every_map_has_one_name_and_attention_is_always_there():
-    flags = maps.Flags(model="m", data="scenes")
-    names = "qkv vvv qqv kkv dv plain gem maskclip sclip clearclip cls cls-early"
-    assert maps.names_for(flags, "m", False) == names.split()
-    assert maps.names_for(flags, "m", True) == ["caption", "cls"]
-    flags = maps.Flags(model="m", data="scenes", methods=("alignclip",))
-    assert maps.names_for(flags, "m", False) == ["dv", "cls", "cls-early"]
 
 
 def test_every_similarity_map_is_the_right_one():
@@ -133,35 +123,25 @@ def test_map_scores_by_hand():
     masks = torch.zeros(1, 4, 4)
     masks[0, :2, :2] = 1  # a quarter of the image
     good = masks.clone()
-    assert map_scores(good, masks) == {
-        "lift": 4,
-        "pointing": 1,
-        "area": 0.25,
-        "iou": 1,
-        "best_iou": 1,
-        "best_threshold": 0.01,
-        "images": 1,
-    }
+    assert map_scores(good, masks) == {"lift": 4, "pointing": 1, "area": 0.25, "iou": 1, "images": 1}
     uniform = map_scores(torch.full((1, 4, 4), 7.0), masks)
     assert (uniform["lift"], uniform["pointing"], uniform["iou"]) == (1, 0.25, 0)
-    assert uniform["best_iou"] == 0.25 and uniform["best_threshold"] == 0
     inverted = map_scores(1 - masks, masks)
     assert (inverted["lift"], inverted["pointing"], inverted["iou"]) == (0, 0, 0)
     low = masks * 0.2  # found, but another place is brighter
     low[0, 3, 3] = 1
     scores = map_scores(low, masks)
     assert scores["lift"] == pytest.approx(0.8 / 1.8 / 0.25)
-    assert scores["pointing"] == 0 and scores["iou"] == 0 and scores["best_iou"] == pytest.approx(0.8)
+    assert scores["pointing"] == 0 and scores["iou"] == 0
     assert map_scores(torch.zeros(1, 4, 4), masks)["lift"] == 1  # says nothing: as good as chance
 
 
-def test_map_scores_use_one_threshold_for_all_images_and_skip_empty_masks():
+def test_map_scores_skip_empty_masks():
     masks = torch.tensor([[[1, 0, 0, 0]], [[1, 0, 0, 0]], [[0, 0, 0, 0]]])
     maps = torch.tensor([[[1.0, 0.3, 0, 0]], [[0.3, 1.0, 0, 0]], [[1.0, 2.0, 3.0, 4.0]]])
     scores = map_scores(maps, masks)
     assert scores["images"] == 2 and scores["pointing"] == 0.5
     assert scores["iou"] == 0.5  # 1 and 0
-    assert scores["best_iou"] == 0.5  # 1/2 and 1/2 below 0.3, and 1 and 0 above: never 3/4
     with pytest.raises(ValueError, match="no mask has a foreground"):
         map_scores(maps[2:], masks[2:])
     with pytest.raises(ValueError, match=r"maps \(3, 1, 4\) and masks \(2, 1, 4\)"):
@@ -171,17 +151,15 @@ def test_map_scores_use_one_threshold_for_all_images_and_skip_empty_masks():
             map_scores(torch.full((2, 1, 4), bad), masks[:2])
 
 
-def test_overlap_at_every_threshold_equals_its_definition():
-    """Levels on the thresholds themselves are found: >=, not >."""
+def test_overlap_equals_its_definition():
+    """Half of the range itself is found: >=, not >."""
     generator = torch.Generator().manual_seed(0)
-    maps = torch.randint(0, 101, (4, 5, 6), generator=generator).double() / 100
+    maps = torch.randint(0, 11, (4, 5, 6), generator=generator).double() / 10
     maps[:, 0, :2] = torch.tensor([0.0, 1.0])
     masks = torch.rand(4, 5, 6, generator=generator) > 0.7
-    got = map_figures(maps, masks)[:, 3:]
-    for n in range(101):
-        found = maps >= n / 100
-        both, either = (found & masks).sum((1, 2)), (found | masks).sum((1, 2))
-        assert got[:, n].tolist() == pytest.approx((both / either).tolist(), abs=1e-7)
+    found = maps >= 0.5
+    both, either = (found & masks).sum((1, 2)), (found | masks).sum((1, 2))
+    assert torch.equal(map_figures(maps, masks)[:, 3], both.double() / either)
 
 
 def test_scores_in_batches_are_the_scores_of_all():
@@ -193,37 +171,10 @@ def test_scores_in_batches_are_the_scores_of_all():
     assert mean_map_figures(torch.cat(parts)) == map_scores(maps, masks)
 
 
-# Masks and baselines ---------------------------------------------------------------------------------
-
-
-def test_things_and_their_masks():
-    drawn = scenes.Scenes("test", 12)
-    rows, kinds, masks = maps.things_of(drawn, [3, 7], together=False)
-    counts = [len(drawn.masks(i)) for i in (3, 7)]
-    assert rows.tolist() == [0] * counts[0] + [1] * counts[1]
-    assert masks.shape == (sum(counts), 32, 32) and max(counts) > 1
-    for row, kind, mask in zip(rows.tolist(), kinds.tolist(), masks):
-        slot = drawn.facts["kind"][[3, 7][row]].tolist().index(kind)
-        assert np.array_equal(mask.numpy(), drawn.masks([3, 7][row])[slot])
-    rows, _, masks = maps.things_of(drawn, [3, 7], together=True)
-    assert rows.tolist() == [0, 1]
-    assert np.array_equal(masks.numpy(), np.stack([drawn.masks(3).any(0), drawn.masks(7).any(0)]))
-
-
-def test_baselines_by_hand():
-    masks = torch.zeros(1, 32, 32, dtype=torch.bool)
-    masks[0, 8:16, 16:32] = True  # two patches of 8, an eighth of the picture
-    score = {n: map_scores(maps.baseline(n, masks, 8), masks) for n in maps.BASELINES}
-    assert score["uniform"]["lift"] == 1 and score["uniform"]["pointing"] == 1 / 8
-    assert score["mask"]["pointing"] == 1 and score["mask"]["lift"] > 4
-    centre = maps.baseline("centre", masks, 8)[0]
-    assert centre.min() >= 0 and torch.equal(centre, centre.flip(0)) and centre[0, 0] < 0.05
-    assert (centre == centre.max()).nonzero().tolist() == [[15, 15], [15, 16], [16, 15], [16, 16]]
-    assert score["centre"]["pointing"] == 1 / 4  # of the four places in the middle one is on the mask
-    # a patch half covered counts half
-    masks[0, 8:12, 16:32] = False
-    mask = maps.baseline("mask", masks, 8)[0]
-    assert mask[12, 20:28].tolist() == pytest.approx([0.5] * 8, abs=0.1) and mask[28, 4] == 0
+def test_the_cone_in_the_middle():
+    cone = maps.centre(32)
+    assert cone.min() >= 0 and torch.equal(cone, cone.flip(0)) and cone[0, 0] < 0.05
+    assert (cone == cone.max()).nonzero().tolist() == [[15, 15], [15, 16], [16, 15], [16, 16]]
 
 
 # Measuring -------------------------------------------------------------------------------------------
@@ -245,17 +196,16 @@ def planted(right):
     return raw_maps
 
 
-@pytest.mark.parametrize("drawn", [scenes.Objects, scenes.Scenes])
-def test_each_thing_is_scored_with_the_map_of_its_own_name(drawn, monkeypatch):
+def test_each_thing_is_scored_with_the_map_of_its_own_name(monkeypatch):
     """Other names' maps are flat: one wrong index and the scores are not perfect."""
     model = build()
-    planted.data = drawn("test", 10)
+    planted.data = scenes.Objects("test", 10)
     for right in (True, False):
         planted.order = list(range(10))
         monkeypatch.setattr(maps, "raw_maps", planted(right))
         scores, kept = maps.measure(model, TOKENIZER, planted.data, ["vvv"], batch_size=4, show=(2, 9))
         got = scores["vvv"]
-        assert got["images"] == sum(len(planted.data.masks(i)) for i in range(10))
+        assert got["images"] == 10
         assert (got["pointing"], got["iou"]) == ((1, 1) if right else (0, 0))
         assert got["lift"] == 0 if not right else got["lift"] > 2
         assert list(kept) == [2, 9]
@@ -267,7 +217,7 @@ def test_each_thing_is_scored_with_the_map_of_its_own_name(drawn, monkeypatch):
 
 def test_batches_and_precision():
     model, drawn = build(), scenes.Objects("test", 9)
-    names = ["vvv", "cls", "uniform"]
+    names = ["vvv", "cls", "centre"]
     whole, _ = maps.measure(model, TOKENIZER, drawn, names)
     parts, _ = maps.measure(model, TOKENIZER, drawn, names, batch_size=2)
     for name in names:
@@ -287,41 +237,6 @@ def test_attention_is_scored_without_stretching():
     assert scores["cls"]["lift"] == pytest.approx(1, abs=1e-3)
     assert scores["cls-early"]["lift"] == pytest.approx(1, abs=1e-3)
     assert surgery.stretch(maps.raw_maps(model, images, "cls", None)).max() == 1
-
-
-# Several models --------------------------------------------------------------------------------------
-
-
-def record(model, first_run, name, lift):
-    figures = dict.fromkeys(maps.FIGURES, 0.5) | {"lift": lift}
-    return {"model": model, "first_run": first_run, "map": name} | figures
-
-
-def test_means_and_deviations_over_the_runs_of_a_kind():
-    records = [record("clip", "runs/c0", "vvv", lift) for lift in (1.0, 3.0)]
-    records += [record("align", "runs/a", "vvv", 4.0), record("clip", "runs/biased", "vvv", 9.0)]
-    rows = grouped_means(records, ("model", "first_run", "map"), maps.FIGURES)
-    shown = [(r["model"], r["first_run"], r["runs"]) for r in rows]
-    assert shown == [("clip", "runs/c0", 2), ("align", "runs/a", 1), ("clip", "runs/biased", 1)]
-    assert rows[0]["lift"] == (2, pytest.approx(2**0.5)) and rows[1]["lift"] == (4, None)
-    text = maps.table(rows)
-    assert "vvv (surgery)" in text and "2.000 +- 1.414" in text and " 4.000 |" in text
-    assert "50.0 +- 0.0" in text
-
-
-def test_runs_are_of_one_kind_if_only_the_seed_differs(tmp_path):
-    def run(name, **fields):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(fields))
-        return str(tmp_path / name)
-
-    a, b = (run(f"clip{n}", method="clip", lr=1, seed=n, out=f"clip{n}", init="") for n in (0, 1))
-    c = run("biased", method="clip", lr=2, seed=0, init="")
-    assert maps.kind_of(a) == maps.kind_of(b) != maps.kind_of(c)
-    tuned = [run(f"t{n}", method="alignclip", init=init, seed=n) for n, init in enumerate((a, b, c))]
-    kinds = [maps.kind_of(source) for source in tuned]
-    assert kinds[0] == kinds[1] != kinds[2] and kinds[0][0] == "alignclip"
-    assert maps.kind_of("some/file.pt") == ("file.pt", "some/file.pt")
 
 
 # Command line ----------------------------------------------------------------------------------------
@@ -349,36 +264,21 @@ def call(runs, *words, model="a", source="scenes", limit=12):
 def test_command_line(runs, tmp_path, capsys):
     more = ["--more", runs / "b", runs / "llip"]
     assert call(runs, *more, "--out", tmp_path, "--show", 3) == 0
-    out = capsys.readouterr().out
-    assert "| vvv (surgery)  |    2 |" in out and " +- " in out and "no model" in out
-    result = json.loads((tmp_path / "results.json").read_text())
-    shown = {(row["model"], row["map"]): row for row in result["rows"]}
-    assert len(shown) == 12 + 3 + 2 and shown["clip", "qkv"]["runs"] == 2
-    assert shown["no model", "uniform"]["lift"][0] == pytest.approx(1)
-    assert shown["no model", "mask"]["lift"][0] > shown["no model", "centre"]["lift"][0]
-    assert shown["llip", "caption"]["runs"] == shown["no model", "mask"]["runs"] == 1
-    assert len(result["records"]) == 2 * 12 + 3 + 2
-    assert result["pictures"] == ["maps-1.png", "maps-2.png", "maps-3.png"]
-    widths = [Image.open(tmp_path / name).width for name in result["pictures"]]
-    assert max(widths) <= 1600
-
-
-def test_command_line_asks_for_some_maps_of_several_things(runs, tmp_path, capsys):
-    words = ["--structures", "qkv", "dv", "--methods", "alignclip", "--several", "--out", tmp_path]
-    assert call(runs, *words, "--show", 0, limit=20) == 0
-    result = json.loads((tmp_path / "results.json").read_text())
-    found = {record["map"]: record for record in result["records"]}
-    assert list(found) == ["qkv", "dv", "cls", "cls-early", *maps.BASELINES]
-    assert found["cls"]["images"] == 20 < found["dv"]["images"] == found["mask"]["images"]
-    assert found["cls"]["area"] > found["dv"]["area"]
-    assert result["pictures"] == [] and not list(tmp_path.glob("*.png"))
-    assert call(runs, "--methods", "plain", limit=4) == 0
-    out = capsys.readouterr().out.split("| clip")
-    assert [part.split("|")[2].strip() for part in out[-3:]] == ["plain", "cls", "cls-early"]
+    printed = capsys.readouterr().out
+    assert "vvv (surgery)" in printed and "dv (alignclip)" in printed and "no model" in printed
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    names = "qkv vvv qqv kkv dv plain gem maskclip sclip clearclip cls cls-early".split()
+    assert [row["map"] for row in rows] == [*names, "centre", *names, "caption", "cls"]
+    assert [row["model"] for row in rows[11:14]] == [str(runs / "a"), "no model", str(runs / "b")]
+    drawn = sorted(tmp_path.glob("*.png"))
+    assert [path.name for path in drawn] == ["maps-1.png", "maps-2.png", "maps-3.png"]
+    assert max(Image.open(path).width for path in drawn) <= 1600
+    assert call(runs, "--out", tmp_path / "none", "--show", 0, model="llip") == 0
+    assert not list((tmp_path / "none").glob("*.png"))
 
 
 def test_a_sheet_shows_image_mask_and_maps(runs, tmp_path):
-    call(runs, "--methods", "plain", "--out", tmp_path, "--show", 1, limit=1)
+    call(runs, "--out", tmp_path, "--show", 1, model="llip", limit=1)
     page = np.asarray(Image.open(tmp_path / "maps-1.png")).astype(int)
     tiles = [page[26 : 26 + 256, 262 * n : 262 * n + 256] for n in range(3)]
     inside = np.asarray(Image.fromarray(scenes.Objects("test", 1).masks(0).any(0)).resize((256, 256)))
@@ -392,8 +292,6 @@ def test_errors_are_one_line_and_status_2(runs, tmp_path, capsys):
     Tokenizer.learn(["a dog"], 515).save(other)
     for words, options, complaint in (
         ((), {"source": str(tmp_path)}, "masks, which only scenes have"),
-        (("--structures", "vvv"), {"model": "llip"}, "is an Llip with the maps caption, cls"),
-        (("--methods", "gem"), {"model": "llip"}, "no --structures or --methods"),
         ((), {"model": "pool"}, "pools 3 tokens without a text"),
         (("--show", "-1"), {}, "--show -1: a sheet holds 0 to 24"),
         (("--split", "tset"), {}, "tset"),
@@ -404,10 +302,6 @@ def test_errors_are_one_line_and_status_2(runs, tmp_path, capsys):
         err = capsys.readouterr().err
         line = [text for text in err.splitlines() if text.startswith("error: ")]
         assert len(line) == 1 and complaint in line[0] and "Traceback" not in err, err
-    for words in (["--structures", "vv"], ["--methods", "qkv"], ["--image", "3"]):
-        with pytest.raises(SystemExit) as stop:
-            call(runs, *words)
-        assert stop.value.code == 2
 
 
 def test_one_process_only(runs, monkeypatch, capsys):
@@ -421,7 +315,7 @@ def test_other_sizes_of_pictures_and_patches(monkeypatch):
         config = replace(SIZES, image_size=size, patch_size=patch)
         torch.manual_seed(0)
         model, drawn = CLIP(config).eval(), scenes.Objects("test", 5, image_size=size)
-        names = [*maps.names_for(maps.Flags(model="", data="scenes"), "", False), *maps.BASELINES]
+        names = [*maps.NAMES, "centre"]
         scores, _ = maps.measure(model, TOKENIZER, drawn, names)
         assert all(s["images"] == 5 and s["lift"] >= 0 for s in scores.values())
         if size == patch:  # one patch says nothing about where
