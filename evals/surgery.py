@@ -40,16 +40,15 @@ import evaluate
 from alignclip import default_blocks, two_paths
 from attention import KINDS, attend
 from model import DualEncoder, VisionTransformer
-from readers.images import IMAGE_ERRORS, IMAGE_SUFFIXES, normalise, open_image
+from readers.images import IMAGE_ERRORS, normalise, open_image
 from util.files import write_image
 from util.flags import parse
 from util.plots import heat, sheet
 from util.program import leave, program
-from util.report import Progress
 
 TWO_PATHS = ("surgery", "alignclip", "gem")
 METHODS = (*TWO_PATHS, "maskclip", "sclip", "clearclip")
-TILE, MAX_TILES = 256, 400  # pixels of a picture's longer side; pictures on one sheet
+TILE = 256  # pixels of a picture's longer side
 
 
 def embed(visual: VisionTransformer, images: Tensor, method: str) -> Tensor:
@@ -244,7 +243,8 @@ def heat_maps(model, image: Tensor, tokens: Tensor, method: str, blank: Tensor |
 
 @dataclass(frozen=True)
 class Flags:
-    words: tuple[str, ...]  # images or one folder, then texts
+    image: str  # a picture
+    texts: tuple[str, ...]  # what to look for, as "a dog"
     model: str  # a run directory of train.py, a checkpoint, or a name
     out: str  # the picture to write, a .png
     method: Literal[METHODS] = "surgery"  # of a CLIP; for an Llip there is one kind of map
@@ -263,32 +263,10 @@ def open_for_maps(source: str, vocab: str = "", **load_options) -> tuple:
     return model, tokenizer
 
 
-def split_words(words: tuple[str, ...], out: str) -> tuple[list[Path], list[str]]:
-    """Images (or those of one folder) and texts. Words after the first are images if they end like images."""
-    count = next((n for n, w in enumerate(words) if n and not w.lower().endswith(IMAGE_SUFFIXES)), len(words))
-    paths, texts, target = [Path(word) for word in words[:count]], list(words[count:]), Path(out).resolve()
-    for path in paths:
-        if not path.exists():
-            raise ValueError(f"{path}: no such image or folder; images come first, then the texts")
-        if path.is_file() and path.resolve() == target:
-            raise ValueError(f"--out {out} is one of the images and would overwrite it: name another")
-    if not texts:
-        raise ValueError(f'no text after {paths[-1]}: say what to look for, as in "a dog"')
-    if paths[0].is_dir():
-        inside = sorted(p for p in paths[0].iterdir() if p.name.lower().endswith(IMAGE_SUFFIXES))
-        # the picture of an earlier call is not an image of the folder
-        paths[:1] = [p for p in inside if p.resolve() != target]
-    if not paths:
-        raise ValueError(f"{words[0]}: no image in this folder ({', '.join(IMAGE_SUFFIXES)})")
-    if len(paths) * (len(texts) + 1) > MAX_TILES:
-        raise ValueError(f"{len(paths)} x {len(texts)} maps: at most {MAX_TILES} pictures, name fewer")
-    return paths, texts
-
-
-def read_image(path: Path) -> Image.Image:
+def read_image(path: str) -> Image.Image:
     """The picture as RGB, its first frame.   Raises: ValueError naming the file."""
     try:
-        with open_image(str(path)) as image:
+        with open_image(path) as image:
             return image.convert("RGB")
     except IMAGE_ERRORS as error:
         raise ValueError(f"{path}: not a readable image ({error})") from None
@@ -311,30 +289,31 @@ def with_maps(image: Image.Image, maps: Tensor) -> list[Image.Image]:
 
 @program
 def main(argv: list[str]) -> None:
-    flags = parse(Flags, argv, __doc__, positional=("words",))
-    paths, texts = split_words(flags.words, flags.out)
-    if not Path(flags.out).parent.is_dir() or not flags.out.lower().endswith(".png"):
-        raise ValueError(f"--out {flags.out}: give a name that ends in .png, in a folder that exists")
+    flags = parse(Flags, argv, __doc__, positional=("image", "texts"))
+    out = Path(flags.out)
+    if (
+        not out.parent.is_dir()
+        or out.suffix.lower() != ".png"
+        or out.resolve() == Path(flags.image).resolve()
+    ):
+        raise ValueError(f"--out {out}: give another name, which ends in .png, in a folder that exists")
+    image = read_image(flags.image)
     model, tokenizer = open_for_maps(flags.model, flags.vocab, quick_gelu=flags.quick_gelu)
     patch, size = model.visual.patch_size, flags.size or model.config.image_size
     if size < patch or size % patch:
         fitting = max(1, round(size / patch)) * patch
         raise ValueError(f"--size {size}: no multiple of the patch, take {fitting}")
     method = "Llip, tokens mixed by the text" if model.conditional else flags.method
-    tokens = tokenizer(texts, model.config.context_length)  # (C, L)
+    tokens = tokenizer(flags.texts, model.config.context_length)  # (C, L)
     blank = tokenizer([""], model.config.context_length) if flags.subtract_shared else None
-    pictures, shown = [], Progress("maps", len(paths), "images")
-    for path in paths:
-        image = read_image(path)
-        # REF: CLIP Surgery resizes to a square and crops nothing: the map covers the whole picture
-        square = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
-        with torch.no_grad():
-            pictures += with_maps(image, heat_maps(model, normalise(square), tokens, flags.method, blank))
-        shown.add(1)
-    labels = [label for path in paths for label in (path.name, *texts)]
+    # REF: CLIP Surgery resizes to a square and crops nothing: the map covers the whole picture
+    square = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    with torch.no_grad():
+        maps = heat_maps(model, normalise(square), tokens, flags.method, blank)
     title = f"{method}, {Path(flags.model).name}, {size} pixels; in each map: dark blue least, yellow most"
-    write_image(flags.out, sheet(pictures, labels, 1 + len(texts), TILE, title))
-    print(f"{flags.out}: {len(paths)} images x {len(texts)} texts, {method}")
+    labels = [Path(flags.image).name, *flags.texts]
+    write_image(out, sheet(with_maps(image, maps), labels, len(labels), TILE, title))
+    print(f"{out}: {len(flags.texts)} texts, {method}")
 
 
 if __name__ == "__main__":
