@@ -15,6 +15,7 @@ Layout of the ids (OpenAI's: 49,408):
 import argparse
 import contextlib
 import hashlib
+import heapq
 import html
 import importlib.util
 import os
@@ -94,10 +95,8 @@ def find_openai() -> Path:
     try:
         download.download(OPENAI_URL + OPENAI_FILE, cached, OPENAI_SHA256)
     except OSError as error:
-        raise OSError(
-            f"OpenAI's vocabulary {OPENAI_FILE} was not found: give its path, set $ALIGNCLIP_VOCAB, copy it "
-            f"to {cached}, or pip install open_clip_torch, which contains it (download failed: {error})"
-        ) from error
+        ways = f"give its path, set $ALIGNCLIP_VOCAB, copy it to {cached}, or pip install open_clip_torch"
+        raise OSError(f"OpenAI's vocabulary was not found: {ways} (download failed: {error})") from error
     return cached
 
 
@@ -221,14 +220,28 @@ class Tokenizer:
         return cls(parse_merges(lines[1:-1], path))
 
     def bpe(self, word: str, steps: list | None = None) -> list[int]:
-        """The ids of one word: merge the pair of lowest rank while there is one; steps gets the merges."""
-        ids = byte_ids(word)
-        while pairs := [pair for pair in zip(ids, ids[1:]) if pair in self.merges]:
-            pair = min(pairs, key=self.merges.get)
-            ids = replace(ids, pair, self.merges[pair])
+        """The ids of one word: merge the pair of lowest rank, from left to right; steps gets the merges."""
+        # SPEED: a queue of pairs and a linked list of ids, for captions with a word of 100,000 letters
+        ids = [*byte_ids(word), None]  # None: the end of the list, or removed by a merge
+        before, after = list(range(-1, len(ids) - 1)), [*range(1, len(ids)), 0]
+
+        def merged(i: int) -> int | None:
+            return self.merges.get((ids[i], ids[after[i]]))
+
+        queue = sorted((merged(i), i) for i in range(len(ids)) if merged(i))
+        while queue:
+            new, i = heapq.heappop(queue)
+            if merged(i) != new:
+                continue  # an earlier merge has taken one of the two ids
+            j = after[i]
             if steps is not None:
-                steps.append((*pair, self.merges[pair]))
-        return ids
+                steps.append((ids[i], ids[j], new))
+            ids[i], ids[j] = new, None
+            after[i], before[after[j]] = after[j], i
+            for k in (before[i], i):
+                if merged(k):
+                    heapq.heappush(queue, (merged(k), k))
+        return [i for i in ids if i is not None]
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without start and end. Special tokens typed in it become specials."""
@@ -263,8 +276,7 @@ class Tokenizer:
                 raise ValueError(f"text {len(rows)} is {text!r}: {type(text).__name__}, not str")
             ids = self.encode(text)
             if strict and len(ids) + 2 > context_length:
-                length = f"{len(ids) + 2} tokens with start and end, context {context_length}"
-                raise ValueError(f"text {len(rows)}, {text[:60]!r}, is too long: {length}")
+                raise ValueError(f"{len(ids) + 2} tokens exceed context {context_length}: {text[:60]!r}")
             row = [self.start, *ids[: context_length - 2], self.end]
             rows.append(row + [0] * (context_length - len(row)))
         return torch.tensor(rows, dtype=torch.long).view(len(rows), context_length)  # (B, L)
@@ -281,8 +293,14 @@ def open_vocabulary(path: str | Path | None) -> Tokenizer:
     return Tokenizer.load(path) if path and is_saved(path) else Tokenizer.from_openai(path)
 
 
-def explain(tokenizer: Tokenizer, text: str) -> None:
-    """Print every step from the text to its padded row."""
+@program
+def main(argv: list[str]) -> None:
+    """Print every step from a text to its row. OpenAI's ids of "a photo" are 320 and 1125."""
+    parser = argparse.ArgumentParser(description="Shows how a text becomes tokens.", allow_abbrev=False)
+    parser.add_argument("text", nargs="?", default="a photo of a cat")
+    parser.add_argument("--vocab", metavar="PATH", help="OpenAI's file, or a file of Tokenizer.save")
+    flags = parser.parse_args(argv)
+    tokenizer, text = open_vocabulary(flags.vocab), flags.text
     name = [repr(piece.decode("utf-8", errors="backslashreplace")) for piece in tokenizer.pieces]
     cleaned = clean(text)
     print(f"vocabulary  {tokenizer.vocab_size} = 512 bytes + {len(tokenizer.merges)} merges + 2")
@@ -291,28 +309,11 @@ def explain(tokenizer: Tokenizer, text: str) -> None:
         steps = []
         ids = tokenizer.cache[word] if word in (START, END) else tokenizer.bpe(word, steps)
         print(f"\n{word!r}  bytes {word.encode().hex(' ')}")
-        for left, right, new in steps:
+        for left, right, new in dict.fromkeys(steps):
             print(f"  rank {new - 512:>5}  {name[left]} + {name[right]} -> {name[new]}")
         print(f"  ids {ids}")
     row = tokenizer(text)[0].tolist()
     print(f"\nrow of {len(row)}: {row}\ndecoded: {tokenizer.decode(tokenizer.encode(text))!r}")
-
-
-@program
-def main(argv: list[str]) -> None:
-    """With OpenAI's merges "a photo of a cat" gives 320 1125 539 320 2368."""
-    parser = argparse.ArgumentParser(description="Shows how a text becomes tokens.", allow_abbrev=False)
-    parser.add_argument("text", nargs="?", default="a photo of a cat")
-    parser.add_argument("--vocab", metavar="PATH", help="OpenAI's file, or a file of Tokenizer.save")
-    parser.add_argument("--learn", metavar="FILE", help="learn merges from captions, one per line")
-    parser.add_argument("--vocab-size", type=int, metavar="N", help="for --learn: 514 + merges")
-    flags = parser.parse_args(argv)
-    if (flags.learn is None) != (flags.vocab_size is None) or (flags.learn and flags.vocab):
-        raise ValueError("--learn FILE and --vocab-size N go together, and without --vocab")
-    if flags.learn is None:
-        return explain(open_vocabulary(flags.vocab), flags.text)
-    with open(flags.learn, encoding="utf-8") as lines:
-        explain(Tokenizer.learn(lines, flags.vocab_size), flags.text)
 
 
 if __name__ == "__main__":

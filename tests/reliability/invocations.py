@@ -157,10 +157,6 @@ pretrained.py START --to huggingface --out DATA/pairs.csv
 pretrained.py START --to openai --out DATA/pairs.csv/x.pt
 tokenizer.py text --vocab nowhere
 tokenizer.py text --vocab DATA/pairs.csv
-tokenizer.py text --learn DATA/pairs.csv
-tokenizer.py text --learn DATA/pairs.csv --vocab-size 3
-tokenizer.py text --learn nowhere --vocab-size 600
-tokenizer.py text --vocab-size many
 data.py
 data.py nowhere
 data.py DATA/empty.csv
