@@ -1,4 +1,4 @@
-"""The embedded data set: drawn scenes with captions, labels, domains and masks; nothing is stored.
+"""The embedded data set: drawn scenes with captions, labels, domains and masks; no picture is stored.
 
 It shows the mechanisms of the papers in minutes. Results on it say nothing about the papers' numbers.
 
@@ -404,6 +404,7 @@ class Flags:
     objects: bool = False  # labelled pictures of one thing
     split: str = "train"  # train, val or test
     count: int = 40  # pictures
+    domain: tuple[str, ...] = DOMAINS  # only these domains
     out: str = "scenes.png"  # where to write the contact sheet
 
 
@@ -411,7 +412,7 @@ class Flags:
 def main(argv: list[str]) -> None:
     """Writes a contact sheet of pictures and their masks, and prints some captions and all words."""
     c = parse(Flags, argv, main.__doc__)
-    data = (Objects if c.objects else Scenes)(c.split, c.count)
+    data = (Objects if c.objects else Scenes)(c.split, c.count, domains=c.domain)
     masks = [np.repeat(data.masks(i).any(0)[..., None] * np.uint8(255), 3, -1) for i in range(len(data))]
     pictures = [np.concatenate(both, 1) for both in zip(data.pixels, masks)]
     texts = [f"{data.domain_names[d]}: {some[0]}" for d, some in zip(data.domains, data.captions)]

@@ -326,10 +326,10 @@ def test_indices_out_of_range_fail():
 
 def test_command_line(tmp_path, capsys):
     out = tmp_path / "sheet.png"
-    assert scenes.main(["--count", "9", "--out", str(out)]) == 0
+    assert scenes.main(["--count", "9", "--domain", "sketch", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert str(out) in printed and "words:" in printed
-    data = Scenes(size=9)
+    data = Scenes(size=9, domains=("sketch",))
     first = np.asarray(Image.open(out).crop((0, 2, 8 * 32, 2 + 4 * 32)))[2::4, 2::4]  # 4 pixels for one
     assert np.array_equal(first[:, :32], data.pixels[0])
     assert np.array_equal(first[:, 32:, 0] == 255, data.masks(0).any(0))

@@ -172,6 +172,7 @@ data.py 'DATA/{02..01}.tar'
 readers.scenes --count 0 --out DATA/s.png
 readers.scenes --count -1 --out DATA/s.png
 readers.scenes --split summer --out DATA/s.png
+readers.scenes --domain moon --out DATA/s.png
 readers.scenes --count 2 --out nowhere/s.png
 evals.surgery DATA/bed/art/cat/0.png cat --out DATA/m.png
 evals.surgery DATA/bed/art/cat/0.png cat --model nowhere --out DATA/m.png
