@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import evaluate
-import pretrained
 from evals.linear_probe import encode
 from util import plots
 from util.evaluation import DataFlags, ModelFlags, load_options, options_of, start, write_results
@@ -64,9 +63,6 @@ def main(argv: list[str]) -> None:
     flags = parse(Flags, argv, __doc__)
     device = start(flags, one_process=True)
     models, rows, curves = [flags.model, *flags.more], [], {}
-    for source in models:
-        # a missing model is reported before the work
-        pretrained.locate(source)
     for source in models:
         model, _ = evaluate.open_model(source, flags.vocab, towers=True, **load_options(flags))
         dataset = evaluate.open_data(flags, model, "image")

@@ -7,7 +7,6 @@ set. A blank note in the same place shows the effect of covering a part of the i
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
@@ -15,15 +14,13 @@ from torch import Tensor
 
 import data
 import evaluate
-import pretrained
 from evals.protocol import templates_of
 from model import DualEncoder
 from readers import templates as prompts
 from util.evaluation import DataFlags, ModelFlags, load_options, options_of, start, write_results
-from util.files import write_image
 from util.flags import parse
 from util.metrics import no_nan, places
-from util.plots import font, sheet
+from util.plots import font
 from util.program import leave, program
 from util.report import format_table
 
@@ -65,12 +62,6 @@ class Noted:
         return with_note(self.dataset.image(i), self.words[i], self.blank)
 
 
-def three_kinds(dataset, written: list[int]) -> dict:
-    """The data set as it is, with blank notes, and with the names of the written classes."""
-    words = [dataset.classes[c] for c in written]
-    return {"clean": dataset, "blank": Noted(dataset, words, True), "word": Noted(dataset, words)}
-
-
 def wrong_labels(labels: list[int], classes: int, seed: int = 0) -> list[int]:
     """Another class for every image, uniformly drawn.   Raises: ValueError for one class."""
     if classes < 2:
@@ -109,34 +100,23 @@ def note_figures(scores: dict, labels: Tensor, written: Tensor, cosine: bool = T
 
 def typographic(
     model: DualEncoder, dataset, tokenizer, templates=prompts.PHOTO, seed: int = 0, **options
-) -> tuple[dict, list[int], dict]:
+) -> dict:
     """Evaluates clean images, the same with a blank note, and with a wrong class name on the note.
 
     Args:    options of evaluate.score_rows
-    Returns: note_figures; the written class of every image; the scores of each kind (N, C)
+    Returns: note_figures
     """
     written, scores = wrong_labels(dataset.labels, len(dataset.classes), seed), {}
+    words = [dataset.classes[c] for c in written]
+    kinds = {"clean": dataset, "blank": Noted(dataset, words, True), "word": Noted(dataset, words)}
     with evaluate.evaluating(model):
         sizes = evaluate.text_options(options)
         text = evaluate.encode_classes(model, tokenizer, dataset.classes, templates, **sizes)
-        for kind, noted in three_kinds(dataset, written).items():
+        for kind, noted in kinds.items():
             label = f"{options['progress']}, {kind}" if options.get("progress") else ""
             scores[kind] = cosines(model, noted, text, **options | {"progress": label})
     labels, target = torch.tensor(dataset.labels), torch.tensor(written)
-    return note_figures(scores, labels, target, model.takes_captions), written, scores
-
-
-def contact_sheet(dataset, written: list[int], scores: dict, title: str = "") -> Image.Image:
-    """Twelve images, a column for each: the three kinds and the answers, wrong ones in brackets."""
-    N, count = len(dataset), min(12, len(dataset))
-    pictures, answers = [], []
-    for kind, noted in three_kinds(dataset, written).items():
-        for i in (k * N // count for k in range(count)):
-            answer = int(scores[kind][i].argmax())
-            name = dataset.classes[answer]
-            pictures.append(noted.image(i).convert("RGB"))
-            answers.append(name if answer == dataset.labels[i] else f"[{name}]")
-    return sheet(pictures, answers, count, 128, title)
+    return note_figures(scores, labels, target, model.takes_captions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,34 +130,23 @@ class Flags(DataFlags, ModelFlags):
 def main(argv: list[str]) -> None:
     flags = parse(Flags, argv, __doc__)
     device = start(flags, one_process=True)
-    models, rows, results, pictures = [flags.model, *flags.more], [], {}, {}
+    models, rows, results = [flags.model, *flags.more], [], {}
     for source in models:
-        # a missing model is reported before the work
-        pretrained.locate(source)
-    for number, source in enumerate(models, 1):
         model, tokenizer = evaluate.open_model(source, flags.vocab, **load_options(flags))
         dataset = evaluate.open_data(flags, model, "labels")
         templates = templates_of(flags.templates, flags.data)
         options = options_of(flags, f"typographic {source}")
-        run = typographic(model.to(device), dataset, tokenizer, templates, flags.seed, **options)
-        results[source], written, scores = run
+        results[source] = typographic(model.to(device), dataset, tokenizer, templates, flags.seed, **options)
         for kind, figures in results[source].items():
             row = {"model": source, "image": IMAGES[kind]}
             row |= {head: 100 * figures[key] for key, head in COLUMNS.items()}
             row["attack success %"] = 100 * figures["success"] if kind == "word" else ""
             rows.append(row | {x.replace("_", " "): f"{v:.4f}" for x, v in figures.items() if "cos_" in x})
-        if flags.out:
-            path = Path(flags.out) / f"typographic{number if flags.more else ''}.png"
-            title = f"{source}: answers, wrong ones in brackets"
-            pictures[path] = contact_sheet(dataset, written, scores, title)
     print(format_table(rows, digits=2))
     C = len(dataset.classes)
     print(f"images {len(dataset):,}  classes {C}  chance {100 / C:.2f} %")
     content = {"task": "typographic", "data": flags.data, "models": models, "seed": flags.seed}
     write_results(flags, content | {"chance": 1 / C, "results": results})
-    for path, picture in pictures.items():
-        write_image(path, picture)
-        print(f"drawn in {path}")
 
 
 if __name__ == "__main__":

@@ -265,9 +265,8 @@ def two_captions(lab, seed: int) -> dict:
     rows, dataset = {}, scenes.Scenes("test", 400, seed, lab.image_size, PHOTOS, captions="aspects")
     for arm in ("clip", "siglip", "llip"):
         net, tokenizer = lab.model(arm, seed)
-        found, _, _ = typographic.typographic(
-            net, things(lab, seed, size=480, domains=PHOTOS), tokenizer, scenes.TEMPLATES, seed
-        )
+        pictures = things(lab, seed, size=480, domains=PHOTOS)
+        found = typographic.typographic(net, pictures, tokenizer, scenes.TEMPLATES, seed)
         success = found["word"]["success"] - found["blank"]["success"]
         rows[arm] = {"attack success": 100 * success, "clean": 100 * found["clean"]["top1"]}
         if net.conditional:

@@ -126,27 +126,20 @@ class WordTokens:
         return torch.tensor([[self.vocab_size - 2, k, self.vocab_size - 1] for k in ids])
 
 
-def test_a_model_that_reads_is_fooled_and_one_that_looks_is_not(monkeypatch):
-    got, written, scores = typographic.typographic(
-        Reader(1.0), Solid(), WordTokens(), ("a {}",), batch_size=3
-    )
+def test_a_model_that_reads_is_fooled_and_one_that_looks_is_not():
+    got = typographic.typographic(Reader(1.0), Solid(), WordTokens(), ("a {}",), batch_size=3)
     assert got["clean"]["top1"] == got["blank"]["top1"] == 1.0 and got["blank"]["success"] == 0.0
     assert got["word"]["top1"] == 0.0 and got["word"]["success"] == got["word"]["word"] == 1.0
     assert got["word"]["object_wins"] == 0.0 and got["clean"]["object_wins"] == 1.0
     # cosines, not logits: scale and bias are undone
     assert got["word"]["cos_object"] == pytest.approx(0.5)
     assert got["word"]["cos_word"] == pytest.approx(0.9)
-    assert all(w != y for w, y in zip(written, Solid.labels)) and scores["word"].shape == (7, 3)
     learned = Reader(1.0)
     learned.takes_captions = False
-    figures = typographic.typographic(learned, Solid(), WordTokens(), ("a {}",))[0]["word"]
+    figures = typographic.typographic(learned, Solid(), WordTokens(), ("a {}",))["word"]
     assert "cos_word" not in figures and figures["success"] == 1.0  # scores of learned prompts are no cosines
-    looks, _, _ = typographic.typographic(Reader(0.0), Solid(), WordTokens(), ("a {}",))
+    looks = typographic.typographic(Reader(0.0), Solid(), WordTokens(), ("a {}",))
     assert looks["word"]["top1"] == 1.0 and looks["word"]["success"] == 0.0
-    texts = []
-    monkeypatch.setattr(typographic, "sheet", lambda pictures, labels, *_: texts.extend(labels))
-    typographic.contact_sheet(Solid(), written, scores)
-    assert texts[:3] == ["red", "green", "blue"] and texts[-7] == f"[{Solid.classes[written[0]]}]"
 
 
 def command(model, *flags):
@@ -170,20 +163,14 @@ def test_typographic_command(small_runs, tmp_path, capsys):
             scenes.TEMPLATES,
         )
         assert figures["clean"]["top1"] == pytest.approx(plain["top1"])
-    assert len(list((tmp_path / "out").glob("typographic*.png"))) == 4
     said = capsys.readouterr()
-    assert "blank note" in said.out and said.out.count("drawn in") == 4
-    assert "typographic4.png" in said.out
+    assert "blank note" in said.out
     for kind in ("clean", "blank", "word"):
         assert f"typographic {small_runs['llip']}, {kind}  20 of 20 images" in said.err
 
 
 @pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--data", "scenes", "--templates", "a photo"], "templates 'a photo'"),
-        (["--data", "scenes", "--more", "nowhere.pt"], "nowhere.pt: no such file"),
-    ],
+    "flags, message", [(["--data", "scenes", "--templates", "a photo"], "templates 'a photo'")]
 )
 def test_mistakes_get_one_line(small_runs, capsys, flags, message):
     assert command(small_runs["clip"], *flags, "--limit", 17) == 2

@@ -49,7 +49,6 @@ evals.open_world {BED} | results.json | the table
 evals.maps {SCENES} --show 1 | results.json | the table
 evals.maps {SCENES} --show 1 | maps-1.png | results.json
 evals.typographic {BED} | results.json | the table
-evals.typographic {BED} | typographic.png | results.json
 evals.spectrum {BED} | results.json | the table
 evals.spectrum {BED} | spectrum.png | results.json
 lab.compare {TUNED} --methods finetune --steps 1 --threads 1 --device cpu | results.json | the table
