@@ -35,7 +35,7 @@ from readers.templates import fill
 from util.evaluation import DataFlags, ModelFlags, load_options, options_of, start, write_results
 from util.files import write_image
 from util.flags import parse
-from util.metrics import map_figures, mean_map_figures
+from util.metrics import MAP_FIGURES, map_figures
 from util.plots import sheet
 from util.program import leave, program
 from util.report import Progress, format_table
@@ -96,6 +96,11 @@ def names_as_text(model: DualEncoder, tokenizer) -> Tensor:
     return model.ensemble_text(model.encode_text(tokens), group).float()  # (C, E)
 
 
+def means(figures: Tensor) -> dict[str, float]:
+    """Means of metrics.map_figures over the images, and the number of images."""
+    return dict(zip(MAP_FIGURES, figures.mean(0).tolist()), images=len(figures))
+
+
 def measure(
     model, tokenizer, dataset, names, show=(), batch_size=256, precision="fp32", workers=0, progress=""
 ) -> tuple[dict[str, dict], dict[int, Tensor]]:
@@ -103,7 +108,7 @@ def measure(
 
     Args:    dataset scenes.Objects;  names of raw_maps, and "centre"
              show: indices of pictures whose maps are returned
-    Returns: {name: metrics.mean_map_figures}, {picture: its mask and maps (S, S, 1 + names)}
+    Returns: {name: means}, {picture: its mask and maps (S, S, 1 + names)}
     """
     figures, kept = {name: [] for name in names}, {i: [] for i in show}
     shown, S = Progress(progress, len(dataset), "images"), dataset.image_size
@@ -126,7 +131,7 @@ def measure(
                     kept[i].append(maps[ids.index(i)])
             shown.add(len(ids))
     kept = {i: torch.stack([masks_of(dataset, [i])[0].float(), *kept[i]], -1) for i in kept}
-    return {name: mean_map_figures(torch.cat(parts)) for name, parts in figures.items()}, kept
+    return {name: means(torch.cat(parts)) for name, parts in figures.items()}, kept
 
 
 def draw_sheet(path: Path, dataset, kept: dict[int, Tensor], names: list[str], title: str) -> None:

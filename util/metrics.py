@@ -13,6 +13,7 @@ from torch import Tensor
 from scale.distributed import gather_rows
 
 KS = (1, 5, 10)
+MAP_FIGURES = ("lift", "pointing", "area", "iou")
 INF = float("inf")
 
 
@@ -208,17 +209,16 @@ class Relevance:
 
 
 def map_figures(maps: Tensor, masks: Tensor) -> Tensor:
-    """Metrics of each map whose mask is not empty, for mean_map_figures.
+    """Metrics of each map whose mask is not empty.
 
     Args:    maps (N, H, W) >= 0, of any scale;  masks (N, H, W), nonzero on the foreground
-    Returns: (N', 4) float64: lift, pointing, area, iou
-    Raises:  ValueError if shapes differ, or a map is negative or not finite.
+    Returns: (N', 4) float64, in the order of MAP_FIGURES
+             lift         share of the map's mass on the foreground / share of the area; 1 is chance
+             pointing     is the highest place on the foreground? Ties count in part. Chance: area
+             area         the foreground's share of the image
+             iou          intersection over union with the part of the map above half of its range
     """
-    if maps.shape != masks.shape or maps.dim() != 3:
-        raise ValueError(f"maps {tuple(maps.shape)} and masks {tuple(masks.shape)}: want (N, H, W)")
     maps, masks = maps.flatten(1).double(), masks.flatten(1) != 0  # (N, H W)
-    if not torch.isfinite(maps).all() or (maps < 0).any():
-        raise ValueError("maps have values that are negative or not finite")
     maps, masks = maps[masks.any(1)], masks[masks.any(1)]
     area = masks.double().mean(1)  # (N',)
     mass = torch.where(maps.sum(1, keepdim=True) > 0, maps, 1.0)  # (N', H W), of an empty map uniform
@@ -229,17 +229,3 @@ def map_figures(maps: Tensor, masks: Tensor) -> Tensor:
     found = (maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny) >= 0.5  # (N', H W)
     iou = (found & masks).sum(1).double() / (found | masks).sum(1)
     return torch.stack([lift, pointing, area, iou], 1)
-
-
-def mean_map_figures(figures: Tensor) -> dict[str, float]:
-    """Means over the images of map_figures (N, 4).   Raises: ValueError if there are none.
-
-    Returns: lift         share of the map's mass on the foreground / share of the area; 1 is chance
-             pointing     is the highest place on the foreground? Ties count in part. Chance: area
-             area         the foreground's share of the image
-             iou          intersection over union with the part of the map above half of its range
-             images       their number
-    """
-    if not len(figures):
-        raise ValueError("no mask has a foreground")
-    return dict(zip(("lift", "pointing", "area", "iou"), figures.mean(0).tolist()), images=len(figures))
