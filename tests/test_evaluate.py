@@ -137,7 +137,7 @@ def test_an_image_without_a_caption_is_a_miss():
 def test_recall_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="4 texts"):
         metrics.recall_at_k(torch.zeros(2, 4), torch.zeros(3, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"0\.\.2, but there are 2 images"):
+    with pytest.raises(ValueError, match="one of 2 images for each"):
         metrics.recall_at_k(torch.zeros(2, 2), torch.tensor([0, 2]))
 
 
@@ -156,9 +156,9 @@ def test_classification_by_hand_with_ties():
 
 
 def test_classification_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match=r"targets 0\.\.3, but 3 classes"):
+    with pytest.raises(ValueError, match="one of 3 classes"):
         metrics.classification_metrics(torch.zeros(2, 3), torch.tensor([0, 3]))
-    with pytest.raises(ValueError, match="logits of 2 images"):
+    with pytest.raises(ValueError, match="each of 2 > 0 images"):
         metrics.classification_metrics(torch.zeros(2, 3), torch.tensor([0]))
 
 

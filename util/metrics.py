@@ -14,12 +14,11 @@ from scale.distributed import gather_rows
 
 KS = (1, 5, 10)
 MAP_FIGURES = ("lift", "pointing", "area", "iou")
-INF = float("inf")
 
 
 def no_nan(scores: Tensor) -> Tensor:
     """NaN becomes the lowest score; every comparison with NaN is false, so it would count as a hit."""
-    return scores.nan_to_num(nan=-INF, posinf=INF, neginf=-INF)
+    return scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
 
 
 def hit_rates(place: Tensor, name: str, ks: tuple[int, ...]) -> dict[str, float]:
@@ -29,7 +28,7 @@ def hit_rates(place: Tensor, name: str, ks: tuple[int, ...]) -> dict[str, float]
 
 def not_below(scores: Tensor, own: Tensor) -> Tensor:
     """Number of items not below the best own item of their row: (Q, N), (Q, N) bool -> (Q,)."""
-    best = scores.masked_fill(~own, -INF).amax(1, keepdim=True)  # (Q, 1)
+    best = scores.masked_fill(~own, -math.inf).amax(1, keepdim=True)  # (Q, 1)
     count = ((scores >= best) & ~own).sum(1)
     return count.masked_fill(~own.any(1), torch.iinfo(count.dtype).max)
 
@@ -44,10 +43,8 @@ def recall_at_k(scores: Tensor, image_of_text: Tensor, ks: tuple[int, ...] = KS)
     Raises:  ValueError if the shapes or the indices do not fit.
     """
     images, texts = scores.shape
-    if image_of_text.shape != (texts,):
-        raise ValueError(f"scores of {texts} texts, image_of_text {tuple(image_of_text.shape)}")
-    if texts and not 0 <= (low := image_of_text.min()) <= (high := image_of_text.max()) < images:
-        raise ValueError(f"image_of_text has {low}..{high}, but there are {images} images")
+    if image_of_text.shape != (texts,) or not set(image_of_text.tolist()) <= set(range(images)):
+        raise ValueError(f"image_of_text: need one of {images} images for each of {texts} texts")
     scores = no_nan(scores)
     own = torch.arange(images, device=scores.device)[:, None] == image_of_text  # (N_img, N_txt)
     i2t, t2i = not_below(scores, own), not_below(scores.t(), own.t())  # (N_img,), (N_txt,)
@@ -82,10 +79,8 @@ def classification_metrics(logits: Tensor, target: Tensor) -> dict[str, float]:
     Raises:  ValueError if there are no images, or the shapes or the labels do not fit.
     """
     N, C = logits.shape
-    if target.shape != (N,) or not N:
-        raise ValueError(f"logits of {N} images, target {tuple(target.shape)}: need equal, above 0")
-    if not 0 <= int(target.min()) <= int(target.max()) < C:
-        raise ValueError(f"targets {int(target.min())}..{int(target.max())}, but {C} classes")
+    if target.shape != (N,) or not N or not set(target.tolist()) <= set(range(C)):
+        raise ValueError(f"target: need one of {C} classes for each of {N} > 0 images")
     return accuracy(places(logits, target), target)
 
 
@@ -143,7 +138,7 @@ class Recall:
     def __init__(self, images: int, image_of_text: Tensor, column: Tensor, ks: tuple, device):
         self.images, self.ks = images, ks
         self.owner, self.column = image_of_text.to(device), column.to(device)  # (N_txt,) each
-        self.best = torch.full((len(column.unique()), min(max(ks) + 1, images)), -INF, device=device)
+        self.best = torch.full((len(column.unique()), min(max(ks) + 1, images)), -math.inf, device=device)
         self.own, self.i2t = [self.best.new_zeros(0)], [self.owner.new_zeros(0)]
 
     def add(self, first: int, scores: Tensor) -> None:
@@ -177,14 +172,14 @@ class Relevance:
 
     def __init__(self, relevant: Tensor, device, k: int = 10):
         self.relevant, self.device, self.k = relevant, device, min(k, len(relevant))
-        self.true = self.false = torch.full((relevant.shape[1], self.k), -INF, device=device)
+        self.true = self.false = torch.full((relevant.shape[1], self.k), -math.inf, device=device)
         self.rows = [torch.zeros(0, 2, dtype=torch.float64, device=device)]
 
     def add(self, first: int, scores: Tensor) -> None:
         """scores (b, T) of images first, first + 1, ... of this rank's share."""
         scores = no_nan(scores)
         relevant = self.relevant[first : first + len(scores)].to(self.device)  # (b, T)
-        true, false = scores.masked_fill(~relevant, -INF), scores.masked_fill(relevant, -INF)
+        true, false = scores.masked_fill(~relevant, -math.inf), scores.masked_fill(relevant, -math.inf)
         top = (true.amax(1) > false.amax(1)).double()  # (b,)
         self.rows.append(torch.stack([average_precision(scores, relevant), top], 1))
         self.true, self.false = keep_best(self.true, true), keep_best(self.false, false)
@@ -204,19 +199,18 @@ class Relevance:
         return {"i2t_map": i2t_map, "i2t_p@1": share, f"t2i_p@{self.k}": share}
 
     def ceiling(self) -> dict[str, float]:
-        rights = self.relevant.sum(0).clamp(max=self.k)
-        return {f"t2i_p@{self.k}": (rights.double().mean() / self.k).item()}
+        share = self.relevant.sum(0).clamp(max=self.k).double().mean() / self.k
+        return {f"t2i_p@{self.k}": share.item()}
 
 
 def map_figures(maps: Tensor, masks: Tensor) -> Tensor:
-    """Metrics of each map whose mask is not empty.
+    """The MAP_FIGURES of each map whose mask is not empty.
 
-    Args:    maps (N, H, W) >= 0, of any scale;  masks (N, H, W), nonzero on the foreground
-    Returns: (N', 4) float64, in the order of MAP_FIGURES
-             lift         share of the map's mass on the foreground / share of the area; 1 is chance
-             pointing     is the highest place on the foreground? Ties count in part. Chance: area
-             area         the foreground's share of the image
-             iou          intersection over union with the part of the map above half of its range
+    lift      share of the map's mass on the foreground / share of the area; 1 is chance
+    pointing  is the highest place on the foreground? Ties count in part. Chance: area
+    area      the foreground's share of the image
+    iou       intersection over union with the part of the map above half of its range
+    Args: maps (N, H, W) >= 0, of any scale;  masks (N, H, W), nonzero on the foreground   Returns: (N', 4)
     """
     maps, masks = maps.flatten(1).double(), masks.flatten(1) != 0  # (N, H W)
     maps, masks = maps[masks.any(1)], masks[masks.any(1)]
