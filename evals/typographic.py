@@ -9,7 +9,7 @@ set. A blank note in the same place shows the effect of covering a part of the i
 from dataclasses import dataclass
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import data
@@ -20,7 +20,6 @@ from readers import templates as prompts
 from util.evaluation import DataFlags, ModelFlags, load_options, options_of, start, write_results
 from util.flags import parse
 from util.metrics import no_nan, places
-from util.plots import font
 from util.program import leave, program
 from util.report import format_table
 
@@ -36,7 +35,8 @@ def with_note(image: Image.Image, word: str, blank: bool = False) -> Image.Image
     image = image.convert("RGB").copy()
     draw, side = ImageDraw.Draw(image), min(image.size)
     for size in range(max(side // 4, 5), 4, -1):
-        left, top, right, bottom = draw.textbbox((0, 0), word, font(size))
+        font = ImageFont.load_default(size)
+        left, top, right, bottom = draw.textbbox((0, 0), word, font)
         if right - left <= 0.9 * side and bottom - top <= 0.25 * side:
             break
     pad = max(1, side // 64)
@@ -44,7 +44,7 @@ def with_note(image: Image.Image, word: str, blank: bool = False) -> Image.Image
     y = (image.height + side) // 2 - (bottom - top) - 2 * pad - side // 16
     draw.rectangle([x - pad, y - pad, x + right - left + pad, y + bottom - top + pad], "white")
     if not blank:
-        draw.text((x - left, y - top), word, "black", font(size))
+        draw.text((x - left, y - top), word, "black", font)
     return image
 
 

@@ -31,17 +31,6 @@ def test_every_line_is_named_below(tmp_path):
         assert (picture[-3:] == 255).all()  # nothing is cut off
 
 
-def test_numbers_that_double_get_a_logarithmic_axis(tmp_path):
-    assert plots.doubling([10, 1000, 100, 10, 10000]) == [10, 100, 1000, 10000]
-    for even in ([50, 100, 150, 200], [1, 2], [0, 1, 2, 4], [1, 2, 3], [5]):
-        assert plots.doubling(even) == []
-    series = {"a": [(10, 1), (100, 1), (1000, 1)]}
-    plots.lines(tmp_path / "a.png", {"": series})
-    rows, columns = area(pixels(tmp_path / "a.png")[:302], plots.colour(0))
-    thick = [x for x in range(60, 481) if (columns == x).sum() > 5]  # the dots
-    assert np.mean([x for x in thick if 100 < x < 440]) == pytest.approx(270, abs=1)  # the middle
-
-
 def test_bars_stand_on_zero_or_hang_from_it(tmp_path):
     plots.bars(tmp_path / "a.png", {"g": {"loss": (-1.0, 0.1), "gain": (2.0, 0.1)}})
     picture = pixels(tmp_path / "a.png")[:300]

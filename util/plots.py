@@ -16,13 +16,11 @@ INK, GRID = "#222222", "#dddddd"
 MAX_WIDTH = 1600
 
 
-def font(size: int = 13) -> ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
 def write(draw, where: tuple[float, float], text: str, size: int = 12, anchor: str = "la", fill=INK) -> None:
     # Pillow's font lacks all other characters
-    draw.text(where, text.encode("latin-1", "replace").decode("latin-1"), fill, font(size), anchor)
+    draw.text(
+        where, text.encode("latin-1", "replace").decode("latin-1"), fill, ImageFont.load_default(size), anchor
+    )
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -41,36 +39,28 @@ def colour(k: int) -> tuple[int, int, int]:
     return tuple(round(255 - share * (255 - part)) for part in rgb)
 
 
-def legend(draw, where: tuple[float, float], label: str, k: int) -> None:
-    x, y = where
+def legend(draw, x: float, y: float, label: str, k: int) -> None:
     draw.rectangle([x, y + 3, x + 10, y + 12], fill=colour(k))
     write(draw, (x + 16, y), label)
 
 
-def doubling(values: list[float]) -> list[float]:
-    """The distinct values in order if each is at least twice the one before, as 10, 100, 1000; else []."""
-    distinct = sorted(set(values))
-    geometric = distinct[0] > 0 and all(b >= 2 * a for a, b in zip(distinct, distinct[1:]))
-    return distinct if geometric and len(distinct) > 2 else []
-
-
 class Canvas:
-    """A panel with axes. x() and y() turn data coordinates into pixels. Marks make the x axis logarithmic."""
+    """A panel with axes. x() and y() turn data coordinates into pixels. Without xlim, x has no numbers."""
 
-    def __init__(self, draw, box, xlim, ylim, title, xlabel="", marks=(), xticks=True):
+    def __init__(self, draw, box, xlim, ylim, title, xlabel=""):
         self.left, self.top, self.right, self.bottom = box
-        self.log, self.xlim, self.ylim = len(marks) > 0, xlim, ylim
+        self.xlim, self.ylim = xlim, ylim
         write(draw, (self.left, self.top - 22), title, 14)
         for t in ticks(*ylim):
             draw.line([(self.left, self.y(t)), (self.right, self.y(t))], fill=GRID)
             write(draw, (self.left - 6, self.y(t)), number(t), 11, "rm")
-        for t in (marks or ticks(*xlim)) if xticks else []:
+        for t in ticks(*xlim) if xlim else []:
             write(draw, (self.x(t), self.bottom + 5), number(t), 11, "mt")
         write(draw, ((self.left + self.right) / 2, self.bottom + 20), xlabel, 12, "mt")
         draw.rectangle(box, outline=INK)
 
     def x(self, value: float) -> float:
-        a, b, value = map(math.log, (*self.xlim, value)) if self.log else (*self.xlim, value)
+        a, b = self.xlim
         return self.left + (value - a) / ((b - a) or 1) * (self.right - self.left)
 
     def y(self, value: float) -> float:
@@ -86,26 +76,23 @@ def limits(values: list[float]) -> tuple[float, float]:
 
 
 def lines(path: str | Path, panels: dict[str, dict[str, list]], xlabel: str = "step") -> None:
-    """Writes line charts, one panel per title: {title: {label: [(x, y), ...]}}.
-
-    A single point is drawn as a dot. The x axis is logarithmic if each x is at least twice the one before.
-    """
+    """Writes line charts, one panel per title: {title: {label: [(x, y), ...]}}. A single point is a dot."""
     width, height, margin = 420, 260, 60
     legend_rows = (max(map(len, panels.values())) + 1) // 2
     image = Image.new("RGB", ((width + margin) * len(panels) + 30, height + 85 + 15 * legend_rows), "white")
     draw = ImageDraw.Draw(image)
     for n, (title, series) in enumerate(panels.items()):
         xs, ys = zip(*([p for line in series.values() for p in line] or [(0, 0)]))
-        left, xlim = margin + n * (width + margin), (min(xs), max(xs) or 1)
+        left = margin + n * (width + margin)
         box = (left, 40, left + width, 40 + height)
-        panel = Canvas(draw, box, xlim, limits(ys), title, xlabel, doubling(xs))
+        panel = Canvas(draw, box, (min(xs), max(xs) or 1), limits(ys), title, xlabel)
         for k, (label, line) in enumerate(series.items()):
             line = [(panel.x(x), panel.y(y)) for x, y in line if math.isfinite(y)]
             if len(line) > 1:
                 draw.line(line, fill=colour(k), width=2, joint="curve")
             for x, y in line if len(line) < 30 else line[-1:]:
                 draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour(k))
-            legend(draw, (left + 4 + (k % 2) * width // 2, 76 + height + 15 * (k // 2)), label, k)
+            legend(draw, left + 4 + (k % 2) * width // 2, 76 + height + 15 * (k // 2), label, k)
     write_image(path, image)
 
 
@@ -122,7 +109,7 @@ def bars(path: str | Path, groups: dict[str, dict[str, tuple[float, float]]], ti
     # room for the number above the highest whisker, and none below zero without a bar there
     high += 0.06 * (high - low)
     ylim, start = (0 if low > -0.06 * high else low, high), 60 + gap
-    panel = Canvas(draw, (60, 40, 60 + width, 40 + height), (0, 1), ylim, title, xticks=False)
+    panel = Canvas(draw, (60, 40, 60 + width, 40 + height), None, ylim, title)
     for (name, group), slot in zip(groups.items(), slots):
         left = start + (slot - gap - len(group) * each) / 2
         for label, (mean, spread) in group.items():
@@ -135,17 +122,15 @@ def bars(path: str | Path, groups: dict[str, dict[str, tuple[float, float]]], ti
         write(draw, (start + (slot - gap) / 2, 46 + height), name, 12, "mt")
         start += slot
     for k, label in enumerate(labels):
-        legend(draw, (64, 70 + height + 18 * k), label, k)
+        legend(draw, 64, 70 + height + 18 * k, label, k)
     write_image(path, image)
 
 
 def heat(values: np.ndarray) -> np.ndarray:
     """Numbers in [0, 1] (...) to colours (..., 3) uint8: dark blue, teal, yellow, ever lighter."""
     stops = np.array([[13, 8, 60], [33, 82, 140], [32, 145, 140], [94, 201, 98], [253, 231, 37]], float)
-    x = np.clip(np.nan_to_num(values), 0, 1) * (len(stops) - 1)
-    low = np.minimum(x.astype(int), len(stops) - 2)
-    part = (x - low)[..., None]
-    return (stops[low] * (1 - part) + stops[low + 1] * part).round().astype(np.uint8)
+    channels = [np.interp(np.nan_to_num(values), np.linspace(0, 1, len(stops)), part) for part in stops.T]
+    return np.stack(channels, -1).round().astype(np.uint8)
 
 
 def sheet(pictures: list, texts: list[str], columns: int, tile: int = 128, title: str = "") -> Image.Image:
@@ -173,9 +158,8 @@ def sheet(pictures: list, texts: list[str], columns: int, tile: int = 128, title
 
 def fit(image: Image.Image, tile: int) -> Image.Image:
     """The image with its longer side scaled to `tile` pixels."""
-    scale = tile / max(image.size)
-    size = tuple(max(1, round(scale * side)) for side in image.size)
-    return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
+    size = tuple(max(1, round(tile / max(image.size) * side)) for side in image.size)
+    return image.resize(size, Image.Resampling.NEAREST if size > image.size else Image.Resampling.BICUBIC)
 
 
 def matrix(path: str | Path, values: np.ndarray, rows: list, columns: list, title: str = "") -> None:
@@ -187,17 +171,15 @@ def matrix(path: str | Path, values: np.ndarray, rows: list, columns: list, titl
     image = Image.new("RGB", (width, top + cell * len(rows) + 20), "white")
     draw = ImageDraw.Draw(image)
     write(draw, (10, 8), title, 14)
-    low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    colours = heat((values - low) / ((high - low) or 1))
+    colours = heat((values - values.min()) / (np.ptp(values) or 1))
     for i, row in enumerate(rows):
         write(draw, (left - 6, top + (i + 0.5) * cell), row, 12, "rm")
         for j in range(len(columns)):
             x, y, value = left + j * cell, top + i * cell, values[i, j]
             draw.rectangle([x, y, x + cell - 1, y + cell - 1], fill=tuple(colours[i, j].tolist()))
             if cell >= 30:
-                text = f"{value:.2g}" if abs(value) < 10 else f"{value:.0f}"
                 ink = "black" if colours[i, j].mean() > 110 else "white"
-                write(draw, (x + cell / 2, y + cell / 2), text, 10, "mm", ink)
+                write(draw, (x + cell / 2, y + cell / 2), number(value), 10, "mm", ink)
     # the names of the columns are drawn on strips and turned by 90 degrees
     for j, column in enumerate(columns):
         strip = Image.new("RGB", (top - 34, 16), "white")
