@@ -12,7 +12,6 @@ not in the shapes, and a wrong one loads silently and costs several points. No w
 """
 
 import inspect
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +26,8 @@ from tokenizer import Tokenizer, is_saved, open_vocabulary
 from util.files import replacing, write_json
 from util.flags import parse
 from util.program import leave, program
+from util.run import read_config as run_config
+from util.text import one_line, printable
 from weights import archive, layouts
 from weights.download import NAMES, canonical_name, fetch
 
@@ -81,8 +82,8 @@ def load(
             model = build(description)
         fill(model, state)
     except (ValueError, LookupError, ArithmeticError, RuntimeError) as error:
-        text = (str(error).splitlines() or [type(error).__name__])[0]
-        text = text if str(path) in text else f"{path}: {text}"
+        text = printable(one_line(error))
+        text = text if str(path) in str(error) else f"{path}: {text}"
         previous = path.with_name("checkpoint.previous.pt")
         if ("damaged" in text or "truncated" in text) and path.name == "checkpoint.pt" and previous.exists():
             text += f"; the previous one is {previous}"
@@ -102,8 +103,6 @@ def locate(source: str | Path) -> Path:
         return path
     if name in NAMES:
         return fetch(name)
-    if name.startswith("RN"):
-        raise ValueError(f"{source}: ResNet checkpoints are not supported")
     raise ValueError(f"{source}: no such file, and not one of {', '.join(NAMES)}")
 
 
@@ -122,30 +121,38 @@ def tokenizer_for(source: str | Path, vocab: str | None = None) -> Tokenizer:
 
 def weights(checkpoint: archive.Checkpoint) -> tuple[dict[str, archive.Array], dict | None]:
     """The model's tensors by name, without their wrappers; and the "model" entry of our files, or None."""
-    content, description = checkpoint.content, None
+    content, description = entries(checkpoint), None
     if checkpoint.kind == "TorchScript archive":
-        content = archive.flatten(content)
+        content = archive.flatten(checkpoint.content)
     for _ in WRAPPERS:
-        content = content if isinstance(content, dict) else {}
-        inner = [content[key] for key in WRAPPERS if isinstance(content.get(key), dict)]
-        if not inner:
-            break
         entry = content.get("model")
         if "state_dict" in content and isinstance(entry, dict) and "class" in entry:
             description = entry
-        content = inner[0]
+        content = next((content[k] for k in WRAPPERS if isinstance(content.get(k), dict)), content)
     arrays = {
         name: value
         for name, value in content.items()
         if type(name) is str and isinstance(value, archive.Array) and name.split(".")[-1] not in NOT_WEIGHTS
     }
     if not arrays:
-        held = checkpoint.content
-        text = ", ".join(map(short, [*held][:9])) if isinstance(held, dict) else short(held)
-        raise ValueError(f"no state dict in it, only {text:.100}: save model.state_dict()")
-    if odd := [name for name in arrays if not name.isprintable()]:
-        raise ValueError(f"a tensor is called {odd[0]!a:.60}")
+        raise ValueError("no state dict in it: save model.state_dict()")
     return arrays, description
+
+
+def entries(checkpoint: archive.Checkpoint) -> dict:
+    """The content of a checkpoint; empty if it is not a dict."""
+    return checkpoint.content if isinstance(checkpoint.content, dict) else {}
+
+
+def more_than_clip(task: object, config: dict) -> str:
+    """Why the CLIP in a checkpoint is not the model of its run; empty if it is.
+
+    Args: task: the entry of the checkpoint;  config: config.json of the run
+    """
+    if isinstance(task, dict) and task.get("learned"):
+        return f"{config.get('method', 'its method')} learned more than the weights of a CLIP"
+    pooling = config.get("image_pooling", "cls")
+    return "" if pooling == "cls" else f"it was trained with --image-pooling {pooling}"
 
 
 def infer(state: dict[str, Tensor], known: dict) -> dict:
@@ -223,9 +230,8 @@ def read_config(state: dict[str, Tensor], known: dict) -> Config:
 
 def agree(description: dict, explicit: dict) -> dict:
     """The description with an explicit temperature.   Raises: ValueError if other arguments contradict it."""
-    if not isinstance(description.get("config"), dict):
-        raise ValueError("model description: no config in it")
-    stated = description["config"] | description
+    config = description.get("config")
+    stated = description | (config if isinstance(config, dict) else {})
     for key, value in explicit.items():
         name = ARGUMENT.get(key, key)
         if key not in stated:
@@ -240,14 +246,12 @@ def describe(model: DualEncoder) -> dict:
     names = [name for name, cls in reversed(CLASSES.items()) if isinstance(model, cls)]
     if not names:
         raise ValueError(f"{type(model).__name__} is none of {', '.join(CLASSES)}")
-    name = names[0]
-    found = {"class": name, "config": asdict(model.config)}
+    name, found = names[0], {"class": names[0], "config": asdict(model.config)}
     if name != "CLIP":
-        found["mixture_tokens"] = model.visual.tokens
-        found |= {"heads": model.heads, "temperature": float(model.temperature)}
+        found |= {"mixture_tokens": model.visual.tokens, "heads": model.heads}
+        found["temperature"] = model.temperature
     if name == "Llip":
-        norm = isinstance(model.K_norm, nn.LayerNorm)
-        return found | {"norm": norm, "all_tokens": bool(model.all_tokens)}
+        return found | {"norm": isinstance(model.K_norm, nn.LayerNorm), "all_tokens": model.all_tokens}
     if name == "PooledTokens":
         found["pooling"] = model.pooling
     return found | {"bias": None if model.logit_bias is None else -10.0}
@@ -276,8 +280,7 @@ def check(place: str, values: dict, parameters: dict, needed: list[str]) -> None
     """Raises: ValueError for a value that is unknown, missing, or of the wrong type or size."""
     for key, value in values.items():
         if key not in parameters or not plausible(key, value, parameters[key].annotation):
-            name = ascii(key)[1:-1] if type(key) is str else short(key)  # TRAP: a key may hold newlines
-            raise ValueError(f"model description: {place}{name:.40} is {short(value)}")
+            raise ValueError(f"model description: {place}{key!s:.40} is {short(value)}")
     if missing := [key for key in needed if key not in values]:
         raise ValueError(f"model description: {place}{missing[0]} is missing")
 
@@ -362,36 +365,26 @@ class Flags:
     pooling: str | None = None  # register, average or learned
     to: str = ""  # convert to this layout: openai or huggingface
     out: str = ""  # file (openai) or folder (huggingface) to write
-    json: bool = False  # print JSON instead of a table
 
 
 @program
 def main(argv: list[str]) -> None:
     flags = asdict(parse(Flags, argv, "The content of a checkpoint, and its conversion.", ("checkpoint",)))
-    source, to, out, as_json = (flags.pop(key) for key in ("checkpoint", "to", "out", "json"))
+    source, to, out = (flags.pop(key) for key in ("checkpoint", "to", "out"))
     if bool(to) != bool(out):
         raise ValueError("--to and --out go together")
     model = load(source, **flags)
     checkpoint = archive.read(locate(source))
     arrays, description = weights(checkpoint)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    image = sum(size for name, size in sizes.items() if name.startswith("visual."))
-    found = {
-        "file": str(checkpoint.path),
-        "format": checkpoint.kind,
-        "layout": "ours" if description else layouts.detect(arrays),
-        "precision": sorted({str(a.storage.dtype).split(".")[1] for a in arrays.values()}),
-        **describe(model),
-        "parameters": {"image tower": image, "total": sum(sizes.values())},
-    }
+    found = {"file": checkpoint.path, "format": checkpoint.kind}
+    found |= {"layout": "ours" if description else layouts.detect(arrays)} | describe(model)
+    found |= found.pop("config") | {"parameters": f"{sum(p.numel() for p in model.parameters()):,}"}
     if to:
-        found["written"] = str(save(model, out, to))
-    if as_json:
-        return print(json.dumps(found, indent=2))
-    for key, value in found.items():
-        for name, entry in value.items() if isinstance(value, dict) else [(key, value)]:
-            text = f"{entry:>13,}" if key == "parameters" else entry
-            print(f"{name:15} {', '.join(text) if isinstance(text, list) else text}")
+        if reason := more_than_clip(entries(checkpoint).get("task"), run_config(source)):
+            raise ValueError(f"{source}: {reason}, so {to}'s layout cannot hold it: use evaluate.open_model")
+        found["written"] = save(model, out, to)
+    for name, value in found.items():
+        print(f"{name:15} {value}")
 
 
 if __name__ == "__main__":

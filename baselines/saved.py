@@ -26,10 +26,7 @@ class Saved:
 
     def own_model(self) -> str:
         """Why the CLIP in the checkpoint is not the run's own model; empty if it is."""
-        pooling = self.config.get("image_pooling", "cls")
-        if self.task.get("learned"):
-            return f"{self.config.get('method', 'its method')} learned more than the weights of a CLIP"
-        return "" if pooling == "cls" else f"it was trained with --image-pooling {pooling}"
+        return pretrained.more_than_clip(self.task, self.config)
 
     def check(self, towers: bool) -> None:
         """Raises: ValueError if the run cannot be rebuilt, or the caller uses the two towers alone."""
@@ -64,7 +61,7 @@ def read(source: str) -> Saved:
     if not Path(source).expanduser().exists():
         return Saved(source, {}, {})
     checkpoint, config = archive.read(pretrained.locate(source)), read_config(source)
-    task = checkpoint.content.get("task") if isinstance(checkpoint.content, dict) else None
+    task = pretrained.entries(checkpoint).get("task")
     task = task if isinstance(task, dict) else {}
     learned = task.get("learned")
     learned = checkpoint.tensors(learned) if isinstance(learned, dict) else {}

@@ -209,7 +209,7 @@ tokenizer.py text --voc DATA/pairs.csv
 data.py DATA/pairs.csv --spl train --out DATA/s.png
 readers.scenes --coun 3 --out DATA/s.png
 evals.surgery DATA/bed/art/cat/0.png cat --mod START --out DATA/m.png
-pretrained.py START --jso
+pretrained.py START --temperat 3
 evaluate.py zeroshot --model START --dat scenes
 lab.bench juggle
 lab.bench loss --repeats 1
