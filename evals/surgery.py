@@ -215,15 +215,20 @@ def llip_caption_map(model: DualEncoder, images: Tensor, tokens: Tensor) -> Tens
     Returns: (B, rows, columns, C), each map sums to 1; stretch() makes a heat map of it.
     """
     maps = llip_token_maps(model, images)  # (B, rows, columns, M)
-    M, patches = model.visual.tokens, maps.shape[1] * maps.shape[2]
+    patches = maps.shape[1] * maps.shape[2]
     if model.all_tokens and patches != model.config.patches:
         size, own = model.config.image_size, model.config.patches
         raise ValueError(f"{patches} patches, but all_tokens needs {own}: use images of {size} pixels")
     keys, _ = model.encode_image(images)
     queries, _ = model.encode_text(tokens)
-    phi = model.mixing_weights(keys, queries).mean(2).transpose(1, 2)  # (B, M, C), or (B, M + P, C)
+    return mixed_maps(maps, model.mixing_weights(keys, queries).mean(2))
+
+
+def mixed_maps(maps: Tensor, phi: Tensor) -> Tensor:
+    """Token maps (B, rows, columns, M) mixed by weights (B, C, M or M + P): (B, rows, columns, C)."""
+    M, phi = maps.shape[-1], phi.transpose(1, 2)  # (B, M, C), or (B, M + P, C)
     seen = torch.einsum("bijm,bmc->bijc", maps, phi[:, :M])  # (B, rows, columns, C)
-    return seen + phi[:, M:].view_as(seen) if model.all_tokens else seen
+    return seen + phi[:, M:].view_as(seen) if phi.shape[1] > M else seen
 
 
 def heat_maps(model, image: Tensor, tokens: Tensor, method: str, blank: Tensor | None = None) -> Tensor:
