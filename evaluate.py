@@ -10,6 +10,7 @@ Other evaluations are programs in evals/, each with --help:
     python -m evals.open_world     domains and classes that fine-tuning has not seen
     python -m evals.maps           attention and similarity maps, scored on the masks of scenes
     python -m evals.surgery        similarity maps of one image and some texts, as a picture
+    python -m evals.mixtures       what the mixture tokens of a Llip do: weights, maps, names, removal
     python -m evals.linear_probe   logistic regression on image features
     python -m evals.spectrum       singular values of the covariance of image features
     python -m evals.typographic    images with a wrong class name written over them

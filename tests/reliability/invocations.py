@@ -136,6 +136,10 @@ evals.linear_probe --model START --data DATA/bed --seeds 0
 evals.open_world --model START --data DATA/bed --limit 3
 evals.open_world --model START --data DATA/bed --target-domain moon --open-task domain-shift
 evals.maps --model START --data scenes --show -1
+evals.mixtures --model START
+evals.mixtures --model START --image DATA/bed/art/cat/0.png
+evals.mixtures --model START --show 0
+evals.mixtures --data scenes
 evals.spectrum --model START --data nowhere
 evals.spectrum --model START
 evals.typographic --model START --data nowhere
