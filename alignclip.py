@@ -10,15 +10,13 @@ Han et al. 2025, "AlignCLIP: navigating the misalignments for robust vision-lang
     A    = mean_{l=1..5} of the class token's attention     what it does attend to
     L    = L_SLS + w (KL(G || A) + L_sim)                   eq. 6 is KL(G || A), "AAL"
 
-L_SLS is the margin softmax under semantic label smoothing (section 3.3, losses.smoothing_targets). L_sim
-aligns S with S_s in the last layer. The branch has no weights of its own and exists only in training: the
-finished model is a plain CLIP, and an image's embedding does not depend on any text.
+L_SLS: margin softmax with semantic label smoothing (section 3.3); L_sim aligns S with S_s. The branch adds no
+weights and exists only in training: the trained model is a plain CLIP whose image features use no text.
 
-Sources: the abstract, the authors' replies to their reviewers (the numbers of equations, sections and figures
-are from there) and their training loop, zhyhan/AlignCLIP@bb8c449. The vision tower that the loop calls was
-never published, so the branch is inferred.
+Sources: the abstract, the authors' replies to their reviewers (with the numbers of equations and figures) and
+their training loop, zhyhan/AlignCLIP@bb8c449. Its vision tower was never published: the branch is inferred.
     REF: the branch is taken to be CLIP Surgery's (last six blocks, input from the plain path, residual kept,
-    no MLP). The loop's tensors point to it: the shape of the attention changes at block index 6.
+    no MLP), because the shape of the loop's attention changes at block index 6.
     REF: the released weight is w = 10; the submission's code had 1.
     REF: as released, gradients flow into G and S_s too. The loss can then become small by flattening the
     guidance instead of moving the attention. detach=True makes the branch a fixed teacher.
@@ -27,8 +25,7 @@ never published, so the branch is inferred.
     REF: the released code ignores --layer and fixes five layers and 196 patches; here both vary.
     REF: CLIP Surgery converts its blocks at the first forward, after the optimiser and the moving average
     took their copies. Here nothing is converted: the attention structure is an argument of the call.
-    PAPER: G is nearly uniform at temperature 1, because cosines of patches differ by about 0.03 (see the
-    demo below). At 0.01 to 0.1 it is pointed.
+    PAPER: G is nearly uniform at temperature 1, because cosines of patches differ by about 0.03.
     PAPER: the rebuttal's "1549 times fewer GFLOPs" compares projections with mixing, see attention.flops.
     PAPER: the shaded band of Fig. 3c (aligned layers) is random.uniform(0.5, 1) in the authors' notebook.
 """
@@ -45,7 +42,7 @@ from torch.utils.checkpoint import checkpoint
 import clipood
 from attention import attend
 from clipood import Classes, FineTune, full_precision, unit
-from losses import attention_alignment, similarity_alignment
+from losses import attention_alignment, similarity_alignment, smoothing_targets
 from model import CLIP, Block, VisionTransformer
 
 BRANCHES = ("dv", "vvv", "qqv", "kkv")
@@ -54,8 +51,7 @@ BRANCHES = ("dv", "vvv", "qqv", "kkv")
 def default_blocks(depth: int) -> tuple[int, int]:
     """Index of the second branch's first block, and the number of aligned blocks, for a tower of any depth.
 
-    The branch has the last six blocks, as CLIP Surgery, but at most two thirds of the stack. The first five
-    blocks are aligned, as released, or fewer where the branch starts earlier.
+    The branch has the last six blocks, at most two thirds of all. Up to five blocks before it are aligned.
     """
     first_dual_block = depth - min(6, depth - depth // 3)
     return first_dual_block, max(1, min(5, first_dual_block))
@@ -135,15 +131,14 @@ class AlignCLIP(FineTune):
     """L = L_SLS + weight * (KL(G || A) + L_sim), see above; predictions and parameters are those of CLIP.
 
     Args:   clip, text, margin, epsilon, scale, smoothing: as in clipood.FineTune
-            branch: structure of the second branch, dv, vvv, qqv or kkv;  first_dual_block, layers: index of
-            its first block, and number of aligned blocks; None: default_blocks
-            attention: AAL on or off;  similarity: L_sim over the "label"'s map, "all" maps or "none". With
-            both off the branch is not computed
+            branch: dv, vvv, qqv or kkv;  first_dual_block, layers: index of the branch's first block, and
+            number of aligned blocks; None: default_blocks
+            attention: AAL on or off;  similarity: L_sim over the "label"'s map, "all" maps or "none"
             guidance_temperature: of G;  detach: the branch gets no gradient
     Raises: ValueError for an unknown branch or similarity, or blocks that the tower does not have.
     Cost:   B/16, both passes: 10.7 % more FLOPs than CLIPood with dv, 12.9 % with vvv (paper, seconds per
-            step: 10.5 % and 31.6 %). 5.6 % of these are the last MLP on the patches, which the published
-            CLIPood computes too; over that the ratios are 1.049 and 1.069. Ranks exchange nothing more.
+            step: 10.5 % and 31.6 %). 5.6 % are the last MLP on the patches, which the published CLIPood
+            computes too. Ranks exchange nothing more.
     """
 
     def __init__(
@@ -264,15 +259,20 @@ def build(settings: Settings, clip: CLIP, classes: Classes) -> AlignCLIP:
 
 
 if __name__ == "__main__":
-    # how pointed is the guidance for cosines of 196 patches that differ by 0.03?
+    # a class token, three patches, and texts of "dog", "wolf" and "fish"; docs/papers.md explains the numbers
+    text, label = unit(torch.tensor([[1.0, 0.0], [1.0, 0.5], [0.0, 1.0]])), torch.tensor([0])
+    v = torch.tensor([[[[1.0, 1.0], [2.0, 0.0], [0.0, 2.0], [1.0, 1.0]]]])  # (1, 1, 1 + P, K)
+    attention = cls_attention(torch.tensor([[[[0.4, 0.1, 0.3, 0.2]]], [[[0.2, 0.2, 0.2, 0.4]]]]))
+    rows = {"t, SLS": smoothing_targets(text)[label], "A_c": attention}
+    for branch in ("dv", "vvv"):
+        maps = unit(attend(None, None, v, branch)[:, 0, 1:]) @ text.t()  # (1, P, C)
+        rows |= {f"S, {branch}": maps[..., 0], f"G, {branch}": guidance(maps, label)}
+    for name, row in rows.items():
+        aligned = f"   KL(G || A_c) = {attention_alignment(attention, row):.3f}" if name[0] == "G" else ""
+        print(f"{name:8}" + "".join(f"{x:8.3f}" for x in row[0]) + aligned)
     torch.manual_seed(0)
     cosines, label = 0.2 + 0.03 * torch.randn(2000, 196, 1), torch.zeros(2000, dtype=torch.long)
-    even = torch.full((2000, 196), 1 / 196)
-    print("temperature   largest weight / mean   KL(G || uniform), nats of ln 196 = 5.28")
     for t in (1.0, 0.1, 0.01):
         g = guidance(cosines, label, t)
-        peak = 196 * g.max(-1).values.mean()
-        print(f"{t:8} {peak:18.2f} {attention_alignment(even, g):20.4f}")
-    #      1.0               1.09               0.0004
-    #      0.1               2.20               0.0448
-    #     0.01              76.73               2.8857
+        kl = attention_alignment(torch.full_like(g, 1 / 196), g)
+        print(f"T = {t:<4}  largest G / mean {196 * g.amax(-1).mean():6.2f}   KL(G || uniform) {kl:.4f}")

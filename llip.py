@@ -10,10 +10,8 @@ Lavoie et al. 2024, "Modeling Caption Diversity in Contrastive Vision-Language P
     z_ij = concat_m(sum_k Phi_ijk^m V_ik^m) W_O            eq. 2
     logits_ij = exp(a) cos(z_ij, t_j) + b                  under losses.siglip, eq. 3
 
-Llip.mixing_weights, mix and pair_logits execute these equations in training and evaluation. For large batches
-scale/llip_tiles.py computes the same logits without storing z.
-
-Where the paper leaves a choice open, this file follows the layout of the released checkpoints.
+Training and evaluation call Llip.mixing_weights, mix and pair_logits. For large batches scale/llip_tiles.py
+computes the same logits without storing z. The layout is that of the released checkpoints.
     REF: eq. 3 is printed without its minus sign and with -b; losses.siglip has the intended form.
     REF: the paper says that a larger tau is sharper; under its own eq. 1, and in the code, it is softer.
     REF: the released code starts a at ln(1/0.07), the paper at ln 10 as SigLIP does: ln 10 here.
@@ -26,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from losses import siglip
 from model import CLIP, Config, DualEncoder, VisionTransformer, group_mean, initialize, tower_flops
 
 PLAIN_BYTES = 256 << 20  # the plain form holds at most so many bytes of pairs where no gradient is needed
@@ -55,12 +54,11 @@ class Llip(DualEncoder):
 
     mixture_tokens  M, the number of learned tokens in front of the patches
     heads           H, the heads of the pooling; must divide the embedding E
-    temperature     tau of eq. 1, fixed. The released models use 5 (B, H, G) and 1 (L); on B/32 anything from
-                    1 to 8 works equally well. sqrt(head width) would be ordinary attention scaling.
+    temperature     tau of eq. 1, fixed. The released models use 5 (B, H, G) and 1 (L); on B/32 all from 1 to
+                    8 work equally well. sqrt(head width) is ordinary attention scaling.
     norm            LayerNorm on keys, values and queries, as in the released H/14 and G/14
     all_tokens      the patches are keys and values too (Fig. 7)
-    scale, bias     starts of exp(logit_scale) and logit_bias. PAPER: 10 and -10, as SigLIP. For a small
-                    batch of N pairs -ln(N - 1) is a better start.
+    scale, bias     starts of exp(logit_scale) and logit_bias. PAPER: 10 and -10, as SigLIP
     Cost: a pair takes 4 M E + 2 E^2 FLOPs, mostly W_O. A caption sends 2 E numbers to each other rank. W_K
     and W_V have 2 M D E parameters: B/32 grows from 151 to 202 million at M = 64.
     PAPER: "without changing the model size" would need one W_K and W_V for all tokens (152 million).
@@ -122,10 +120,7 @@ class Llip(DualEncoder):
         return y.flatten(2) @ self.pred.out_proj  # (B_img, B_txt, E)
 
     def pair_logits(self, image_side: tuple, text_side: tuple) -> Tensor:
-        """exp(logit_scale) * cos(z_ij, t_j) + logit_bias of every pair, eq. 3: (B_img, B_txt).
-
-        Without a gradient the captions are taken in chunks, so that z stays below PLAIN_BYTES.
-        """
+        """Logits of all pairs, eq. 3: (B_img, B_txt). Without a gradient, z stays below PLAIN_BYTES."""
         (keys, values), (queries, text) = image_side, text_side
         texts = len(text)
         if not torch.is_grad_enabled():
@@ -159,8 +154,8 @@ class PooledTokens(CLIP):
         register   token 0 only; the other tokens only take part in the attention of the tower
         average    the mean over the tokens
         learned    cross-attention over the tokens with one learned query for all images
-    Cost: an image takes model.tower_flops of M tokens. average projects all of them, 2 M D E FLOPs, register
-    one, 2 D E; learned takes 2 M D E + 4 M E + 2 E^2 more. A pair takes 2 E, as CLIP's.
+    Cost: FLOPs of an image, after the tower of M tokens: register 2 D E, average 2 M D E, learned
+    4 M D E + 4 M E + 2 E^2. A pair takes 2 E, as CLIP's.
     """
 
     def __init__(
@@ -220,8 +215,7 @@ def warm_start_llip(
     """A Llip that starts from the towers of a CLIP, with every mixture token near the class token.
 
     No equation: the paper trains from scratch. Every mixture token starts as the class token with its
-    position, every v_proj[k] as visual.proj, W_O as the identity, W_K and W_Q at random. z starts as a mean
-    of M near copies of CLIP's image feature for any caption. With one token and without norm it is CLIP's.
+    position, v_proj[k] as visual.proj, W_O as I, W_K and W_Q at random: z is near CLIP's image feature.
     TRAP: equal tokens would stay equal: noise, in standard deviations of the class token, separates them.
     Args: scale, bias: starts of exp(logit_scale), None for CLIP's value, and of logit_bias
     """
@@ -254,8 +248,7 @@ def warm_start_llip(
 def flops(config: Config, tokens: int, prompts: int = 0, all_tokens: bool = False) -> dict[str, int]:
     """FLOPs of Llip for one image, one text, and one image against the given number of prompts.
 
-    Two per multiply-add, as model.tower_flops. "pairs" is 4 M E + 2 E^2 per prompt: scores, mix and W_O of
-    the plain form; llip_tiles.flops counts the tiled one.
+    Two per multiply-add. "pairs": scores, mix and W_O of the plain form; llip_tiles.flops has the tiled one.
     """
     c, used = config, tokens + config.patches * all_tokens
     tower = tower_flops(c, tokens, used)
@@ -347,10 +340,17 @@ def build(settings: Settings, start: Config | nn.Module, batch_size: int) -> Dua
 
 
 if __name__ == "__main__":
-    # what a caption changes: the weights of four tokens, in the first of two heads
-    torch.manual_seed(0)
-    model = Llip(Config(8, 16, 8, 32, 1, 2, 64, 8, 50, 16, 1, 2, 32), 4, 2, temperature=1.0)
-    keys, values = model.encode_image(torch.randn(1, 3, 16, 16))
-    queries, _ = model.encode_text(torch.tensor([[48, 5, 49, 0], [48, 6, 49, 0]]))
-    print("weights of four mixture tokens for one image, first head; one row for each of two captions:")
-    print(model.mixing_weights(keys, queries)[0, :, 0].detach())  # two different rows
+    # two images, two captions, three tokens, one head of width 2; docs/papers.md explains the numbers
+    model = Llip(Config(2, 8, 8, 2, 1, 1, 2, 8, 50, 2, 1, 1, 2), 3, heads=1, temperature=1.0)
+    model.pred.out_proj.data = torch.eye(2)
+    text, queries = torch.eye(2), torch.eye(2)[:, None]  # of "a dog" and "on snow"
+    keys = torch.tensor([[[2.0, 0], [0, 2], [0, 0]], [[1, 0], [0, 1], [0, 0]]])[:, None]  # (2, 1, 3, 2)
+    values = torch.tensor([[[2.0, 0], [0, -1], [0, 0]], [[-1, 1], [0, 2], [0.5, 0]]])[:, None]
+    phi, z = model.mixing_weights(keys, queries), model.mix(keys, values, queries)
+    cosines = torch.einsum("ije,je->ij", F.normalize(z, dim=-1), text)
+    logits = model.pair_logits((keys, values), (queries, text))
+    print("image caption   Phi, eq. 1: three tokens        z, eq. 2     cos(z, t)   logit")
+    for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        row = [*phi[i, j, 0], *z[i, j], cosines[i, j], logits[i, j]]
+        print(f"{i + 1:5} {j + 1:7}    " + "".join(f"{x:9.3f}" for x in row))
+    print(f"loss, eq. 3: {siglip(logits):.3f}")
