@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from llip import Llip, PooledTokens
 from model import CLIP, Config, DualEncoder
 from tokenizer import Tokenizer, is_saved, open_vocabulary
+from util.evaluation import LoadFlags, load_options
 from util.files import replacing, write_json
 from util.flags import parse
 from util.program import leave, program
@@ -61,10 +62,9 @@ def load(
              files are QuickGELU), but may not contradict a configuration; the temperature may.
     Returns: CLIP, Llip or PooledTokens in fp32, in eval mode, on the CPU.   Raises: ValueError, OSError.
     """
-    explicit = {"vision_heads": vision_heads, "text_heads": text_heads, "heads": mixture_heads}
-    explicit |= {"temperature": temperature, "pooling": pooling}
-    if quick_gelu is not None:
-        explicit["activation"] = "quick_gelu" if quick_gelu else "gelu"
+    activation = {None: None, True: "quick_gelu", False: "gelu"}[quick_gelu]
+    explicit = {"activation": activation, "vision_heads": vision_heads, "text_heads": text_heads}
+    explicit |= {"heads": mixture_heads, "temperature": temperature, "pooling": pooling}
     explicit = {key: value for key, value in explicit.items() if value is not None}
     path = locate(source)
     try:
@@ -212,10 +212,10 @@ def read_config(state: dict[str, Tensor], known: dict) -> Config:
     if side == 0 or side**2 != positions[0] - tokens:
         raise ValueError(f"{positions[0]} image positions: not {tokens} tokens and a square of patches")
     if "activation" not in known:
-        raise ValueError(
-            "the activation is not in the weights, and a wrong one costs accuracy: give quick_gelu=True or "
-            "--quick-gelu (OpenAI, MetaCLIP, DFN), or False or --no-quick-gelu (most of LAION and DataComp)"
+        text = (
+            "quick_gelu=True, --quick-gelu (OpenAI, MetaCLIP, DFN), or False, --no-quick-gelu (most others)"
         )
+        raise ValueError(f"the activation is not in the weights, and a wrong one costs accuracy: {text}")
     return Config(
         embed_dim=shape("text_projection", 2)[1],
         image_size=side * conv1[-1],
@@ -234,10 +234,8 @@ def agree(description: dict, explicit: dict) -> dict:
     stated = description | (config if isinstance(config, dict) else {})
     for key, value in explicit.items():
         name = ARGUMENT.get(key, key)
-        if key not in stated:
-            raise ValueError(f"{name} has no use in this {short(stated.get('class'))}")
-        if key != "temperature" and stated[key] != value:
-            raise ValueError(f"{name}: the checkpoint says {short(stated[key])}, {value} was given")
+        if key not in stated or (key != "temperature" and stated[key] != value):
+            raise ValueError(f"{name}: the checkpoint says {short(stated.get(key))}, {value} was given")
     return description | {key: explicit[key] for key in explicit if key == "temperature"}
 
 
@@ -354,26 +352,20 @@ def save(model: DualEncoder, path: str | Path, layout: str = "openai") -> Path:
     return path
 
 
-@dataclass(frozen=True)
-class Flags:
+@dataclass(frozen=True, kw_only=True)
+class Flags(LoadFlags):
     checkpoint: str  # file, folder, or a name as ViT-B/32
-    quick_gelu: bool | None = None  # the activation
-    vision_heads: int | None = None  # heads of the image tower
-    text_heads: int | None = None  # heads of the text tower
-    mixture_heads: int | None = None  # heads of Llip's pooling
-    temperature: float | None = None  # of Llip's pooling
-    pooling: str | None = None  # register, average or learned
     to: str = ""  # convert to this layout: openai or huggingface
     out: str = ""  # file (openai) or folder (huggingface) to write
 
 
 @program
 def main(argv: list[str]) -> None:
-    flags = asdict(parse(Flags, argv, "The content of a checkpoint, and its conversion.", ("checkpoint",)))
-    source, to, out = (flags.pop(key) for key in ("checkpoint", "to", "out"))
+    flags = parse(Flags, argv, "The content of a checkpoint, and its conversion.", ("checkpoint",))
+    source, to, out = flags.checkpoint, flags.to, flags.out
     if bool(to) != bool(out):
         raise ValueError("--to and --out go together")
-    model = load(source, **flags)
+    model = load(source, **load_options(flags))
     checkpoint = archive.read(locate(source))
     arrays, description = weights(checkpoint)
     found = {"file": checkpoint.path, "format": checkpoint.kind}

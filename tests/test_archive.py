@@ -495,7 +495,7 @@ def legacy(path, program, keys=b"]."):
 def test_a_module_that_contains_itself():
     loop = archive.Stub("x")
     loop.state = {"a": loop, "b": loop}
-    with pytest.raises(ValueError, match="a name of 301 characters"):
+    with pytest.raises(ValueError, match="a name too long"):
         archive.flatten(loop)
 
 

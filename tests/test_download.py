@@ -115,7 +115,7 @@ def test_a_part_of_something_else(server, tmp_path):
     (tmp_path / "x.pt.part").write_bytes(b"x" * 1000)
     with pytest.raises(OSError, match="sha256"):
         get(server, tmp_path / "x.pt")
-    assert not list(tmp_path.iterdir()), "a part that cannot become right is deleted"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt.lock"], "a part that cannot become right is deleted"
     get(server, tmp_path / "x.pt")
 
 
@@ -129,7 +129,7 @@ def test_a_part_longer_than_the_file(server, tmp_path):
 def test_a_wrong_hash_is_never_seen(server, tmp_path):
     with pytest.raises(OSError, match="sha256"):
         get(server, tmp_path / "x.pt", "0" * 64)
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt.lock"]
 
 
 def test_without_a_hash_the_size_counts(server, tmp_path):
@@ -181,7 +181,7 @@ def test_a_body_that_is_too_long_leaves_nothing(server, tmp_path, monkeypatch):
     server.endless, server.length = True, -1
     with pytest.raises(OSError, match="more than 2,000,000 bytes; run again"):
         get(server, tmp_path / "x.pt")
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt.lock"]
 
 
 ANSWERS = [
@@ -246,7 +246,7 @@ def test_a_full_disk_is_named(server, tmp_path):
 
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-        with pytest.raises(OSError, match="cannot write .*x.pt.part: File too large; run again"):
+        with pytest.raises(OSError, match="x.pt.part: .*File too large; run again"):
             get(server, tmp_path / "x.pt")
 
     if (pid := os.fork()) == 0:
@@ -300,7 +300,7 @@ def test_fetch_by_name(server, tmp_path, monkeypatch, capsys):
     path.write_bytes(BODY[:-1])
     with pytest.raises(ValueError, match="delete it"):
         download.fetch("ViT-L-14-336", tmp_path / "cache")
-    assert "MB/s" in capsys.readouterr().err
+    assert "MB of" in capsys.readouterr().err
     download.fetch("llip-B-16", tmp_path / "cache")
     assert "no hash was published" in capsys.readouterr().err
     with pytest.raises(ValueError, match="not one of"):

@@ -1,6 +1,6 @@
 """Flags that the evaluation programs inherit, and what they do before and after the work."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -11,14 +11,7 @@ from util.files import output_folder, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelFlags:
-    model: str  # a run directory of train.py, a checkpoint, or a name
-    vocab: str = ""  # vocabulary (default: the run's own, else OpenAI's)
-    batch_size: int = 256  # images, or texts, at a time on each rank
-    workers: int = 0  # loader processes on each rank
-    device: str = "auto"  # auto, cpu, cuda or cuda:N
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the towers; pairs are scored in fp32
-    out: str = ""  # write results.json and pictures to this folder
+class LoadFlags:
     # what a checkpoint from elsewhere may not contain (pretrained.py)
     quick_gelu: bool | None = None  # the activation
     vision_heads: int | None = None  # attention heads of the image tower
@@ -26,6 +19,17 @@ class ModelFlags:
     mixture_heads: int | None = None  # heads of Llip's pooling
     temperature: float | None = None  # of Llip's pooling
     pooling: Literal["register", "average", "learned"] | None = None  # of several tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags(LoadFlags):
+    model: str  # a run directory of train.py, a checkpoint, or a name
+    vocab: str = ""  # vocabulary (default: the run's own, else OpenAI's)
+    batch_size: int = 256  # images, or texts, at a time on each rank
+    workers: int = 0  # loader processes on each rank
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the towers; pairs are scored in fp32
+    out: str = ""  # write results.json and pictures to this folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +67,7 @@ def write_results(flags, content: dict) -> None:
 
 def load_options(flags) -> dict:
     """The flags of pretrained.load."""
-    names = ("quick_gelu", "vision_heads", "text_heads", "mixture_heads", "temperature", "pooling")
-    return {name: getattr(flags, name) for name in names}
+    return {field.name: getattr(flags, field.name) for field in fields(LoadFlags)}
 
 
 def options_of(flags, progress: str = "") -> dict:

@@ -207,9 +207,7 @@ def member_span(path: Path, file, info: zipfile.ZipInfo) -> tuple[Path, int, int
     if info.compress_type or info.flag_bits & 1 or info.file_size != info.compress_size:
         raise ValueError(f"member {info.filename!a:.60} is compressed or encrypted; torch never does that")
     file.seek(info.header_offset)
-    signature, name, extra = struct.unpack("<4s22xHH", file.read(30))
-    if signature != b"PK\x03\x04":
-        raise ValueError(f"member {info.filename!a:.60} is not where the directory says")
+    name, extra = struct.unpack("<26xHH", file.read(30))
     return path, info.header_offset + 30 + name + extra, info.file_size, info.CRC
 
 
@@ -217,10 +215,8 @@ def read_legacy(path: Path, file) -> Checkpoint:
     """torch.save before 1.6: magic number, version, machine, object, storage keys; then the storages."""
     storages, spans = {}, {}
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:  # its read() never over-allocates
-        for _ in range(2):
+        for _ in range(3):
             read_pickle(data)
-        if not read_pickle(data).get("little_endian"):
-            raise ValueError("written on a big-endian machine: not supported")
         content = read_pickle(data, "", storages)
         for key in read_pickle(data):
             if type(key) is not str:  # TRAP: hashing nested tuples can take for ever
@@ -393,15 +389,16 @@ def called(function: object, arguments: tuple | list) -> object:
     return Stub(function[:200])
 
 
+PLAIN = ("storage", Name, int)
+
+
 def persistent(record: tuple, prefix: str, storages: dict) -> Storage:
     """('storage', type, key, device, elements, view) -> Storage. The device does not matter."""
     tag, kind, key, _, numel = record[:5]
-    if tag != "storage" or type(kind) is not Name or type(numel) is not int:
-        raise ValueError("a persistent id that is not a storage")
+    if (tag, type(kind), type(numel), *record[5:]) not in (PLAIN, (*PLAIN, None)):
+        raise ValueError("a persistent id that is not a storage, or is a view of another one")
     if type(key) is not str or len(key) > NAME or kind not in STORAGES:
         raise ValueError(f"storage type {kind!a:.60}: not supported")
-    if len(record) > 5 and record[5] is not None:
-        raise ValueError("a storage that is a view of another, from torch before 0.4: save it again")
     storage = Storage(prefix + key, STORAGES[kind], numel)
     if storages.setdefault(key, storage) != storage:
         raise ValueError(f"storage {key!a:.40} is declared twice, with two types or sizes")
@@ -419,9 +416,7 @@ def flatten(content: object) -> dict[str, Array]:
         value = value.state if isinstance(value, Stub) else value
         steps += 1 + (len(value) if isinstance(value, dict) else 0)
         if steps > ENTRIES or len(name) > NAME:
-            raise ValueError(
-                f"more than {ENTRIES} values in a state dict, or a name of {len(name)} characters"
-            )
+            raise ValueError(f"a state dict of more than {ENTRIES} values, or a name too long")
         if isinstance(value, Array):
             found[name] = value
         elif isinstance(value, dict):

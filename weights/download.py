@@ -4,7 +4,6 @@ OpenAI's files have known hashes and go where OpenAI's own code keeps them, ~/.c
 hashes for the Llip files. If several processes need a file, one of them downloads it and the others wait.
 """
 
-import contextlib
 import hashlib
 import http.client
 import os
@@ -86,10 +85,20 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
     Raises: OSError, one line, for a failing network or disk and for a wrong hash or size.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    waiting = f"{path.name}: another process downloads it, waiting"
+    locked = path.with_name(path.name + ".lock")
+    with open(locked, "wb") as handle:
+        # TRAP: all ranks of a run fetch the checkpoint that they start from. Two writers would ruin it.
+        lock(handle, wait=True, waiting=lambda: print(waiting, file=sys.stderr))
+        if not path.exists():
+            complete(url, path, sha256)
+        # TRAP: not after a failure: a process that waits for this file would no longer keep others out
+        locked.unlink(missing_ok=True)
+
+
+def complete(url: str, path: Path, sha256: str | None) -> None:
     part = path.with_name(path.name + ".part")
-    with only_writer(part, path) as file:
-        if file is None:
-            return
+    with open(part, "a+b", buffering=0) as file:
         try:
             total = request(url, file, LARGEST_WITH_HASH if sha256 else LARGEST)
             size = file.seek(0, os.SEEK_END)
@@ -107,29 +116,9 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
             # TRAP: the text comes from a server and could control the terminal
             text = ascii(str(error))[1:-1][:300]
             remedy = "run again to continue" if keep else "run again"
-            raise OSError(f"{url}: {text}; {remedy}, or give the path of a file") from error
+            raise OSError(f"{url} to {part}: {text}; {remedy}, or give the path of a file") from error
         os.fsync(file.fileno())
         os.replace(part, path)
-
-
-@contextlib.contextmanager
-def only_writer(part: Path, path: Path):
-    """The partial file, open for appending and locked; None if another process finished path meanwhile.
-
-    TRAP: all ranks of a run fetch the checkpoint they start from. Two writers would ruin the partial file.
-    """
-    message = f"{path.name}: another process downloads it, waiting"
-    while True:
-        with open(part, "a+b", buffering=0) as file:
-            lock(file, wait=True, waiting=lambda: print(message, file=sys.stderr))
-            if path.exists():
-                part.unlink(missing_ok=True)
-                yield None
-                return
-            # the process that held the lock may have deleted this file after a failure: open the new one
-            if part.exists() and os.path.samestat(os.fstat(file.fileno()), part.stat()):
-                yield file
-                return
 
 
 def request(url: str, file, limit: int) -> int:
@@ -147,19 +136,15 @@ def request(url: str, file, limit: int) -> int:
         total = have + int(length) if length.isdecimal() else -1
         if total > limit:
             raise Useless(f"{total:,} bytes; at most {limit:,} are accepted")
-        start, begun, shown = have, time.monotonic(), 0.0
+        shown = 0.0
         # TRAP: read() would wait for a whole block, and an interruption would lose up to one
         while block := response.read1(CHUNK):
             have += len(block)
             if have > limit:
                 raise Useless(f"more than {limit:,} bytes")
-            try:
-                while block:
-                    block = block[file.write(block) :]
-            except OSError as error:  # the message of a full disk does not name a file
-                raise OSError(f"cannot write {file.name}: {error.strerror}") from error
-            if (now := time.monotonic()) - shown > 5:
-                shown, rate = now, (have - start) / max(now - begun, 1e-3)
-                of = f" of {total / 1e6:,.0f} MB, ETA {(total - have) / rate:,.0f} s" if total > 0 else " MB"
-                print(f"{have / 1e6:,.0f}{of}, {rate / 1e6:.1f} MB/s", file=sys.stderr, flush=True)
+            while block:
+                block = block[file.write(block) :]
+            if time.monotonic() - shown > 5:
+                shown = time.monotonic()
+                print(f"{have / 1e6:,.0f} MB of {max(total, have) / 1e6:,.0f} MB", file=sys.stderr)
     return total

@@ -44,9 +44,9 @@ OPEN_CLIP_OPTIONS += "context_length vocab_size hf_tokenizer_name tokenizer_kwar
 
 
 def plain_name(name: str) -> str:
-    """The name without the prefixes of DistributedDataParallel, torch.compile, PEFT and other wrappers."""
+    """The name without the prefixes of DistributedDataParallel, torch.compile, PEFT, CustomTextCLIP etc."""
     name = ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
-    return re.sub(r"^((model|clip|clip_model|base_model)\.)+", "", name)
+    return re.sub(r"^((model|clip|clip_model|base_model|text)\.)+", "", name)
 
 
 def detect(names: Iterable[str]) -> str:
@@ -55,13 +55,9 @@ def detect(names: Iterable[str]) -> str:
     if any(re.match(r"visual\.(layer1|attnpool)\.", name) for name in names):
         raise ValueError("ResNet checkpoints are not supported, only vision transformers")
     if names & {"vision_model.head.probe", "visual.trunk.attn_pool.latent", "text_model.head.weight"}:
-        raise ValueError(
-            "SigLIP's towers (no class token, pooling by attention) are not supported, only CLIP's"
-        )
+        raise ValueError("SigLIP's towers (no class token) are not supported, only CLIP's")
     if any(name.startswith(("text_model.", "vision_model.")) for name in names):
         return "Hugging Face"
-    if "text.positional_embedding" in names:
-        return "open_clip CustomTextCLIP"
     return "Llip" if {"k_proj", "q_proj"} <= names else "OpenAI"
 
 
@@ -70,8 +66,6 @@ def to_openai(state: dict[str, Tensor]) -> dict[str, Tensor]:
     layout, found = detect(state), {}
     for key, tensor in state.items():
         name = plain_name(key)
-        if layout == "open_clip CustomTextCLIP":
-            name = name.removeprefix("text.")
         if name in found:
             raise ValueError(f"two tensors are called {name}")
         if not tensor.is_floating_point():
@@ -108,9 +102,8 @@ def from_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
         part = re.fullmatch(r"(.+)\.self_attn\.([qkv])_proj\.(weight|bias)", name)
         if part and part[2] == "q":
             keys = [key.replace(".q_proj.", f".{x}_proj.") for x in "qkv"]
-            if missing := [k for k in keys if k not in state]:
-                raise ValueError(f"{missing[0]} is missing")
-            found[f"{part[1]}.attn.in_proj_{part[3]}"] = torch.cat([state[k] for k in keys])
+            if keys[1] in state and keys[2] in state:
+                found[f"{part[1]}.attn.in_proj_{part[3]}"] = torch.cat([state[k] for k in keys])
         elif not part:
             found[name] = tensor.t().contiguous() if name in TRANSPOSED else tensor
     return found
@@ -172,17 +165,16 @@ def from_open_clip_config(settings: dict) -> dict:
 
 
 def to_huggingface_config(c: Config) -> dict:
-    """A config.json for transformers.CLIPModel."""
-    shared = {"hidden_act": c.activation, "layer_norm_eps": 1e-5, "projection_dim": c.embed_dim}
-    names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    text = ("clip_text_model", c.text_width, c.text_layers, c.text_heads, c.text_mlp)
-    text = shared | dict(zip(names, text))
-    text |= {"vocab_size": c.vocab_size, "max_position_embeddings": c.context_length}
+    """A config.json for transformers.CLIPModel. Its other values have transformers' defaults."""
+    text = {"vocab_size": c.vocab_size, "max_position_embeddings": c.context_length}
     # TRAP: an end token of 2 means argmax pooling to transformers, any other its first occurrence
     text |= {"bos_token_id": c.vocab_size - 2, "eos_token_id": c.vocab_size - 1, "pad_token_id": 0}
-    vision = ("clip_vision_model", c.vision_width, c.vision_layers, c.vision_heads, c.vision_mlp)
-    vision = shared | dict(zip(names, vision))
-    vision |= {"image_size": c.image_size, "patch_size": c.patch_size, "num_channels": 3}
+    vision = {"image_size": c.image_size, "patch_size": c.patch_size}
+    names = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
+    for tower, found in (("text", text), ("vision", vision)):
+        found |= {"hidden_act": c.activation, "projection_dim": c.embed_dim}
+        for ours, theirs in (names | {"mlp": "intermediate_size"}).items():
+            found[theirs] = getattr(c, f"{tower}_{ours}")
     both = {"text_config": text, "vision_config": vision, "projection_dim": c.embed_dim}
     return {"model_type": "clip", "architectures": ["CLIPModel"]} | both
 
