@@ -239,7 +239,7 @@ def pair_tokenizer(c, captions, vocabulary: Path | None = None) -> Tokenizer:
     if c.init:
         if distributed.rank() == 0:
             pretrained.locate(c.init)  # one download for all ranks
-        distributed.barrier()
+        distributed.broadcast(None)
         beside = pretrained.tokenizer_beside(pretrained.locate(c.init))
         if beside is not None and not c.vocab:
             return beside

@@ -356,9 +356,7 @@ def cost_report(c: TrainConfig, s) -> str:
     with torch.device("meta"):
         config = replace(config, image_size=c.image_size or config.image_size)
         model = methods.METHODS[c.method].module.build(s, config, c.batch_size)
-    half, checkpointed = c.precision != "fp32", c.grad_checkpointing
-    run = (c.steps, c.batch_size, s.objective, c.accumulate, half, checkpointed)
-    lines, rows = costs.report(model, f"{c.preset or c.method} {c.model}", *run)
+    lines, rows = costs.report(model, c, s.objective)
     return "\n".join([*lines, format_table(rows)])
 
 

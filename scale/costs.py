@@ -2,13 +2,10 @@
 
     python train.py --preset llip-B-32 --dry-run
 
-All figures come from a model, which may be on the meta device, and the numbers of a run. FLOPs are counted
-as in torch's FlopCounterMode, and tests compare the two. Memory is estimated by formulas; a test compares
-the activations with a measurement in fp32. The estimate does not include the overhead of the allocator.
+The model may be on the meta device. FLOPs are counted as in torch's FlopCounterMode. Memory is estimated by
+formulas, without the overhead of the allocator; a test compares the activations with a measurement in fp32.
 Llip's pairs are counted as scale.llip_tiles computes them.
 """
-
-from functools import partial
 
 from torch import nn
 
@@ -17,15 +14,12 @@ from model import DualEncoder, tower_flops
 from scale import llip_tiles as tiles
 from util.text import number
 
-# the memory of a large GPU that is available for tensors
-GPU_BYTES = 0.9 * 80e9
+GPU_BYTES = 0.9 * 80e9  # of a large GPU, available for tensors
 
 
 def key_tokens(model: DualEncoder) -> int:
     """Llip's keys per image, which are compared with each caption's query. 0 for other models."""
-    if not model.conditional:
-        return 0
-    return model.visual.tokens + model.config.patches * model.all_tokens
+    return len(model.k_proj) if model.conditional else 0
 
 
 def activation_bytes(model: DualEncoder, half: bool, checkpointed: bool) -> int:
@@ -57,66 +51,49 @@ def pair_bytes(model: DualEncoder, objective: str, rows: int, columns: int) -> i
     values and their gradients, 4 M E numbers per image; 14 E numbers per text (gathered, normalised, times
     W_O, over tau, transposed, and gradients); and one tile. With the sigmoid loss it stores no logits.
     """
-    logits = 3 * 4 * rows * columns
-    M, E = key_tokens(model), model.config.embed_dim
+    logits, M, E = 3 * 4 * rows * columns, key_tokens(model), model.config.embed_dim
     if not M:
         return logits
-    squares = 4 * E * E
-    if tiles.tile_form(columns, M, model.heads, E) == "gram":
-        squares += 3 * (model.heads * M) ** 2
+    gram = tiles.tile_form(columns, M, model.heads, E) == "gram"
     features = 4 * rows * M * E + 14 * columns * E
+    squares = 4 * E * E + gram * 3 * (model.heads * M) ** 2
     tile = tiles.GPU_TILES * tiles.TILE_BYTES
     return 4 * (features + squares) + tile + (objective == "infonce") * logits
-
-
-def chunks_that_fit(pair: int, fixed: int, local: int) -> int | str:
-    """The smallest number of chunks (--accumulate) whose memory fits into GPU_BYTES, or "" if none fits.
-
-    Args: pair: bytes of the activations of one pair;  fixed: other bytes;  local: pairs of a rank
-    """
-    powers = (2**k for k in range(local.bit_length()) if local % 2**k == 0)
-    return next((n for n in powers if fixed + pair * local // n <= GPU_BYTES), "")
 
 
 def parameters(model: nn.Module) -> dict[str, int]:
     """The number of parameters of each part, and of all."""
     mixing = ("k_proj", "v_proj", "q_proj", "pred.", "K_norm", "V_norm", "Q_norm")
-    counts = {"image tower": 0, "text tower": 0, "mixing": 0, "all": 0}
-    for name, parameter in model.named_parameters():
-        part = "image tower" if name.startswith("visual.") else "text tower"
-        part = "mixing" if name.startswith(mixing) else part
-        counts["all"] += parameter.numel()
-        if not name.startswith("logit_"):
-            counts[part] += parameter.numel()
-    return {part: count for part, count in counts.items() if count}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+
+    def count(*prefixes: str) -> int:
+        return sum(size for name, size in sizes.items() if name.startswith(prefixes))
+
+    image, mixed, whole = count("visual."), count(*mixing), count("")
+    counts = {"image tower": image, "text tower": whole - image - mixed - count("logit_"), "mixing": mixed}
+    return {part: size for part, size in counts.items() if size} | {"all": whole}
 
 
-def step_flops(
-    model: DualEncoder, batch_size: int, objective: str, accumulate: int = 1, checkpointed: bool = False
-) -> dict[str, float]:
+def step_flops(model: DualEncoder, c, objective: str) -> dict[str, float]:
     """FLOPs of one optimizer step over all ranks.
 
     A backward pass counts as two forward passes. One forward pass is added for each recomputation: of the
     blocks with checkpointing, of the towers with accumulation, of Llip's pairs with InfoNCE.
     """
-    passes, N, config = 3 + checkpointed + (accumulate > 1), batch_size, model.config
+    passes, N, config = 3 + c.grad_checkpointing + (c.accumulate > 1), c.batch_size, model.config
+    one, pairs = tower_flops(config, model.visual.tokens), 3 * N * 2 * N * config.embed_dim
     if M := key_tokens(model):
         one = llip.flops(config, model.visual.tokens, 0, model.all_tokens)
-        count = partial(tiles.flops, N, N, M, model.heads, config.embed_dim)
-        pairs = count(train=True) + (count(train=False) if objective == "infonce" else 0)
-    else:
-        one = tower_flops(config, model.visual.tokens)
-        pairs = 3 * N * 2 * N * config.embed_dim
+        modes = (True, False) if objective == "infonce" else (True,)
+        pairs = sum(tiles.flops(N, N, M, model.heads, config.embed_dim, train=mode) for mode in modes)
     return {"image tower": passes * N * one["image"], "text tower": passes * N * one["text"], "pairs": pairs}
 
 
 def wire_bytes(model: DualEncoder, objective: str, batch_size: int, world: int) -> dict[str, float]:
-    """Bytes that a rank receives per step: text features and their gradients, and an all-reduce of gradients.
-
-    Llip sends a query and a text feature per caption, 2 E numbers, and never the keys and values of an image.
-    """
+    """Bytes that a rank receives per step: text features, their gradients, and an all-reduce of gradients."""
     E, N, others = model.config.embed_dim, batch_size, (world - 1) / world
-    received = {"texts": 2 * others * N * E * (2 if key_tokens(model) else 1) * 4}
+    # Llip sends a query and a text feature per caption
+    received = {"texts": 2 * others * N * E * (1 + model.conditional) * 4}
     received["gradients"] = 2 * others * parameters(model)["all"] * 4
     # the logits of the other direction, and their gradient
     if objective == "infonce":
@@ -124,45 +101,30 @@ def wire_bytes(model: DualEncoder, objective: str, batch_size: int, world: int) 
     return received
 
 
-def report(
-    model: DualEncoder,
-    title: str,
-    steps: int,
-    batch_size: int,
-    objective: str,
-    accumulate: int = 1,
-    half: bool = False,
-    checkpointed: bool = False,
-) -> tuple[list[str], list[dict]]:
-    """The lines of the report, and the rows of its table: one for each number of ranks."""
-    counts, gigabytes = parameters(model), lambda x: number(x / 1e9)
-    flops = step_flops(model, batch_size, objective, accumulate, checkpointed)
-    share = (f"{k} {v:.3g} ({v / sum(flops.values()):.0%})" for k, v in flops.items())
+def report(model: DualEncoder, c, objective: str) -> tuple[list[str], list[dict]]:
+    """Lines, and the rows of a table with one row for each number of ranks; c is the TrainConfig."""
+    counts, flops = parameters(model), step_flops(model, c, objective)
+    total, gigabytes = sum(flops.values()), lambda x: number(x / 1e9)
     lines = [
-        f"{title}: {steps:,} steps of {batch_size:,} pairs",
-        f"samples     {steps * batch_size:,}",
+        f"{c.preset or c.method} {c.model}: {c.steps:,} steps of {c.batch_size:,} pairs",
+        f"samples     {c.steps * c.batch_size:,}",
         "parameters  " + ", ".join(f"{k} {v:,}" for k, v in counts.items()),
-        f"FLOPs/step  {sum(flops.values()):.4g}: " + ", ".join(share),
-        f"FLOPs in all {sum(flops.values()) * steps:.3g}",
+        f"FLOPs/step  {total:.4g}: " + ", ".join(f"{k} {v:.3g} ({v / total:.0%})" for k, v in flops.items()),
+        f"FLOPs in all {total * c.steps:.3g}",
         "",
         "per rank (1 GB is 1e9 bytes; memory is an estimate; GB/step are received):",
     ]
-    pair, rows = activation_bytes(model, half, checkpointed), []
-    for world in (1, 8, 32, 128, 256):
-        if batch_size % (world * accumulate):
-            continue
-        local = batch_size // world
-        states, pairs = 16 * counts["all"], pair_bytes(model, objective, local, batch_size)
-        activations = pair * local // accumulate
-        row = {
-            "ranks": world,
-            "pairs/rank": local,
-            "weights, gradients, Adam GB": gigabytes(states),
-            "activations GB": gigabytes(activations),
-            "pairs GB": gigabytes(pairs),
-            "in all GB": gigabytes(states + activations + pairs),
-            "chunks for 80 GB": chunks_that_fit(pair, states + pairs, local),
-        }
-        received = wire_bytes(model, objective, batch_size, world)
+    pair, rows = activation_bytes(model, c.precision != "fp32", c.grad_checkpointing), []
+    for world in (n for n in (1, 8, 32, 128, 256) if c.batch_size % (n * c.accumulate) == 0):
+        local = c.batch_size // world
+        states, pairs = 16 * counts["all"], pair_bytes(model, objective, local, c.batch_size)
+        activations = pair * local // c.accumulate
+        powers = [2**k for k in range(local.bit_length()) if local % 2**k == 0]
+        fit = [n for n in powers if states + pairs + pair * local // n <= GPU_BYTES]
+        held = {"weights, gradients, Adam": states, "activations": activations, "pairs": pairs}
+        held["in all"] = sum(held.values())
+        row = {"ranks": world, "pairs/rank": local} | {f"{k} GB": gigabytes(v) for k, v in held.items()}
+        row["chunks for 80 GB"] = fit[0] if fit else ""
+        received = wire_bytes(model, objective, c.batch_size, world)
         rows.append(row | {f"{k} GB/step": gigabytes(v) for k, v in received.items()})
     return lines, rows

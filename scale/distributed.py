@@ -38,7 +38,7 @@ def setup(device: str = "auto") -> torch.device:
     Raises:  ValueError if the GPU does not exist, or "cuda:N" is used with several processes
     """
     env = os.environ
-    if device not in ("auto", "cpu", "cuda", "mps") and not re.fullmatch(r"cuda:\d+", device):
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
         raise ValueError(f"device {device!r}: expected auto, cpu, cuda, cuda:N or mps")
     if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
         env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"])
@@ -49,10 +49,10 @@ def setup(device: str = "auto") -> torch.device:
     if device.startswith("cuda:") and several:
         raise ValueError(f"--device {device} would put every rank on one GPU: use --device cuda")
     if device.startswith("cuda"):
-        number = int(device[5:] or env.get("LOCAL_RANK", "0"))
-        if number >= (GPUs := torch.cuda.device_count()):
-            raise ValueError(f"cuda:{number} does not exist: this process sees {GPUs} GPUs; use --device cpu")
+        number, GPUs = int(device[5:] or env.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         device = f"cuda:{number}"
+        if number >= GPUs:
+            raise ValueError(f"{device} does not exist: this process sees {GPUs} GPUs; use --device cpu")
         torch.cuda.set_device(device)
     if several and not dist.is_initialized():
         # with gloo for CPU tensors, plain numbers are reduced without waiting for the GPU
@@ -123,7 +123,7 @@ class Gathering:
 
 
 class _Transpose(torch.autograd.Function):
-    """Transposes a matrix (B, W B) with distributed rows; its gradient is the same operation."""
+    """(B, W B) -> (B, W B) of the transposed matrix; its gradient is the same operation."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -152,9 +152,8 @@ def gather(features):
     """
     if isinstance(features, tuple):
         return tuple(gather(x) for x in features)
-    if isinstance(features, Tensor):
-        features = start_gather(features)
-    return features if isinstance(features, Tensor) else features.finish()
+    started = start_gather(features) if isinstance(features, Tensor) else features
+    return started.finish() if isinstance(started, Gathering) else started
 
 
 def transpose(logits: Tensor) -> Tensor:
@@ -177,8 +176,7 @@ def gather_rows(x: Tensor) -> Tensor:
         return x
     counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(world_size())]
     dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
-    most = max(int(c) for c in counts)
-    padded = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]).contiguous()
+    padded = torch.cat([x, x.new_zeros(int(max(counts)) - len(x), *x.shape[1:])]).contiguous()
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([p[: int(c)] for p, c in zip(parts, counts)])
@@ -186,16 +184,10 @@ def gather_rows(x: Tensor) -> Tensor:
 
 def broadcast(value):
     """Returns the plain value (str, int, ...) of rank 0 on every rank."""
-    if world_size() == 1:
-        return value
     box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
-
-
-def barrier() -> None:
     if world_size() > 1:
-        dist.barrier()
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 def shutdown() -> None:

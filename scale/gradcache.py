@@ -1,13 +1,10 @@
 """The contrastive training step on any number of ranks and in any number of chunks, with one exact gradient.
 
-Radford et al. 2021 (arXiv:2103.00020), section 2.5, distributes the loss over ranks. GradCache (Gao et al.
-2021, arXiv:2101.06983) computes a rank's batch in chunks. Both are exact here: each rank computes its rows
-against the columns of all ranks, and the gather carries gradients (distributed.py).
-
-The plain step for one process and one chunk is in tasks.py; a test compares the two.
+Each rank computes its rows of the loss against the columns of all ranks (Radford et al. 2021,
+arXiv:2103.00020, section 2.5). The plain step for one process and one chunk is in tasks.py.
 """
 
-import contextlib
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -36,15 +33,13 @@ def contrastive_loss(model: nn.Module, image_side, text_side, objective: str) ->
     Only text is sent, and for InfoNCE the other half of the logits. The mean over ranks is the global loss.
     """
     rows, texts = len(parts_of(image_side)[0]), distributed.gather(text_side)
-    # column of the first row's pair
     offset = distributed.rank() * rows
     if objective == "siglip" and isinstance(model, TiledLlip):
-
-        def part(logits: Tensor, row: int, column: int) -> Tensor:
-            return losses.siglip_sum(logits, offset + row - column)
-
         # SPEED: the gradient of each tile is taken at once
-        return model.pair_loss(image_side, texts, part) / rows
+        total = model.pair_loss(
+            image_side, texts, lambda logits, row, column: losses.siglip_sum(logits, offset + row - column)
+        )
+        return total / rows
     logits = model.pair_logits(image_side, texts)  # (B, G)
     if objective == "siglip":
         return losses.siglip(logits, offset)
@@ -52,20 +47,12 @@ def contrastive_loss(model: nn.Module, image_side, text_side, objective: str) ->
 
 
 def training_step(
-    model: nn.Module,
-    images: Tensor,
-    tokens: Tensor,
-    objective: str,
-    chunks: int = 1,
-    autocast=contextlib.nullcontext,
+    model: nn.Module, images: Tensor, tokens: Tensor, objective: str, chunks: int = 1, autocast=nullcontext
 ) -> Tensor:
     """Forward and backward of one step; gradients are left in .grad, where DDP averages them over ranks.
 
-    chunks > 1 is GradCache (Gao et al. 2021, arXiv:2101.06983), exact in every gradient:
-        1. encode every chunk without a graph;  2. compute the loss of all pairs and its gradient with respect
-        to the features (and to the parameters after them, as logit_scale);  3. encode each chunk again and
-        push its part of that gradient through the tower.
-    The mean of the chunks' losses would drop the negatives between chunks (cosine 0.86 to this gradient).
+    chunks > 1 is GradCache (Gao et al. 2021, arXiv:2101.06983), exact in every gradient. The mean of the
+    chunks' losses would drop the negatives between chunks (cosine 0.86 to this gradient).
     Args:    images (B, 3, S, S), tokens (B, L) of this rank, the same B on every rank
              model: a dual encoder, or DistributedDataParallel around one;  objective "infonce" | "siglip"
              autocast: context manager for the precision of the towers
@@ -98,25 +85,21 @@ def training_step(
     parts = list(zip(images.chunk(chunks), tokens.chunk(chunks)))
     with torch.no_grad():
         encoded = [[parts_of(features) for features in encode(inner, *part)] for part in parts]
-    full = [
-        tuple(torch.cat(xs).requires_grad_() for xs in zip(*(features[which] for features in encoded)))
-        for which in (0, 1)
-    ]
+    full = [tuple(torch.cat(xs).requires_grad_() for xs in zip(*side)) for side in zip(*encoded)]
     del encoded
 
-    # 2. the loss, and its gradient with respect to the features and to the parameters after them
+    # 2. the loss of all pairs, its gradient at the features and at the parameters after them, as logit_scale
     image_side, text_side = (features if len(features) > 1 else features[0] for features in full)
     loss = contrastive_loss(inner, image_side, text_side, objective)
     leaves, parameters = [*full[0], *full[1]], [p for p in inner.parameters() if p.requires_grad]
     grads = torch.autograd.grad(loss, leaves + parameters, allow_unused=True)
 
-    # 3. each chunk again, with a graph
-    rows = len(images) // chunks
+    # 3. each chunk again, with a graph: its part of that gradient goes through the tower
     for n, part in enumerate(parts):
         last = n == chunks - 1
-        with model.no_sync() if wrapped and not last else contextlib.nullcontext():
+        with model.no_sync() if wrapped and not last else nullcontext():
             features = [x for side in encode(model, *part) for x in parts_of(side)]
-            own = [g[n * rows : (n + 1) * rows] for g in grads[: len(leaves)]]
+            own = [g.chunk(chunks)[n] for g in grads[: len(leaves)]]
             surrogate = sum((x * g).sum() for x, g in zip(features, own))
             if last:
                 # TRAP: the parameters after the features must take part in the backward pass that DDP reduces

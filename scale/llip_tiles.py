@@ -1,9 +1,8 @@
 """The tiled form of Llip: the cosines of all pairs without the image features z of any pair.
 
-The plain form (llip.Llip.pair_logits) mixes, projects by W_O, normalises and takes an inner product. A pair
-takes E stored numbers and E^2 multiply-adds, and W_O is 80 to 92 % of the cost. Here u_j = W_O t_j is
-computed once per caption, with t_j unit, and A = W_O W_O^T once per batch. The same cosine is then a ratio of
-two forms in one vector x of the pair:
+The plain form (llip.Llip.pair_logits) stores E numbers for a pair, and W_O is 80 to 92 % of its cost. Here
+u_j = W_O t_j is computed once per caption, with t_j unit, and A = W_O W_O^T once per batch. The same cosine
+is then a ratio of two forms in one vector x of the pair:
 
     cos(z_ij, t_j) = <x, l> / sqrt(x^T S x)
 
@@ -11,15 +10,11 @@ two forms in one vector x of the pair:
     "value"    y_ij = sum_k Phi_k V_k (E)   u_j                       A             (E, E)     many tokens
     "gram"     Phi_ij              (H M)    <V_ik^m, u_j^m>  (H M)    G_i = V A V^T (HM, HM)   few tokens
 
-z is never formed. A pair costs 4 M E + 2 E^2 FLOPs in the first form and 4 M E + 2 (H M)^2 in the second. The
+A pair costs 4 M E + 2 E^2 FLOPs in the first form and 4 M E + 2 (H M)^2 in the second. The
 second form also costs 2 M E^2 + 2 H M^2 E per image for G_i (V is block-diagonal over heads). A training step
-takes three times the first term and twice the others. The second form is cheaper where H M < E and enough
-captions share G_i: tile_form decides.
+takes three times the first term and twice the others. tile_form chooses the cheaper form.
 
-Pairs are computed in tiles of some images and some captions that fit a cache, and are then dropped:
-    cosines     any loss on top; the backward pass computes every tile again
-    tiled_loss  a loss that is a sum over pairs (losses.siglip_sum). The gradient of a tile is taken at once:
-                nothing is computed twice, and not even all logits are stored
+Pairs are computed in tiles of some images and some captions that fit a cache.
 Precision: fp32 or fp64, never autocast. x^T S x rounds by eps (sum of |terms| / |z|^2), the plain form by its
 root; for random features the two differ in the sixth digit. |z| is clamped at 1e-12 as in F.normalize.
 """
@@ -49,8 +44,7 @@ def tile_form(texts: int, tokens: int, heads: int, width: int) -> str:
 def flops(images: int, texts: int, tokens: int, heads: int, width: int, train: bool, which: str = "") -> int:
     """FLOPs of cosines (or with train of tiled_loss, both passes), two per multiply-add.
 
-    Only matrix products count, as in torch's FlopCounterMode.
-    Args: which: a tile form; empty: the one that tile_form chooses
+    Only matrix products count, as in torch's FlopCounterMode. which: a tile form; empty: by tile_form.
     """
     which = which or tile_form(texts, tokens, heads, width)
     wide = heads * tokens if which == "gram" else width
@@ -67,19 +61,16 @@ def tile_shape(keys: Tensor, texts: int) -> tuple[int, int]:
     B, H, M, K = keys.shape
     columns = max(1, min(texts, TILE_TEXTS * (16 if keys.is_cuda else 1)))
     floats = 4 * H * M + 4 * max(H * M, H * K)  # scores, Phi, x, l, S x and their gradients
-    budget = TILE_BYTES * (GPU_TILES if keys.is_cuda else 1)
-    rows = budget // (4 * floats * columns)
-    if not rows:
-        columns = max(1, budget // (4 * floats))
-    return max(1, min(B, rows)), columns
+    pairs = TILE_BYTES * (GPU_TILES if keys.is_cuda else 1) // (4 * floats)
+    columns = max(1, min(columns, pairs))
+    return max(1, min(B, pairs // columns)), columns
 
 
 class Cosine(torch.autograd.Function):
     """<x, l> / sqrt(x^T S x) for every column: x (I, F, J), l (I or 1, F, J), S (I or 1, F, F) -> (I, J).
 
-    SPEED: the gradient is written by hand because the product S x of the forward pass serves the backward
-    pass. Autograd would multiply by S again: 3 F^2 multiply-adds a pair in both passes instead of 2.
-    S must be symmetric.
+    SPEED: in this gradient the product S x of the forward pass serves the backward pass. Autograd would
+    multiply by S again: 3 F^2 multiply-adds a pair in both passes instead of 2. S must be symmetric.
         d x = g / |z| (l - cos / |z| S x)      d S = -1/2 sum_j g cos / |z|^2 x_j x_j^T
     """
 
@@ -128,10 +119,9 @@ def tile_cosines(keys, values, queries, u, S, by_gram: bool) -> Tensor:
 
 
 def sweep(inputs: tuple, temperature: float, visit: Callable, train: bool = False) -> tuple | None:
-    """Calls visit(cosines (I, J), first row, first column) for every tile.
+    """Calls visit(cosines (I, J), rows, columns) for every tile, with the slices that the tile covers.
 
-    Args:    inputs: keys, values (B, H, M, K), queries (N, H, K), text (N, E), W_O (E, E)
-             train: visit must call backward on the cosines
+    Args:    inputs: as in cosines;  train: visit must call backward on the cosines
     Returns: the gradients of the inputs if train, else None.
     """
 
@@ -151,16 +141,15 @@ def sweep(inputs: tuple, temperature: float, visit: Callable, train: bool = Fals
         u = F.normalize(text, dim=-1) @ weight.t()  # (N, E)
         product = weight @ weight.t()  # (E, E)
         A, q = leaf(product), queries.detach() / temperature
-        captions = [
-            (leaf(some.permute(1, 2, 0).contiguous()), leaf(their_u.t().contiguous()))
-            for some, their_u in zip(q.split(columns), u.split(columns))
-        ]  # (H, K, J), (E, J)
+        q = [leaf(x.permute(1, 2, 0).contiguous()) for x in q.split(columns)]  # (H, K, J) each
+        captions = list(zip(q, [leaf(x.t().contiguous()) for x in u.split(columns)]))  # and (E, J)
         for row in range(0, len(keys), rows):
             k, v = (leaf(x[row : row + rows]) for x in (keys, values))  # (I, H, M, K)
             G = gram(v, A) if by_gram else A.unsqueeze(0)  # (I or 1, F, F)
             S = leaf(G) if by_gram else G
             for n, caption in enumerate(captions):
-                visit(tile_cosines(k, v, *caption, S, by_gram), row, n * columns)
+                tile = slice(row, row + rows), slice(n * columns, (n + 1) * columns)
+                visit(tile_cosines(k, v, *caption, S, by_gram), *tile)
             if train:
                 if by_gram:
                     G.backward(S.grad)
@@ -180,25 +169,17 @@ class _Cosines(torch.autograd.Function):
         ctx.temperature = temperature
         ctx.save_for_backward(*inputs)
         found = inputs[0].new_empty(len(inputs[0]), len(inputs[2]))  # (B, N)
-
-        def visit(cos: Tensor, row: int, column: int) -> None:
-            found[row : row + cos.shape[0], column : column + cos.shape[1]] = cos
-
-        sweep(inputs, temperature, visit)
+        sweep(inputs, temperature, lambda cos, *tile: found[tile].copy_(cos))
         return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
-        def visit(cos: Tensor, row: int, column: int) -> None:
-            cos.backward(grad[row : row + cos.shape[0], column : column + cos.shape[1]])
-
-        return None, *sweep(ctx.saved_tensors, ctx.temperature, visit, train=True)
+        inputs, tau = ctx.saved_tensors, ctx.temperature
+        return None, *sweep(inputs, tau, lambda cos, *tile: cos.backward(grad[tile]), train=True)
 
 
-def cosines(
-    keys: Tensor, values: Tensor, queries: Tensor, text: Tensor, weight: Tensor, temperature: float
-) -> Tensor:
+def cosines(keys, values, queries, text, weight, temperature: float) -> Tensor:
     """cos(z_ij, t_j) of every pair; the plain form is llip.Llip.pair_logits.
 
     Args:    keys, values (B, H, M, K), queries (N, H, K), text (N, E), weight W_O (E, E), of one dtype
@@ -209,13 +190,13 @@ def cosines(
 
 class _TiledLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss: Callable, temperature: float, others: int, *inputs: Tensor) -> Tensor:
-        sides, parameters = inputs[: len(inputs) - others], inputs[len(inputs) - others :]
+    def forward(ctx, loss: Callable, temperature: float, *inputs: Tensor) -> Tensor:
+        sides, parameters = inputs[:5], inputs[5:]
         total, sums = sides[0].new_zeros(()), [torch.zeros_like(p) for p in parameters]
 
-        def visit(cos: Tensor, row: int, column: int) -> None:
+        def visit(cos: Tensor, rows: slice, columns: slice) -> None:
             c = cos.detach().requires_grad_()
-            part = loss(c, row, column)
+            part = loss(c, rows.start, columns.start)
             gradient, *found = torch.autograd.grad(part, (c, *parameters))
             total.add_(part.detach())
             for x, g in zip(sums, found):
@@ -232,7 +213,7 @@ class _TiledLoss(torch.autograd.Function):
             raise RuntimeError("the gradient of a tiled loss can be taken only once")
         grads, ctx.grads = ctx.grads, None
         # SPEED: in place, or the gradients of keys and values, the largest tensors of a step, exist twice
-        return None, None, None, *(g.mul_(grad) for g in grads)
+        return None, None, *(g.mul_(grad) for g in grads)
 
 
 def tiled_loss(inputs: tuple, temperature: float, loss: Callable, parameters: list) -> Tensor:
@@ -241,18 +222,14 @@ def tiled_loss(inputs: tuple, temperature: float, loss: Callable, parameters: li
     Args:    inputs as in cosines;  parameters: others that the loss uses, all of which need a gradient
     Returns: () with a graph of one node: the forward pass has already computed the gradient.
     """
-    if torch.is_grad_enabled():
-        return _TiledLoss.apply(loss, temperature, len(parameters), *inputs, *parameters)
-    parts = []
-    sweep(inputs, temperature, lambda *tile: parts.append(loss(*tile)))
-    return sum(parts)
+    return _TiledLoss.apply(loss, temperature, *inputs, *parameters)
 
 
 class TiledLlip(Llip):
     """Llip whose pairs are computed tile by tile. It adds no state, so a Llip can change its class."""
 
     def inputs(self, image_side: tuple, text_side: tuple) -> tuple:
-        """What the cosines of pairs depend on, of one dtype and never in half precision."""
+        """Of cosines, never in half precision."""
         return tuple(at_least_fp32(x) for x in (*image_side, *text_side, self.pred.out_proj))
 
     def pair_logits(self, image_side: tuple, text_side: tuple) -> Tensor:
@@ -260,17 +237,14 @@ class TiledLlip(Llip):
         return self.scale_logits(cosines(*self.inputs(image_side, text_side), self.temperature))
 
     def pair_loss(self, image_side: tuple, text_side: tuple, loss: Callable) -> Tensor:
-        """A loss that is a sum over pairs, its gradient taken tile by tile: ().
+        """Sum over tiles of loss(logits (I, J), first row, first column), its gradient taken tile by tile."""
+        scaling = [p for p in (self.logit_scale, self.logit_bias) if p is not None and p.requires_grad]
+        inputs = self.inputs(image_side, text_side)
 
-        Args: loss(logits (I, J), first row, first column) -> () for a tile.
-        """
-        scaling = [p for p in (self.logit_scale, self.logit_bias) if p is not None]
-        return tiled_loss(
-            self.inputs(image_side, text_side),
-            self.temperature,
-            lambda cosines, row, column: loss(self.scale_logits(cosines), row, column),
-            [p for p in scaling if p.requires_grad],
-        )
+        def of_cosines(cosines: Tensor, row: int, column: int) -> Tensor:
+            return loss(self.scale_logits(cosines), row, column)
+
+        return tiled_loss(inputs, self.temperature, of_cosines, scaling)
 
 
 def select(model: nn.Module, pairs: str, rows: int, columns: int) -> nn.Module:
