@@ -305,7 +305,9 @@ def check_finite(
 
     Raises: ValueError with steps, samples and a remedy, if a loss or a weight is not finite.
     """
-    bad = not meter.finite() or not all(bool(p.isfinite().all()) for p in weights)
+    bad = not math.isfinite(float(meter.sums.get("loss", 0.0))) or not all(
+        bool(p.isfinite().all()) for p in weights
+    )
     if not distributed.mean({"bad": bad})["bad"]:
         return
     names = [task.train.name(int(i)) for i in ids[:3]]

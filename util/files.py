@@ -1,15 +1,13 @@
 """Files that are never half written, and files of a folder that may come from a stranger.
 
-Every file of this project is written under a temporary name, synced, and then renamed. A kill or a full disk
-therefore leaves either the old file or the new one. Temporary names end in PART, so that nothing else is ever
-taken for one. Files of a run directory are opened without following links (open_own).
+Every file of this project is written under a temporary name, which ends in PART, synced, and then renamed. A
+kill or a full disk therefore leaves either the old file or the new one.
 """
 
 import contextlib
 import io
 import json
 import os
-import stat
 import tempfile
 from pathlib import Path
 
@@ -24,16 +22,9 @@ def replacing(path: str | Path):
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    made = False
     try:
-        try:
-            handle = os.open(part, flags, 0o666)
-        except FileExistsError:
-            part.unlink()  # of an earlier process with this number, which was killed
-            handle = os.open(part, flags, 0o666)
-        made = True
-        with open(handle, "w+b") as file:
+        part.unlink(missing_ok=True)  # of an earlier process with this number, which was killed
+        with open(part, "x+b") as file:  # never through a link
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -43,9 +34,8 @@ def replacing(path: str | Path):
         # the message of a full disk does not name a file
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        if made:
-            with contextlib.suppress(OSError):
-                part.unlink()
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
@@ -85,14 +75,12 @@ def output_folder(path: str | Path) -> Path:
     Raises: OSError, one line.
     """
     path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"cannot write in {path}: it is a file, not a folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise OSError(f"cannot write in {path}: {error.strerror or error}") from error
+        reason = "it is a file, not a folder" if os.path.isfile(path) else error.strerror or error
+        raise OSError(f"cannot write in {path}: {reason}") from error
     return path
 
 
@@ -102,18 +90,10 @@ def open_own(path: str | Path, flags: int):
     Args:   flags of os.open beside O_CREAT, as os.O_RDWR or os.O_WRONLY | os.O_APPEND
     Raises: OSError, also if there is something else under this name.
     """
-    # O_NONBLOCK: opening a pipe that nobody reads would wait for ever
-    flags |= os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    try:
-        handle = os.open(path, flags, 0o666)
-    except OSError as error:
-        if os.path.islink(path) or (os.path.exists(path) and not os.path.isfile(path)):
-            raise OSError(f"cannot write {path}: it is a link, a folder, a pipe or a device") from error
-        raise
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise OSError(f"cannot write {path}: it is a pipe or a device")
-    return open(handle, "a" if flags & os.O_APPEND else "r+b")
+    if os.path.islink(path) or (os.path.exists(path) and not os.path.isfile(path)):
+        raise OSError(f"cannot write {path}: it is a link, a folder, a pipe or a device")
+    flags |= os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    return open(os.open(path, flags, 0o666), "a" if flags & os.O_APPEND else "r+b")
 
 
 def lock(file, wait: bool = False, waiting=None) -> bool:

@@ -31,10 +31,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def documented(cls: type) -> list[tuple[str, Field, str]]:
-    """(group, field, help) of every field, in the order of the source; inherited fields come first.
-
-    Raises: AssertionError for a field without a comment.
-    """
+    """(group, field, help) of every field, in the order of the source; inherited fields come first."""
     by_name, found = {f.name: f for f in fields(cls)}, []
     for part in reversed(cls.__mro__[:-1]):
         group = ""
@@ -57,21 +54,15 @@ def kind_of(hint) -> tuple:
     return next(t for t in parts if t is not type(None)), typing.get_origin(hint) is tuple
 
 
-def add_flags(
-    parser: argparse.ArgumentParser, cls: type, positional: tuple[str, ...] = (), **defaults
-) -> None:
-    """Adds the flags of a dataclass to a parser.
-
-    Args: positional: fields that are given by their place;  defaults that replace those of the class
-    """
+def add_flags(parser: argparse.ArgumentParser, cls: type, positional: tuple = (), **defaults) -> None:
+    """Adds the flags of a dataclass; positional ones are given by their place, defaults replace its own."""
     types, groups = typing.get_type_hints(cls), {"": parser}
     for heading, field, text in documented(cls):
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
         default = defaults.get(field.name, field.default)
-        options = dict(help=text.replace("%", "%%"))
-        if default is not MISSING and default not in (None, ()) and default != "":
-            options["help"] += f" [{default}]"
+        shown = "" if default in (MISSING, None, (), "") else f" [{default}]"
+        options = dict(help=text.replace("%", "%%") + shown)
         kind, several = kind_of(types[field.name])
         if several:
             options["nargs"] = "+"
@@ -81,14 +72,13 @@ def add_flags(
             options["action"] = argparse.BooleanOptionalAction
         else:
             options |= dict(type=kind, metavar=kind.__name__.upper())
+        name, needed = flag_of(field.name), default is MISSING
         if field.name in positional:
-            options["metavar"] = field.name.upper()
-            if default is not MISSING:
-                options |= dict(nargs="*" if "nargs" in options else "?", default=default)
-            groups[heading].add_argument(field.name, **options)
-            continue
-        options |= dict(required=True) if default is MISSING else dict(default=default)
-        groups[heading].add_argument(flag_of(field.name), **options)
+            name, options["metavar"] = field.name, field.name.upper()
+            options |= {} if needed else dict(nargs="*" if several else "?")
+        elif needed:
+            options["required"] = True
+        groups[heading].add_argument(name, **options | ({} if needed else dict(default=default)))
 
 
 def parse(cls: type, argv: list[str], description: str = "", positional: tuple[str, ...] = ()):
@@ -105,5 +95,5 @@ def flag_of(name: str) -> str:
 
 def explicit(argv: list[str]) -> set[str]:
     """Names of the fields that a command line sets itself."""
-    names = (word.split("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--"))
-    return {n.removeprefix("no_") if n.startswith("no_") else n for n in names}
+    words = [word.split("=")[0] for word in argv if word.startswith("--")]
+    return {word[2:].replace("-", "_").removeprefix("no_") for word in words}

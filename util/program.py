@@ -16,8 +16,7 @@ import torch
 from util.text import say
 
 # what torch says when another rank or a loader worker was killed, mostly because memory ran out
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout")
-LOST += ("DataLoader worker",)
+LOST = "Connection closed by peer, Connection reset by peer, Broken pipe, Socket Timeout, DataLoader worker"
 
 
 def program(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | None], int]:
@@ -32,41 +31,31 @@ def program(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | No
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # a cp1252 or ascii terminal lacks most characters
+        rank, status = os.environ.get("RANK", "0"), 2
+        where = "" if rank == "0" else f" on rank {rank}"
         try:
             return main(sys.argv[1:] if argv is None else list(argv)) or 0
         except KeyboardInterrupt as stop:
-            if not rank():
-                fail(str(stop) or "stopped")
-            return 130
+            if where:  # rank 0 says it for all
+                return 130
+            line, status = str(stop) or "stopped", 130
         except BrokenPipeError:  # `program | head`
             return 141
         except (MemoryError, RecursionError) as error:
-            fail(f"error{rank()}: not enough memory or a file nested too deeply ({type(error).__name__})")
-            return 2
+            line = f"error{where}: not enough memory or a file nested too deeply ({type(error).__name__})"
         except torch.cuda.OutOfMemoryError:
-            fail("error: out of GPU memory: try a smaller --batch-size")
-            return 2
+            line = "error: out of GPU memory: try a smaller --batch-size"
         except (ValueError, OSError) as error:
-            fail(f"error{rank()}: {error}")
-            return 2
+            line = f"error{where}: {error}"
         except RuntimeError as error:
-            words = [words for words in LOST if words in str(error)]
+            words, status = [words for words in LOST.split(", ") if words in str(error)], 1
             if not words:
                 raise
-            fail(f"error{rank()}: another process was lost ({words[0]}); --resume auto continues a run")
-            return 1
+            line = f"error{where}: another process was lost ({words[0]}); --resume auto continues a run"
+        say(line, file=sys.stderr)
+        return status
 
     return run
-
-
-def rank() -> str:
-    """The rank for messages; empty for rank 0 and for a single process."""
-    number = os.environ.get("RANK", "0")
-    return f" on rank {number}" if number != "0" else ""
-
-
-def fail(line: str) -> None:
-    say(line, file=sys.stderr)
 
 
 def leave(status: int) -> None:

@@ -1,20 +1,15 @@
 """The directory of a run: who may write to it, what is in it, and how it survives a kill at any moment.
 
-config.json, metrics.jsonl, checkpoint.pt (only tensors and plain values; the model is under "state_dict"
-with OpenAI's names), checkpoint.previous.pt (the one before), tokenizer.json, results.json, curves.png,
-results.png and lock. A folder with a file of one of these names but without our lock belongs to someone
-else: it is refused and left as it is.
-
-A checkpoint is a zip file with a CRC-32 of every member. torch.load does not look at them, so a flipped bit
-would go unseen. Here they are checked before a run continues, as `unzip -t checkpoint.pt` does. A damaged
-checkpoint is put aside and the previous one is used. The disk needs room for three checkpoints.
+A folder with a file of one of the NAMES but without our lock belongs to someone else: it is refused and left
+as it is. A checkpoint holds only tensors and plain values, in a zip file with a CRC-32 of every member.
+torch.load does not check it; here it is checked before a run continues. A damaged checkpoint is put aside and
+the previous one is used. The disk needs room for three checkpoints.
 """
 
 import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import signal
 import time
@@ -46,19 +41,24 @@ class Run:
     def __init__(self, out: str, resume: str, name: str):
         path = str(find(out, resume, name)) if distributed.rank() == 0 else ""
         self.path, self.writes = Path(distributed.broadcast(path)), distributed.rank() == 0
-        self.checkpoint = self.path / "checkpoint.pt"
-        self.previous = self.path / "checkpoint.previous.pt"
+        self.checkpoint, self.previous = self.path / "checkpoint.pt", self.path / "checkpoint.previous.pt"
         self.made = []  # folders that this run made, the innermost first
         self.resumed = bool(resume) and holds_checkpoint(self.path)
         if self.writes:
             self.claim()
 
     def claim(self) -> None:
-        """Takes the folder for this process alone."""
+        """Takes the folder for this process alone, if all files under our names are of a run of train.py."""
+        path = self.path / "lock"
+        if os.path.lexists(path):
+            with open_own(path, os.O_RDWR) as file:
+                if file.read(len(MARK)) not in (MARK, b""):
+                    raise ValueError(f"{path} is not of a run of train.py: choose another --out")
+        elif not self.resumed and (found := [name for name in NAMES if os.path.lexists(self.path / name)]):
+            raise ValueError(f"{self.path} holds a {found[0]} that no run wrote: choose another --out")
         self.made = [p for p in (self.path, *self.path.parents) if not p.exists()]
-        refuse_foreign(self.path, self.resumed)
         output_folder(self.path)
-        self.handle = open_own(self.path / "lock", os.O_RDWR)
+        self.handle = open_own(path, os.O_RDWR)
         try:
             if not lock(self.handle):
                 warn(f"{self.path} cannot be locked on this disk: start one process only")
@@ -72,10 +72,7 @@ class Run:
             part.unlink(missing_ok=True)
 
     def withdraw(self) -> None:
-        """Removes a new folder again if the run failed before it logged or saved anything.
-
-        TRAP: files that were there before, and files that someone else added since, stay.
-        """
+        """TRAP: removes a folder that is new and empty again if the run failed; files of others stay."""
         if not self.made or holds_checkpoint(self.path) or self.metrics():
             return
         self.handle.close()
@@ -109,9 +106,7 @@ class Run:
             yield
         except OSError as error:
             reason = f"cannot write {path}: {error.strerror}" if path else one_line(error)
-            raise ValueError(
-                f"{reason}; {self.kept()}. Make room, then --resume auto continues from there"
-            ) from error
+            raise ValueError(f"{reason}; {self.kept()}. Make room, then --resume auto continues") from error
 
     def kept(self) -> str:
         """What a run can continue from, for messages."""
@@ -127,10 +122,8 @@ class Run:
         for path in (self.checkpoint, self.previous):
             try:
                 state = read_checkpoint(path)
-            except FileNotFoundError:
-                continue
-            except ValueError as error:
-                damage.append(str(error))
+            except (FileNotFoundError, ValueError) as error:
+                damage += [str(error)] * isinstance(error, ValueError)
                 continue
             if path == self.previous and self.writes:
                 say(f"{'; '.join(damage) or f'{self.checkpoint} is missing'}: {path} is used")
@@ -140,13 +133,11 @@ class Run:
             return state
         if damage:
             raise ValueError(f"{'; '.join(damage)}: delete {self.path}, or choose another --out")
-        return None
 
     def log(self, **values) -> None:
         """One line of metrics.jsonl. It holds no times, so that a repeated run writes the same line."""
         if self.writes:
             path = self.path / "metrics.jsonl"
-            # the message of a full disk does not name a file
             with self.writing(path), open_own(path, os.O_WRONLY | os.O_APPEND) as file:
                 file.write(json.dumps(values) + "\n")
 
@@ -162,9 +153,8 @@ class Run:
     def results(self) -> dict | None:
         """results.json of a finished run, on every rank; None if it is missing or broken."""
         found = None
-        if self.writes:
-            with contextlib.suppress(OSError, ValueError):
-                found = json.loads((self.path / "results.json").read_text())
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads((self.path / "results.json").read_text())
         return distributed.broadcast(found)
 
     def vocabulary(self) -> Path | None:
@@ -176,9 +166,8 @@ class Run:
         """Drops what was logged after the checkpoint of this step, and its evaluation, which is run again."""
         if self.writes:
             kept = [m for m in self.metrics() if m["step"] < step or (m["step"] == step and "loss" in m)]
-            kept = [json.dumps(m) + "\n" for m in kept]
             with self.writing():
-                write_text(self.path / "metrics.jsonl", "".join(kept))
+                write_text(self.path / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in kept))
 
     def draw(self, results: dict) -> None:
         """curves.png: the loss, and figures measured more than once; results.png: the final figures."""
@@ -186,10 +175,9 @@ class Run:
         panels = {"training loss": {"loss": [(m["step"], m["loss"]) for m in logged if "loss" in m]}}
         bars = {}
         for name, result in results.items():
-            shown = {k: chance for k, chance in result["chance"].items() if k in result}
-            points = {k: [(m["step"], m[name][k]) for m in logged if name in m] for k in shown}
+            points = {k: [(m["step"], m[name][k]) for m in logged if name in m] for k in result["chance"]}
             panels |= {name: points} if any(len(line) > 1 for line in points.values()) else {}
-            for k, chance in shown.items():
+            for k, chance in result["chance"].items():
                 if k not in ("i2t@5", "t2i@5", "i2t@10", "t2i@10", "top5"):
                     bars[f"{name} {k}"] = {"here": (100 * result[k], 0.0), "chance": (100 * chance, 0.0)}
         plots.lines(self.path / "curves.png", panels)
@@ -212,28 +200,12 @@ def find(out: str, resume: str, name: str) -> Path:
     return names[max(free - 1, 0) if resume else free]
 
 
-def refuse_foreign(path: Path, resumed: bool) -> None:
-    """Raises: ValueError if the folder has files under our names that no run of train.py wrote."""
-    if not path.is_dir():
-        return
-    if os.path.lexists(path / "lock"):
-        with open_own(path / "lock", os.O_RDWR) as file:
-            mine = file.read(len(MARK)) in (MARK, b"")
-        if not mine:
-            raise ValueError(f"{path / 'lock'} is not of a run of train.py: choose another --out")
-    elif not resumed and (found := [name for name in NAMES if os.path.lexists(path / name)]):
-        raise ValueError(f"{path} holds a {found[0]} that no run of train.py wrote: choose another --out")
-
-
 def holds_checkpoint(path: Path) -> bool:
     return any((path / f"checkpoint{name}.pt").exists() for name in ("", ".previous"))
 
 
 def read_config(source: str | Path) -> dict:
-    """config.json of a run, given its folder or its checkpoint; {} for any other model.
-
-    Raises: ValueError, one line, for a file that is not JSON.
-    """
+    """config.json of a run from its folder or checkpoint; {} for other models.   Raises: ValueError if broken."""
     path = Path(source).expanduser()
     if not path.is_dir() and not path.name.startswith("checkpoint."):
         return {}
@@ -262,7 +234,6 @@ def read_checkpoint(path: Path) -> dict:
         except Exception as error:
             if getattr(error, "errno", None) in UNREADABLE:
                 raise OSError(f"{path} cannot be read now ({one_line(error)}): try again") from error
-            # damaged files fail in many ways, which all mean the same to the user
             # TRAP: a whole checkpoint must not be put aside because memory was short
             if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
                 raise OSError(f"{path} cannot be read: there is not enough memory") from error
@@ -279,13 +250,10 @@ def git_commit() -> str:
         return ""
 
 
-# flags that may change when a run continues: they decide where and how it is computed and reported
-FREE = (
-    "accumulate workers precision compile grad_checkpointing device threads log_every eval_every save_every"
-)
-FREE = {*FREE.split(), "out", "resume", "preset", "dry_run", "commit", "data_changed"}
-# the data themselves are compared, so they may have moved
-FREE |= {"train_data", "val_data", "zeroshot_data", "image_root"}
+# flags that may change when a run continues: how it is computed and reported, and where its data are
+FREE = "accumulate workers precision compile grad_checkpointing device threads log_every eval_every"
+FREE += " save_every out resume preset dry_run commit data_changed"
+FREE = {*FREE.split(), "train_data", "val_data", "zeroshot_data", "image_root"}
 
 
 def check_same_run(old: dict, new: dict) -> None:
@@ -321,8 +289,7 @@ def fingerprint(dataset) -> dict:
 def check_same_data(old: dict, new: dict, allowed: bool, say) -> None:
     """Says which data sets changed since the checkpoint.
 
-    Raises: ValueError if the training data did and --data-changed does not allow it: batch t would be
-    another.
+    Raises: ValueError if the training data did, without --data-changed: batch t would be another.
     """
     for flag in (flag for flag in old if flag in new and old[flag] != new[flag]):
         before, now = old[flag], new[flag]
@@ -331,18 +298,14 @@ def check_same_data(old: dict, new: dict, allowed: bool, say) -> None:
             change = f"{before['rows']:,} rows became {now['rows']:,}"
         elif before["any_order"] == now["any_order"]:
             change = "the rows are in another order"
+        message = f"changed since the checkpoint: {change}"
         if flag == "train_data" and not allowed:
-            raise ValueError(
-                f"the training data changed since the checkpoint: {change}; --data-changed continues"
-            )
-        say(f"--{flag.replace('_', '-')} changed since the checkpoint: {change}")
+            raise ValueError(f"the training data {message}; --data-changed continues")
+        say(f"--{flag.replace('_', '-')} {message}")
 
 
 class Meter:
-    """Sums of the loss and of other logged values over the steps since the last log line.
-
-    The sums stay on the GPU; only means() waits for it.
-    """
+    """Sums of logged values over the steps since the last log line. They stay on the GPU until means()."""
 
     def __init__(self, sums: dict | None = None, count: int = 0):
         self.sums, self.count = dict(sums or {}), count
@@ -362,9 +325,6 @@ class Meter:
         """Plain numbers for a checkpoint; Meter(**state) continues."""
         return {"sums": distributed.mean({k: float(v) for k, v in self.sums.items()}), "count": self.count}
 
-    def finite(self) -> bool:
-        return math.isfinite(float(self.sums.get("loss", 0.0)))
-
 
 class Clock:
     """Rate, time left, and the share of time that the loop waits for data; c is the TrainConfig."""
@@ -377,7 +337,6 @@ class Clock:
         return max(time.monotonic() - self.began, 1e-9)
 
     def waiting(self, batches):
-        """The next batch."""
         before = time.monotonic()
         batch = next(batches)
         self.waited += time.monotonic() - before
@@ -385,20 +344,16 @@ class Clock:
 
     def line(self, step: int, loss: float, scale: float) -> str:
         done, spent = step - self.start, self.spent()
-        left = duration(spent / done * (self.c.steps - step))
-        return (
-            f"step {step:6}/{self.c.steps}  loss {loss:7.4f}  scale {scale:5.1f}  "
-            f"{done * self.c.batch_size / spent:7.0f} {self.unit}/s  "
-            f"waiting for data {self.waited / spent:4.0%}  ETA {left}"
-        )
+        line = f"step {step:6}/{self.c.steps}  loss {loss:7.4f}  scale {scale:5.1f}"
+        line += f"  {done * self.c.batch_size / spent:7.0f} {self.unit}/s  waiting for data"
+        return f"{line} {self.waited / spent:4.0%}  ETA {duration(spent / done * (self.c.steps - step))}"
 
 
 class StopSignal:
     """Ctrl-C, SIGTERM, SIGHUP, SIGXCPU end the run after a step and a save. A second one ends it at once."""
 
     def __init__(self):
-        self.received = False
-        self.before = {}
+        self.received, self.before = False, {}
         for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGXCPU"):
             number = getattr(signal, name, None)  # Windows lacks two of them
             if number is None or signal.getsignal(number) == signal.SIG_IGN:
