@@ -15,8 +15,6 @@ from model import CLIP, Config
 
 @dataclass(frozen=True)
 class Settings:
-    """Flags of clip and siglip."""
-
     # loss
     objective: str = "infonce"  # infonce or siglip
     logit_scale: float = 0.0  # start of exp(logit_scale); 0: 1/0.07 for infonce, 10 for siglip

@@ -43,8 +43,7 @@ class CoCoOp(PromptLearner):
     def cosines(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Images (B, 3, S, S) against classes (C, L): (B, C).
 
-        SPEED: the pairs of a batch run together, in chunks. The official code takes one image after another,
-        which means more and smaller kernels on a GPU; on one CPU core it makes no difference.
+        SPEED: the pairs of a batch run together, in chunks; the official code takes one image after another.
         """
         image = self.image_features(images)  # (B, E)
         ctx = self.ctx + self.meta_net(image).unsqueeze(1)  # (B, n, D)
@@ -64,8 +63,6 @@ class CoCoOp(PromptLearner):
 
 @dataclass(frozen=True)
 class Settings:
-    """Flags of cocoop."""
-
     context: int = 4  # learned vectors
     context_words: str = "a photo of a"  # words that they start as, one token each; empty: random
 
@@ -75,8 +72,5 @@ TINY, PRESETS, TASK = coop.TINY, {}, "labels"
 
 
 def build(settings: Settings, clip: CLIP, classes: Classes) -> CoCoOp:
-    """The module that is trained."""
-    s = settings
-    words, rest = coop.start_words(s.context_words, Settings.context_words, s.context, classes.tokenizer)
-    tokens = classes.tokens(rest, clip.config.context_length)
-    return CoCoOp(clip, tokens, s.context, words=words, template=rest)
+    tokens, start = coop.prompts(settings, clip, classes)
+    return CoCoOp(clip, tokens, settings.context, **start)

@@ -7,7 +7,6 @@ for a CLIP of this project), the preset, the run that --resume continues, and th
 
 import math
 import os
-import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -21,14 +20,13 @@ from weights import archive
 POSITIVE = "batch_size steps accumulate log_every save_every train_size mixture_tokens mixture_heads"
 COUNTS = "image_size workers threads eval_every warmup overfit epochs clip_norm weight_decay seed logit_scale"
 COUNTS += " shots align_layers margin align_weight bma_beta"
-SMALLEST = sys.float_info.min
 LIMITS = {name: (1, math.inf, "must be at least 1") for name in POSITIVE.split()}
 LIMITS |= {name: (0, math.inf, "must not be negative") for name in COUNTS.split()}
 LIMITS |= {name: (0, 0.999999, "must lie in [0, 1)") for name in ("beta1", "beta2")}
 REALS = ("lr", "temperature", "eps", "guidance_temperature", "tes_temperature")
-LIMITS |= {name: (SMALLEST, 1e30, "must be positive") for name in REALS}
+LIMITS |= {name: (1e-300, 1e30, "must be positive") for name in REALS}
 LIMITS |= {"epochs": (0, 1e6, "must lie in [0, 1e6]"), "logit_bias": (-500, 500, "must lie in [-500, 500]")}
-LIMITS |= {"bias": (0, 1, "must lie in [0, 1]"), "crop_scale": (SMALLEST, 1, "must lie in (0, 1]")}
+LIMITS |= {"bias": (0, 1, "must lie in [0, 1]"), "crop_scale": (1e-300, 1, "must lie in (0, 1]")}
 CHOICES = {"model": tuple(CONFIGS), "objective": ("infonce", "siglip"), "precision": ("auto", "fp32", "bf16")}
 CHOICES |= {"optimizer": ("adamw", "sgd", "nesterov"), "pooling": ("text", "register", "average", "learned")}
 CHOICES |= {"open_task": ("domain-shift", "open-class", "in-the-wild")}
@@ -50,16 +48,23 @@ def resolve(configs: dict[str, type], flags: dict) -> tuple:
     if owner and methods.find(owner).module is not method.module:
         raise ValueError(f"--preset {flags['preset']} is a run of --method {owner}, not of {name}")
     own, shared = method.flags(), {f.name for f in fields(configs[method.module.TASK])}
-    for flag in flags:
-        if flag not in own | shared:
-            raise ValueError(refusal(configs, flag, name))
+    if foreign := [flag for flag in flags if flag not in own | shared]:
+        raise ValueError(refusal(configs, foreign[0], name))
     values = dict(method.module.DEFAULTS)
     if method.module.TASK == "labels":
         if not flags.get("init"):
             raise ValueError(f"--method {name} starts from a CLIP: name a checkpoint or a run with --init")
         if flags.get("dry_run"):
             raise ValueError(f"--dry-run computes the cost of pre-training, not of --method {name}")
-        values |= own_defaults(method, flags)
+        if is_tiny(flags["init"]):
+            values |= method.module.TINY
+        else:
+            task = flags.get("open_task", "domain-shift")
+            published, where = method.published(task, flags.get("train_data", ""))
+            values |= published
+            if published and os.environ.get("RANK", "0") == "0":
+                shown = ", ".join(f"{flag_of(k)} {v}" for k, v in published.items())
+                print(f"published settings for {where}: {shown}")
     values |= preset | {"method": name}
     if "steps" in flags or flags.get("overfit"):
         values["epochs"] = 0.0
@@ -71,17 +76,6 @@ def resolve(configs: dict[str, type], flags: dict) -> tuple:
         c = c if "steps" in flags else replace(c, steps=300)
     check(c, s)
     return c, s
-
-
-def own_defaults(method: methods.Method, flags: dict) -> dict:
-    """TINY for a CLIP of this project; for a published CLIP the published settings, which are printed."""
-    if is_tiny(flags["init"]):
-        return method.module.TINY
-    task = flags.get("open_task", "domain-shift")
-    values, where = method.published(task, flags.get("train_data", ""))
-    if values and os.environ.get("RANK", "0") == "0":
-        print(f"published settings for {where}:", ", ".join(f"{flag_of(k)} {v}" for k, v in values.items()))
-    return values
 
 
 def refusal(configs: dict[str, type], flag: str, name: str) -> str:
@@ -111,9 +105,8 @@ def parse(configs: dict[str, type], argv: list[str], about: str) -> dict:
         first.add_argument(flag_of(flag), default="")
     chosen, _ = first.parse_known_args(argv)
     resumed = resumed_flags(configs, chosen)
-    name = chosen.method or resumed.get("method") or next(iter(methods.METHODS))
-    if chosen.preset and not chosen.method:
-        name = methods.presets().get(chosen.preset, (name,))[0]
+    owner = methods.presets().get(chosen.preset, ("",))[0]
+    name = chosen.method or owner or resumed.get("method") or next(iter(methods.METHODS))
     method = methods.find(name)
     lists = f"methods: {' '.join(methods.METHODS)}\npresets: {' '.join(methods.presets())}"
     parser = Parser(f"{about}\n{lists}\n\nThe flags below are those of --method {name}.")
@@ -131,10 +124,8 @@ def parse(configs: dict[str, type], argv: list[str], about: str) -> dict:
 
 def resumed_flags(configs: dict[str, type], chosen) -> dict:
     """The flags in config.json of the run that --resume continues; {} if there is no such run."""
-    if not chosen.resume:
-        return {}
-    path = find(chosen.out, chosen.resume, chosen.method or next(iter(methods.METHODS)))
-    if not holds_checkpoint(path):
+    path = find(chosen.out, chosen.resume or "auto", chosen.method or next(iter(methods.METHODS)))
+    if not chosen.resume or not holds_checkpoint(path):
         return {}
     config = read_config(path)
     if not config:

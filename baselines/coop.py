@@ -5,8 +5,8 @@ Zhou et al. 2022 (arXiv:2109.01134), section 3.2; code KaiyangZhou/CoOp@ff61507:
     t_c = [V]_1 ... [V]_n [CLASS]_c .           the prompt of class c; only the context V is learned
     loss = cross-entropy of exp(t) * cos(image, text(t_c))
 
-PromptLearner is also the base of CoCoOp (cocoop.py) and MaPLe (maple.py). class_tokens are the tokenized rest
-of each prompt, the full stop included. The context goes between the start token and this rest:
+class_tokens are the tokenized rest of each prompt, the full stop included. The context goes between the start
+token and this rest:
 
     t = tokenizer.Tokenizer.from_openai()
     CoOp(clip, t(["dog.", "cat."]))                                       random start
@@ -27,9 +27,6 @@ from baselines.prompted import Prompted
 from clipood import Classes, LabelMethod, full_precision, require_clip, unit
 from model import CLIP
 
-# how many of n context vectors come before the class name
-POSITIONS = {"end": lambda n: n, "middle": lambda n: n // 2, "front": lambda n: 0}
-
 
 class PromptLearner(LabelMethod):
     """A frozen CLIP with a learned context: what CoOp, CoCoOp and MaPLe share.
@@ -47,9 +44,9 @@ class PromptLearner(LabelMethod):
         clip: CLIP,
         class_tokens: Tensor,
         context: int,
-        words: list[int] | None = None,
-        template: str = "{}.",
-        rows: tuple[int, ...] = (),
+        words: list | None = None,
+        template="{}.",
+        rows=(),
     ):
         super().__init__()
         require_clip(clip)
@@ -57,7 +54,8 @@ class PromptLearner(LabelMethod):
             raise ValueError(f"context {context}: at least 1 vector must be learned")
         if words is not None and len(words) != context:
             raise ValueError(f"{len(words)} words for a context of {context}: the numbers must agree")
-        self.clip, self.context, self.template = clip.requires_grad_(False), context, template
+        self.clip, self.template = clip.requires_grad_(False), template
+        self.context, self.before = context, context  # vectors in all, and before the class name
         self.starts_as = f"the context starts {'at random' if words is None else 'as words'}"
         table = clip.token_embedding.weight
         start = torch.empty(*rows, context, table.shape[1], dtype=table.dtype)  # (..., n, D)
@@ -77,21 +75,22 @@ class PromptLearner(LabelMethod):
             raise ValueError(f"class_tokens {tuple(class_tokens.shape)}: expected (classes, length)")
         limit = min(class_tokens.shape[1], self.clip.config.context_length)
         used = class_tokens.argmax(-1) + 1  # (C,) tokens up to the end token, which has the highest id
-        if (used + self.context > limit).any():
-            i = int((used + self.context > limit).nonzero()[0, 0])
-            raise ValueError(
-                f"class {i}: {int(used[i])} tokens and a context of {self.context} do not fit into "
-                f"{limit}: shorten the name or the context"
-            )
-        # SPEED: no token attends to a later one, so padding changes nothing. Some 12 tokens are left of 77,
-        # and a step of CoOp or CoCoOp takes a fifth of the time
+        if len(long := (used + self.context > limit).nonzero()):
+            both = f"class {int(long[0])}: {int(used[long[0]])} tokens and a context of {self.context}"
+            raise ValueError(f"{both} do not fit into {limit}: shorten the name or the context")
+        # SPEED: no token attends to a later one, so padding changes nothing. A step takes a fifth of the time
         return class_tokens[:, : int(used.max())]
 
     def prompts(self, ctx: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Context (C, n, D) and tokens (C, L) to embeddings (C, n + L, D) and end positions (C,)."""
-        x = self.clip.token_embedding(tokens)  # (C, L, D)
-        x = torch.cat([x[:, :1], ctx, x[:, 1:]], 1)  # (C, n + L, D)
-        return x, tokens.argmax(-1) + self.context
+        place, end = torch.arange(tokens.shape[1], device=tokens.device), tokens.argmax(-1)  # (L,), (C,)
+        # sort keys: 0 start token, 1 context, 2 class name, 3 context, 4 full stop and everything after it
+        words = torch.where(place < end[:, None] - 1, 2, 4).masked_fill(place == 0, 0)  # (C, L)
+        vectors = words.new_full((len(words), self.context), 3)  # (C, n)
+        vectors[:, : self.before] = 1
+        order = torch.cat([vectors, words], 1).argsort(dim=1, stable=True)  # (C, n + L)
+        x = torch.cat([ctx, self.clip.token_embedding(tokens)], 1)  # (C, n + L, D)
+        return x.gather(1, order[..., None].expand_as(x)), end + self.context
 
     def text_features(self, tokens: Tensor) -> Tensor:
         """Tokens (C, L) -> (C, E) unit norm."""
@@ -137,19 +136,23 @@ class PromptLearner(LabelMethod):
         return self.clip.scale_logits(self.cosines(images, self.class_tokens))
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images (B, 3, S, S), labels (B,) -> loss (), and the accuracy to log."""
         logits = self(images)
         accuracy = (logits.argmax(-1) == labels).float().mean()
         return F.cross_entropy(logits, labels), {"accuracy": accuracy}
 
     @torch.no_grad()
     def predict(self, images: Tensor, class_tokens: Tensor | None = None) -> Tensor:
-        """Cosines (B, C) to the classes of training, or to the classes of other class_tokens (C, L)."""
+        """Cosines (B, C) to the classes of training, or to the classes of other class_tokens (C, L).
+
+        Raises: ValueError for other classes with one context per class.
+        """
+        if class_tokens is not None and not self.new_classes:
+            raise ValueError("class-specific contexts can score the classes of training only")
         tokens = self.class_tokens if class_tokens is None else self.trim(class_tokens)
         return self.cosines(images, tokens)
 
     def dual_encoder(self, clip: CLIP | None = None) -> nn.Module:
-        """The dual encoder that answers; another CLIP has learned no prompts and answers for itself."""
+        """Another CLIP has learned no prompts and answers for itself."""
         return Prompted(self) if clip is None else clip
 
 
@@ -159,44 +162,19 @@ class CoOp(PromptLearner):
     Args:   class_specific: ctx is (C, n, D) instead of (n, D), and no other classes can be scored
             position: the context comes before the class name ("end"), around it or after it ("middle",
             "front": the last token before the end token must then be the full stop, which stays last)
-            the rest as in PromptLearner
     Raises: ValueError, beyond those of PromptLearner, for an unknown position.
     Cost:   forward, T FLOPs of the text tower on n + L tokens: B I + C T + 2 B C E. 4 n D bytes of gradient
     """
 
     def __init__(
-        self,
-        clip: CLIP,
-        class_tokens: Tensor,
-        context: int = 16,
-        class_specific: bool = False,
-        *,
-        position: str = "end",
-        **start,
+        self, clip: CLIP, class_tokens: Tensor, context=16, class_specific=False, *, position="end", **start
     ):
-        if position not in POSITIONS:
-            raise ValueError(f"position {position!r}: expected {', '.join(POSITIONS)}")
+        before = {"end": context, "middle": context // 2, "front": 0}
+        if position not in before:
+            raise ValueError(f"position {position!r}: expected {', '.join(before)}")
         rows = (len(class_tokens),) if class_specific else ()
         super().__init__(clip, class_tokens, context, rows=rows, **start)
-        self.before, self.new_classes = POSITIONS[position](context), not class_specific
-
-    def prompts(self, ctx: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """As PromptLearner's, with the context before, around or after the class name."""
-        place = torch.arange(tokens.shape[1], device=tokens.device)  # (L,)
-        end = tokens.argmax(-1)  # (C,)
-        # sort keys: 0 start token, 1 context, 2 class name, 3 context, 4 full stop and everything after it
-        words = torch.where(place < end[:, None] - 1, 2, 4).masked_fill(place == 0, 0)  # (C, L)
-        vectors = words.new_full((len(words), self.context), 3)  # (C, n)
-        vectors[:, : self.before] = 1
-        order = torch.cat([vectors, words], 1).argsort(dim=1, stable=True)  # (C, n + L)
-        x = torch.cat([ctx, self.clip.token_embedding(tokens)], 1)  # (C, n + L, D)
-        return x.gather(1, order[..., None].expand_as(x)), end + self.context
-
-    def predict(self, images: Tensor, class_tokens: Tensor | None = None) -> Tensor:
-        """As PromptLearner's.   Raises: ValueError for other classes with class-specific contexts."""
-        if class_tokens is not None and self.ctx.dim() == 3:
-            raise ValueError("class-specific contexts can score the classes of training only")
-        return super().predict(images, class_tokens)
+        self.before, self.new_classes = before[position], not class_specific
 
 
 def start_words(words: str, default: str, context: int, tokenizer) -> tuple[list[int] | None, str]:
@@ -212,17 +190,22 @@ def start_words(words: str, default: str, context: int, tokenizer) -> tuple[list
         if len(ids) == context:
             return ids, " ".join([*parts[n:], "{}."])
         if words != default:
+            found = f"{len(parts)} words, and the first {n} are {len(ids)} tokens"
             raise ValueError(
-                f"--context {context}, but --context-words {words!r} has {len(parts)} words, and the first"
-                f" {n} are {len(ids)} tokens: the two must agree"
+                f"--context {context}, but --context-words {words!r} has {found}: they must agree"
             )
     return None, "{}."
 
 
+def prompts(settings, clip: CLIP, classes: Classes) -> tuple[Tensor, dict]:
+    """Class tokens (C, L), and the words and template of a PromptLearner; settings of any of the three."""
+    s = settings
+    words, rest = start_words(s.context_words, type(s).context_words, s.context, classes.tokenizer)
+    return classes.tokens(rest, clip.config.context_length), dict(words=words, template=rest)
+
+
 @dataclass(frozen=True)
 class Settings:
-    """Flags of coop."""
-
     context: int = 16  # learned vectors
     context_words: str = ""  # words that they start as, one token for each vector; empty: random
     context_position: str = "end"  # end, middle or front: before, around or after the class name
@@ -240,9 +223,6 @@ TASK = "labels"
 
 
 def build(settings: Settings, clip: CLIP, classes: Classes) -> CoOp:
-    """The module that is trained."""
-    s = settings
-    words, rest = start_words(s.context_words, Settings.context_words, s.context, classes.tokenizer)
-    tokens = classes.tokens(rest, clip.config.context_length)
-    more = dict(position=s.context_position, words=words, template=rest)
-    return CoOp(clip, tokens, s.context, s.class_context, **more)
+    tokens, start = prompts(settings, clip, classes)
+    position = settings.context_position
+    return CoOp(clip, tokens, settings.context, settings.class_context, position=position, **start)

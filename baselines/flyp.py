@@ -34,18 +34,17 @@ class FLYP(LabelMethod):
         super().__init__()
         require_clip(clip)
         self.clip = clip.requires_grad_(True)
-        # SPEED: no token attends to a later one, so columns that no class uses are cut off: some 10 of 77 are
-        # left. Once for all classes and not for each batch, since --compile needs constant shapes
+        # SPEED: no token attends to a later one, so columns that no class uses are cut off; not for each
+        # batch, since --compile needs constant shapes
         used = int(class_tokens.argmax(-1).max()) + 1
         self.register_buffer("class_tokens", class_tokens[:, :used], persistent=False)  # (C, L')
 
     def first_loss(self, classes: int, batch_size: int) -> str:
-        """The loss of a model that knows nothing, as text."""
         value = f"ln {batch_size} = {math.log(batch_size):.2f}"
         return f"{value} for a blind answer; images of one class in a batch keep the loss above 0"
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images (B, 3, S, S), labels (B,) -> loss (), and the accuracy among this rank's prompts."""
+        """The logged accuracy is among this rank's prompts."""
         image = unit(self.clip.encode_image(images))
         # SPEED: a class that occurs n times in the batch is encoded once; the gradient is the same
         classes, place = labels.unique(return_inverse=True)
@@ -67,8 +66,6 @@ class FLYP(LabelMethod):
 
 @dataclass(frozen=True)
 class Settings:
-    """Flags of flyp."""
-
     bma_beta: float = 0.0  # Beta moving average of the weights, which is then the reported model; 0: off
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from attention import Mask
 from baselines import coop
 from baselines.coop import PromptLearner
 from clipood import Classes, unit
@@ -26,8 +27,7 @@ from model import CLIP, Transformer
 class MaPLe(PromptLearner):
     """Multi-modal prompt learning.
 
-    Args:   depth: J, from 1 (prompts at the input only) to the number of blocks of the shorter tower.
-            The rest as in PromptLearner
+    Args:   depth: J, from 1 (prompts at the input only) to the number of blocks of the shorter tower
     Raises: ValueError, beyond those of PromptLearner, for another depth.
     Cost:   forward: as CoOp, with n tokens more in the image tower and J products 2 n D D' into its width D'.
             4 bytes of gradient for each of J (n D + D D' + D') numbers
@@ -37,14 +37,12 @@ class MaPLe(PromptLearner):
         super().__init__(clip, class_tokens, context, **start)
         c = clip.config
         if not 1 <= depth <= min(c.vision_layers, c.text_layers):
-            raise ValueError(
-                f"depth {depth}: the towers have {c.vision_layers} (image) and {c.text_layers} (text) blocks"
-            )
+            blocks = f"{c.vision_layers} (image) and {c.text_layers} (text) blocks"
+            raise ValueError(f"depth {depth}: the towers have {blocks}")
         D, deeper = c.text_width, range(depth - 1)
         self.proj = nn.Linear(D, c.vision_width)
-        self.compound_prompts_text = nn.ParameterList(
-            nn.Parameter(0.02 * torch.randn(context, D)) for _ in deeper
-        )
+        prompts = (nn.Parameter(0.02 * torch.randn(context, D)) for _ in deeper)
+        self.compound_prompts_text = nn.ParameterList(prompts)
         self.compound_prompt_projections = nn.ModuleList(nn.Linear(D, c.vision_width) for _ in deeper)
         self.to(self.ctx.dtype)
 
@@ -64,19 +62,13 @@ class MaPLe(PromptLearner):
         first = visual.ln_pre(self.proj(self.ctx)).to(x.dtype)  # (n, D') after ln_pre, without positions
         pairs = zip(self.compound_prompt_projections, self.compound_prompts_text)
         deeper = [project(p) for project, p in pairs]  # (n, D') each
-        place = x.shape[1]
-        x = torch.cat([x, first.expand(len(x), -1, -1)], 1)  # (B, 1 + P + n, D')
-        x = run_blocks(visual.transformer, x, deeper, place, lambda x: x[:, 0])  # (B, D')
+        both = torch.cat([x, first.expand(len(x), -1, -1)], 1)  # (B, 1 + P + n, D')
+        x = run_blocks(visual.transformer, both, deeper, x.shape[1], lambda x: x[:, 0])  # (B, D')
         return unit(visual.head(x))  # (B, E)
 
 
 def run_blocks(
-    transformer: Transformer,
-    x: Tensor,
-    prompts: list[Tensor],
-    place: int,
-    keep_tokens: Callable[[Tensor], Tensor],
-    mask: Tensor | str | None = None,
+    transformer: Transformer, x: Tensor, prompts: list, place: int, keep_tokens: Callable, mask: Mask = None
 ) -> Tensor:
     """As model.Transformer; before block j the tokens of x (B, L, D) from place on become prompts[j - 1]."""
     for j, block in enumerate(transformer.resblocks):
@@ -93,8 +85,6 @@ def run_blocks(
 
 @dataclass(frozen=True)
 class Settings:
-    """Flags of maple."""
-
     context: int = 2  # learned vectors
     context_words: str = "a photo of a"  # words that they and the next words start as; empty: random
     prompt_depth: int = 0  # blocks with prompts; 0: 9, or all blocks of a shallower tower
@@ -107,9 +97,6 @@ TASK = "labels"
 
 
 def build(settings: Settings, clip: CLIP, classes: Classes) -> MaPLe:
-    """The module that is trained."""
-    s = settings
-    words, rest = coop.start_words(s.context_words, Settings.context_words, s.context, classes.tokenizer)
-    tokens = classes.tokens(rest, clip.config.context_length)
-    depth = s.prompt_depth or min(9, clip.config.vision_layers, clip.config.text_layers)
-    return MaPLe(clip, tokens, s.context, depth, words=words, template=rest)
+    tokens, start = coop.prompts(settings, clip, classes)
+    depth = settings.prompt_depth or min(9, clip.config.vision_layers, clip.config.text_layers)
+    return MaPLe(clip, tokens, settings.context, depth, **start)

@@ -36,7 +36,7 @@ class Method:
         """Published changes to DEFAULTS for a task and a data set, and their name; or nothing."""
         table, name = getattr(self.module, "PUBLISHED", {}), re.sub(r"[^a-z0-9]", "", str(data).lower())
         for (known_task, known), values in table.items():
-            if known and known_task == task and re.sub(r"[^a-z0-9]", "", known.lower()) in name:
+            if known and known_task == task and known.lower() in name:
                 return values, f"{known}, {task}"
         values = table.get((task, ""), {})
         return values, task if values else ""
@@ -70,7 +70,6 @@ def presets() -> dict[str, tuple[str, dict]]:
     found = {}
     for name, method in METHODS.items():
         for preset, flags in method.module.PRESETS.items():
-            flags = dict(flags)
-            owner = flags.pop("method", name)
-            found.setdefault(preset, (owner, flags))
+            others = {flag: value for flag, value in flags.items() if flag != "method"}
+            found.setdefault(preset, (flags.get("method", name), others))
     return found

@@ -1,7 +1,7 @@
-"""A fine-tuned run of train.py, read from its folder: its flags, what it learned, and the model that answers.
+"""A fine-tuned run of train.py: its flags, what it learned, and the model that answers.
 
-pretrained.load returns the CLIP of such a run. The run's own model is another one if it also learned prompts
-or heads (CoOp, CoCoOp, MaPLe, TeS), or if it embeds images by average pooling.
+That is not the CLIP in its checkpoint, which pretrained.load returns, if the run also learned prompts or
+heads (CoOp, CoCoOp, MaPLe, TeS), or embeds images by average pooling.
 """
 
 from dataclasses import dataclass
@@ -45,8 +45,8 @@ class Saved:
         """
         method = METHODS[self.config["method"]]
         flags = {name: self.config[name] for name in method.flags() & self.config.keys()}
-        for name, default in vars(method.settings()).items():
-            value, kind = flags.get(name, default), type(default)
+        for name, value in flags.items():
+            kind = type(getattr(method.settings(), name))
             if type(value) is not kind and (type(value), kind) != (int, float):
                 problem = f"config.json has {name} {value!r}, expected {kind.__name__}"
                 raise ValueError(f"{self.source}: {problem}: restore the file")

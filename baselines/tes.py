@@ -8,13 +8,8 @@ norm into the space of the frozen text features T:
     q    = lambda_v softmax(s) + (1 - lambda_v) onehot  the target, without gradient
     loss = CE(o, q) + lambda_t CE(s, y)                 the second term trains the projection
 
-AlignCLIP's semantic label smoothing (SLS, losses.smoothing_targets) is similar:
-
-            target                               parameters      depends on
-    TeS     one distribution for every image     a second head   the image, so it changes during training
-    SLS     row y of one fixed (C, C) matrix     none            the names of the classes only
-
-TeS can express that this dog looks like a wolf, SLS only that dogs resemble wolves.
+AlignCLIP's semantic label smoothing (losses.smoothing_targets) has no second head; its targets depend on the
+class only. TeS can express that this dog looks like a wolf, smoothing only that dogs resemble wolves.
 """
 
 from dataclasses import dataclass
@@ -30,13 +25,7 @@ from model import CLIP
 
 
 def tes_loss(
-    logits: Tensor,
-    projected: Tensor,
-    text: Tensor,
-    labels: Tensor,
-    tau: float = 0.03,
-    lambda_v: float = 0.2,
-    lambda_t: float = 0.4,
+    logits: Tensor, projected: Tensor, text: Tensor, labels: Tensor, tau=0.03, lambda_v=0.2, lambda_t=0.4
 ) -> Tensor:
     """Cross-entropy under targets softened per image, plus the loss of the projection: the formulas above.
 
@@ -52,10 +41,7 @@ def tes_loss(
 
 
 class TextSupervised(Prompted):
-    """TeS as a dual encoder: its classifier for the classes of training, its projection for any other texts.
-
-    The evaluated classes are those of training if their text features are equal.
-    """
+    """TeS as a dual encoder: the classifier for the classes of training, the projection for other texts."""
 
     takes_captions = True
 
@@ -84,7 +70,6 @@ class TeS(LabelMethod):
     """
 
     starts_as = "both heads start at random"
-    # the projection has a BatchNorm, which must see the whole batch
     whole_batch = one_process = True
 
     def __init__(
@@ -118,9 +103,8 @@ class TeS(LabelMethod):
         """Images (B, 3, S, S), labels (B,) -> loss (), and the accuracies of both heads."""
         x = self.features(images)  # (B, D)
         logits, projected = self.classifier(x), unit(self.projection(x))  # (B, C), (B, E)
-        weights = self.tau, self.lambda_v, self.lambda_t
         with full_precision(x):
-            loss = tes_loss(logits, projected, self.text, labels, *weights)
+            loss = tes_loss(logits, projected, self.text, labels, self.tau, self.lambda_v, self.lambda_t)
             named = projected.detach() @ self.text.t()  # (B, C)
         answers = {"accuracy": logits, "projection_accuracy": named}
         return loss, {k: (v.argmax(-1) == labels).float().mean() for k, v in answers.items()}
@@ -138,27 +122,23 @@ class TeS(LabelMethod):
             return projected @ unit(text).t()  # (B, C')
 
     def dual_encoder(self, clip: CLIP | None = None) -> nn.Module:
-        """The dual encoder that answers; another CLIP has learned no heads and answers for itself."""
+        """Another CLIP has learned no heads and answers for itself."""
         return TextSupervised(self) if clip is None else clip
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Flags of tes."""
-
     tes_temperature: float = 0.03  # tau, of the names' distribution
     tes_share: float = 0.2  # lambda_v, the names' share of the target
     tes_weight: float = 0.4  # lambda_t, of the projection's own loss
 
 
-DEFAULTS = clipood.DEFAULTS | dict(optimizer="nesterov", lr=3.16e-3, batch_size=256, epochs=100.0)
-DEFAULTS |= dict(weight_decay=1e-5)
+OPTIMIZER = dict(optimizer="nesterov", lr=3.16e-3, weight_decay=1e-5)
+DEFAULTS = clipood.DEFAULTS | OPTIMIZER | dict(batch_size=256, epochs=100.0)
 TINY = clipood.TINY | dict(optimizer="adamw", batch_size=36, epochs=0.0, shots=0)
-PRESETS = {"tes-cifar100": dict(tes_share=0.1, tes_weight=0.3)}
-TASK = "labels"
+PRESETS, TASK = {"tes-cifar100": dict(tes_share=0.1, tes_weight=0.3)}, "labels"
 
 
 def build(settings: Settings, clip: CLIP, classes: Classes) -> TeS:
-    """The module that is trained."""
     s = settings
     return TeS(clip, classes.text, tau=s.tes_temperature, lambda_v=s.tes_share, lambda_t=s.tes_weight)

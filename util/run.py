@@ -205,7 +205,7 @@ def holds_checkpoint(path: Path) -> bool:
 
 
 def read_config(source: str | Path) -> dict:
-    """config.json of a run from its folder or checkpoint; {} for other models.   Raises: ValueError if broken."""
+    """config.json of a run from its folder or checkpoint; {} for others.   Raises: ValueError if broken."""
     path = Path(source).expanduser()
     if not path.is_dir() and not path.name.startswith("checkpoint."):
         return {}
