@@ -45,8 +45,7 @@ class Task:
     """
 
     unit = "pairs"
-    # context manager for the precision of the towers; the loop sets it
-    autocast = contextlib.nullcontext
+    autocast = contextlib.nullcontext  # for the precision of the towers; the loop sets it
 
     def __init__(self, c, s):
         self.c, self.s, self.prints = c, s, None
@@ -54,10 +53,16 @@ class Task:
     def fingerprints(self) -> dict[str, dict]:
         """What identifies the data of datasets(), computed once."""
         if self.prints is None:
-            self.prints = {
-                flag: fingerprint(part) for flag, part in self.datasets().items() if part is not None
-            }
+            parts = self.datasets().items()
+            self.prints = {flag: fingerprint(part) for flag, part in parts if part is not None}
         return self.prints
+
+    def loading(self, start: int, transform, fixed_transform) -> dict:
+        """Arguments of batches. Scenes are random already, and --overfit must see the same images again."""
+        fixed = self.c.overfit or hasattr(self.train, "pixels") or self.c.crop_scale == 1
+        place = dict(start_step=start, rank=distributed.rank(), world=distributed.world_size())
+        place |= dict(seed=self.c.seed, workers=self.c.workers)
+        return place | dict(transform=fixed_transform if fixed else transform)
 
     def begin(self, c) -> None:
         """Called before the first step and before load, when the number of steps is known."""
@@ -75,38 +80,25 @@ class PairTask(Task):
 
     def __init__(self, c, s, vocabulary: Path | None = None):
         super().__init__(c, s)
-        found = pair_data(c)
-        self.train, self.found = found.train, found
+        self.found = pair_data(c)
+        self.train = self.found.train
         self.tokenizer = pair_tokenizer(c, self.train.captions, vocabulary)
         start = starting_point(c, self.tokenizer.vocab_size)
         self.model = METHODS[c.method].module.build(s, start, c.batch_size)
         self.clip, self.config = self.model, self.model.config
-        if self.tokenizer.vocab_size != self.config.vocab_size:
-            raise ValueError(
-                f"{c.init} has {self.config.vocab_size} token embeddings, the tokenizer"
-                f" {self.tokenizer.vocab_size} tokens: name its vocabulary with --vocab"
-            )
+        if (own := self.tokenizer.vocab_size) != self.config.vocab_size:
+            both = f"{c.init} has {self.config.vocab_size} token embeddings, the tokenizer {own} tokens"
+            raise ValueError(f"{both}: name its vocabulary with --vocab")
         rows = c.batch_size // distributed.world_size()
         llip_tiles.select(self.model, getattr(s, "pairs", "auto"), rows, c.batch_size)
         alone = distributed.world_size() == 1 and c.accumulate == 1
         self.plain = alone and not isinstance(self.model, TiledLlip)
 
     def batches(self, start: int) -> data.Batches:
-        transform = data.RandomCrop(self.config.image_size, (self.c.crop_scale, 1.0))
-        if self.c.crop_scale == 1 or self.c.overfit or hasattr(self.train, "pixels"):
-            transform = data.preprocess(self.config.image_size)  # scenes are random already
-        return data.train_batches(
-            self.train,
-            self.tokenizer,
-            transform,
-            batch_size=self.c.batch_size,
-            context_length=self.config.context_length,
-            seed=self.c.seed,
-            start_step=start,
-            rank=distributed.rank(),
-            world=distributed.world_size(),
-            workers=self.c.workers,
-        )
+        size, length = self.config.image_size, self.config.context_length
+        how = self.loading(start, data.RandomCrop(size, (self.c.crop_scale, 1.0)), data.preprocess(size))
+        how |= dict(batch_size=self.c.batch_size, context_length=length)
+        return data.train_batches(self.train, self.tokenizer, **how)
 
     def step(self, model: nn.Module, batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         tokens, objective = batch.tokens, self.s.objective
@@ -143,8 +135,7 @@ class PairTask(Task):
         return rows
 
     def datasets(self) -> dict:
-        found = self.found
-        return {"train_data": found.train, "val_data": found.val, "zeroshot_data": found.objects}
+        return {"train_data": self.train, "val_data": self.found.val, "zeroshot_data": self.found.objects}
 
     def state(self) -> dict:
         return {"state_dict": self.model.state_dict(), "model": pretrained.describe(self.model)}
@@ -211,21 +202,11 @@ def pair_data(c) -> PairData:
     elif c.zeroshot_data and c.zeroshot_data != "scenes":
         found.objects = data.open_dataset(c.zeroshot_data, default_split="test")
         found.templates = templates.PHOTO
-    return PairData(FirstPairs(found.train, c.overfit)) if c.overfit else found
-
-
-class FirstPairs:
-    """The first n pairs, each with its longest caption only, so that they can be told apart."""
-
-    def __init__(self, dataset, n: int):
-        self.dataset, self.n = dataset, min(n, len(dataset))
-        self.captions = [[max(dataset.captions[i], key=len)] for i in range(self.n)]
-        self.image, self.name = dataset.image, dataset.name
-        if hasattr(dataset, "pixels"):
-            self.pixels = dataset.pixels[: self.n]
-
-    def __len__(self):
-        return self.n
+    if not c.overfit:
+        return found
+    first = data.Subset(found.train, range(min(c.overfit, len(found.train))))
+    first.captions = [[max(texts, key=len)] for texts in first.captions]  # can be told apart
+    return PairData(first)
 
 
 def pair_tokenizer(c, captions, vocabulary: Path | None = None) -> Tokenizer:
@@ -287,19 +268,10 @@ class LabelTask(Task):
             raise ValueError(f"{c.init}: {error}") from None
         self.clip, self.config = clip, clip.config
         check_image_size(c, self.config.image_size)
-        self.protocol = protocol.protocol(
-            c.train_data,
-            c.open_task,
-            c.target_domain,
-            whole=c.whole_target,
-            shots=c.shots,
-            seed=c.seed,
-            image_root=c.image_root or None,
-            allow_outside=c.allow_outside,
-            scene=dict(
-                image_size=self.config.image_size, size=c.train_size, bias=c.bias, test_seed=c.test_seed
-            ),
-        )
+        where = dict(image_root=c.image_root or None, allow_outside=c.allow_outside)
+        scene = dict(image_size=self.config.image_size, size=c.train_size, bias=c.bias, test_seed=c.test_seed)
+        parts = dict(whole=c.whole_target, shots=c.shots, seed=c.seed, scene=scene)
+        self.protocol = protocol.protocol(c.train_data, c.open_task, c.target_domain, **parts, **where)
         self.train = self.protocol.train
         self.templates = protocol.templates_of([c.template] if c.template else [], c.train_data)
         names = self.train.classes
@@ -317,10 +289,8 @@ class LabelTask(Task):
         """Raises: ValueError for batches, chunks or ranks that the method or the data cannot have."""
         c, model = self.c, self.model
         if c.batch_size % self.domains:
-            near = max(c.batch_size // self.domains, 1) * self.domains
-            raise ValueError(
-                f"--batch-size {c.batch_size} is not divisible by {self.domains} source domains: try {near}"
-            )
+            wrong = f"--batch-size {c.batch_size} is not divisible by {self.domains} source domains"
+            raise ValueError(f"{wrong}: try {max(c.batch_size // self.domains, 1) * self.domains}")
         if model.whole_batch and c.accumulate > 1:
             raise ValueError(f"--accumulate {c.accumulate}: the loss of {c.method} needs the whole batch")
         if not model.new_classes and c.open_task != "domain-shift":
@@ -334,21 +304,11 @@ class LabelTask(Task):
             self.average = BetaMovingAverage(self.clip, c.steps, self.beta)
 
     def batches(self, start: int) -> data.Batches:
-        # scenes are random already, and --overfit must see the same images again
-        fixed = self.c.overfit or hasattr(self.train, "pixels") or self.c.crop_scale == 1
-        size, scale = self.config.image_size, (self.c.crop_scale, 1.0)
         # REF: CLIPood and AlignCLIP crop 0.7 to 1 of the area, flip, and resize bilinearly
+        size, scale = self.config.image_size, (self.c.crop_scale, 1.0)
         crop = data.RandomCrop(size, scale, True, "bilinear")
-        return data.domain_batches(
-            self.train,
-            data.preprocess(size, "bilinear") if fixed else crop,
-            batch_size=self.c.batch_size // self.domains,
-            seed=self.c.seed,
-            start_step=start,
-            rank=distributed.rank(),
-            world=distributed.world_size(),
-            workers=self.c.workers,
-        )
+        how = self.loading(start, crop, data.preprocess(size, "bilinear"))
+        return data.domain_batches(self.train, batch_size=self.c.batch_size // self.domains, **how)
 
     def step(self, model: nn.Module, batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses are means over images, so the mean over chunks is exact."""
