@@ -55,7 +55,8 @@ def ablation(found: dict, captions) -> list[dict]:
     if M < 2:
         return rows
     _, caption, true = captions.pairs().unbind(1)
-    used = found["used"][:, :M].argmax(1, keepdim=True)  # (P, 1)
+    weight, used = found["used"][:, :M].max(1)  # (P,) each
+    used = used[:, None]  # (P, 1)
     own = drops.gather(1, used)[:, 0]  # (P,)
     other, hit = (drops.sum(1) - own) / (M - 1), (drops.argmax(1) == used[:, 0]).double()
     topics = [captions.topics[j] for j in caption.tolist()]
@@ -64,9 +65,10 @@ def ablation(found: dict, captions) -> list[dict]:
         some = torch.tensor([topic in ("all", t) for t in topics])
         yes, no = some & (true == 1), some & (true == 0)
         row = {"topic": topic, "pairs": int(yes.sum()), "drop": own[yes].mean().item()}
-        row |= {"most needed": hit[yes].mean().item(), "chance": 1 / M}
+        row |= {"weight": weight[yes].mean().item(), "most needed": hit[yes].mean().item(), "chance": 1 / M}
         lead = (found["cosines"][yes, 0].mean() - found["cosines"][no, 0].mean()).item() if no.any() else 0
-        if lead > 0:
+        # after no training the lead is noise, and shares of it say nothing
+        if lead > 0.01:
             parts = torch.stack([own[yes].mean(), own[no].mean(), other[yes].mean() - other[no].mean()])
             on, off, another = (100 * parts / lead).tolist()
             row |= {

@@ -70,7 +70,8 @@ def names(path: Path, rows: list[dict], tokens: list[int]) -> None:
         write(draw, (left + (n + 0.5) * wide, top - 12), f"token {token}", 14, "mm")
     for row in (row for row in rows if row["token"] in tokens):
         x, y = left + wide * tokens.index(row["token"]), top + high * row["head"]
-        write(draw, (10, y + high / 2), f"head {row['head']}", 14, "lm")
+        if row["token"] == tokens[0]:
+            write(draw, (10, y + high / 2), f"head {row['head']}", 14, "lm")
         draw.rectangle([x, y, x + wide - 5, y + high - 5], outline=GRID)
         fill = tuple(heat(np.float64(row["weight"])).tolist())
         draw.rectangle([x, y, x + (wide - 5) * row["weight"], y + 8], fill=fill)
