@@ -30,7 +30,7 @@ from scale import distributed
 from util.evaluation import DataFlags, ModelFlags, load_options, options_of, start, where_of, write_results
 from util.flags import parse
 from util.program import leave, program
-from util.report import format_table, grouped_means, plus_minus
+from util.report import format_table, plus_minus
 from util.run import read_config
 
 FIGURES = ("val", "target", "base", "new", "H")
@@ -69,7 +69,8 @@ def summarise(records: list[dict]) -> list[dict]:
 
     REF: H of domain "average" is that of the averages, as in the tables of CoCoOp and MaPLe.
     Args:    records: "task", "method", "domain", "seed" and figures in [0, 1], one record for each run
-    Returns: rows of util.report.grouped_means; rows of domain "average" take the seeds with all domains
+    Returns: rows of the same keys, "runs", and figure: (mean, deviation) for each figure that all records
+             have; n - 1, None for one run. Rows of domain "average" take the seeds with all domains.
     """
     domains = {task: {r["domain"] for r in records if r["task"] == task} for task in TASKS}
     runs = {}  # (task, method, seed) -> its records
@@ -81,7 +82,16 @@ def summarise(records: list[dict]) -> list[dict]:
             if "H" in means:
                 means["H"] = harmonic(means["base"], means["new"])
             records = [*records, {"task": task, "method": method, "domain": "average", **means}]
-    return grouped_means(records, ("task", "method", "domain"), FIGURES)
+    groups, rows = {}, []  # (task, method, domain) -> its records
+    for r in records:
+        groups.setdefault((r["task"], r["method"], r["domain"]), []).append(r)
+    for (task, method, domain), some in groups.items():
+        rows.append({"task": task, "method": method, "domain": domain, "runs": len(some)})
+        for figure in (figure for figure in FIGURES if all(figure in r for r in some)):
+            numbers = [r[figure] for r in some]
+            deviation = statistics.stdev(numbers) if len(numbers) > 1 else None
+            rows[-1][figure] = (statistics.fmean(numbers), deviation)
+    return rows
 
 
 def table(rows: list[dict]) -> str:

@@ -46,7 +46,7 @@ class DataFlags:
 
 def start(flags, one_process: bool = False) -> torch.device:
     """Device of an evaluation program, after its flags are checked and its output folder is made."""
-    for name in ("batch_size", "limit", "seeds", "epochs"):
+    for name in ("batch_size", "limit"):
         if (value := getattr(flags, name, None)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
     device = distributed.setup(flags.device)

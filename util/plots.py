@@ -18,9 +18,8 @@ MAX_WIDTH = 1600
 
 def write(draw, where: tuple[float, float], text: str, size: int = 12, anchor: str = "la", fill=INK) -> None:
     # Pillow's font lacks all other characters
-    draw.text(
-        where, text.encode("latin-1", "replace").decode("latin-1"), fill, ImageFont.load_default(size), anchor
-    )
+    text = text.encode("latin-1", "replace").decode("latin-1")
+    draw.text(where, text, fill, ImageFont.load_default(size), anchor)
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -34,9 +33,8 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 def colour(k: int) -> tuple[int, int, int]:
     """The k-th colour; from the ninth on, the colours repeat in lighter shades."""
-    rgb = ImageColor.getrgb(COLOURS[k % len(COLOURS)])
-    share = 0.6 ** (k // len(COLOURS))
-    return tuple(round(255 - share * (255 - part)) for part in rgb)
+    row, k = divmod(k, len(COLOURS))
+    return tuple(round(255 - 0.6**row * (255 - part)) for part in ImageColor.getrgb(COLOURS[k]))
 
 
 def legend(draw, x: float, y: float, label: str, k: int) -> None:

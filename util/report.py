@@ -1,7 +1,6 @@
 """What a program shows while it works and when it is done: progress lines and tables."""
 
 import re
-import statistics
 import sys
 import time
 
@@ -9,7 +8,7 @@ from util.text import duration
 
 
 class Progress:
-    """Shows share, rate and time left: one line that is rewritten on a terminal, else one every ten seconds.
+    """Shows share, rate and time left, one line every ten seconds.
 
     Args: label: empty for no output;  total: 0 where it is not known;  unit: of what add() counts
     """
@@ -17,49 +16,28 @@ class Progress:
     def __init__(self, label: str, total: int, unit: str):
         self.label, self.total, self.unit, self.done = label, total, unit, 0
         self.start = self.shown = time.monotonic()
-        self.tty = sys.stderr.isatty()
 
     def add(self, count: int) -> None:
         self.done += count
         now, finished = time.monotonic(), self.total > 0 and self.done >= self.total
-        if not self.label or (now - self.shown < (0.5 if self.tty else 10) and not finished):
+        if not self.label or (now - self.shown < 10 and not finished):
             return
         self.shown, spent = now, max(now - self.start, 1e-9)
         rate = self.done / spent
         share = f"{self.done:,} of {self.total:,}" if self.total else f"{self.done:,}"
         left = f"ETA {duration((self.total - self.done) / rate)}" if self.total else ""
         left = f"done in {duration(spent)}" if finished else left
-        line = f"{self.label}  {share} {self.unit}  {rate:,.1f}/s  {left}"
-        end = "" if self.tty and not finished else "\n"
-        print(("\r\x1b[K" if self.tty else "") + line, end=end, file=sys.stderr, flush=True)
+        print(f"{self.label}  {share} {self.unit}  {rate:,.1f}/s  {left}", file=sys.stderr, flush=True)
 
 
 # also nothing, 1,024 and "0.31 +- 0.02" or "0.31 ± 0.02"
 NUMBER = re.compile(r"|[-+]?[\d,]*\.?\d+(e[-+]?\d+)?( (\+-|±) [\d,.e-]+)?|nan|-?inf")
 
 
-def grouped_means(records: list[dict], keys: tuple[str, ...], figures) -> list[dict]:
-    """Mean and standard deviation (n - 1; None for one record) of figures over records with equal keys.
-
-    Returns: rows of the keys, "runs", and figure: (mean, deviation) for each figure that all records have
-    """
-    groups = {}
-    for r in records:
-        groups.setdefault(tuple(r[key] for key in keys), []).append(r)
-    rows = []
-    for values, some in groups.items():
-        rows.append(dict(zip(keys, values)) | {"runs": len(some)})
-        for figure in (figure for figure in figures if all(figure in r for r in some)):
-            numbers = [r[figure] for r in some]
-            deviation = statistics.stdev(numbers) if len(numbers) > 1 else None
-            rows[-1][figure] = (statistics.fmean(numbers), deviation)
-    return rows
-
-
-def plus_minus(mean: float, deviation: float | None, scale: float = 100, digits: int = 1) -> str:
-    """12.3 +- 0.4, or 12.3 without a deviation; both are multiplied by scale."""
-    spread = "" if deviation is None else f" +- {scale * deviation:.{digits}f}"
-    return f"{scale * mean:.{digits}f}{spread}"
+def plus_minus(mean: float, deviation: float | None) -> str:
+    """In percent: 12.3 +- 0.4, or 12.3 without a deviation."""
+    spread = "" if deviation is None else f" +- {100 * deviation:.1f}"
+    return f"{100 * mean:.1f}{spread}"
 
 
 def format_table(rows: list[dict], digits: int = 3) -> str:

@@ -131,8 +131,8 @@ evaluate.py retrieval --model START --data DATA/bed
 evaluate.py retrieval --model START --data DATA/pairs.csv --split summer
 evaluate.py retrieval --model DATA/damaged.pt --data scenes
 evaluate.py retrieval --model DATA/bed --data scenes
-evals.linear_probe --model START --data DATA/bed --solvers magic
-evals.linear_probe --model START --data DATA/bed --seeds 0
+evals.linear_probe --model START --data DATA/bed --precision magic
+evals.linear_probe --model START --data DATA/bed --batch-size 0
 evals.open_world --model START --data DATA/bed --limit 3
 evals.open_world --model START --data DATA/bed --target-domain moon --open-task domain-shift
 evals.maps --model START --data scenes --show -1

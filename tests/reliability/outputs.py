@@ -29,7 +29,7 @@ evals.open_world {BED} --out OUT
 evals.maps {SCENES} --out OUT
 evals.typographic {BED} --out OUT
 evals.spectrum {BED} --out OUT
-evals.linear_probe {BED} --solvers l-bfgs --seeds 1 --out OUT
+evals.linear_probe {BED} --out OUT
 pretrained.py START --to huggingface --out OUT
 pretrained.py START --to openai --out OUT/x.pt
 baselines.metaclip DATA/pairs.csv --build-entries 1 --column title --t 9 --out OUT/kept
