@@ -216,9 +216,8 @@ def main(argv: list[str]) -> None:
         for solver, more in (("l-bfgs", {}), ("adamw", {"seed": flags.seed})):
             found = probe(solver, parts, len(classes), f"linear-probe {kind}, {solver}", **more)
             rows.append({"feature": kind, "width": parts["train"][0].shape[1], "solver": solver} | found)
-    heads = {"val": "val %", "top1": "top-1 %"}
-    shown = [row | {head: 100 * row[key] for key, head in heads.items()} for row in rows]
-    print(format_table([{k: v for k, v in row.items() if k not in heads} for row in shown], digits=2))
+    shown = [row | {"top1": 100 * row["top1"], "val": 100 * row["val"]} for row in rows]
+    print(f"top-1 on test and validation images, %\n{format_table(shown, digits=2)}")
     counts = ", ".join(f"{name} {len(y):,}" for name, y in labels.items())
     print(f"images: {counts}  classes {len(classes)}  chance {100 / len(classes):.2f} %")
     about = {"task": "linear-probe", "data": flags.data, "models": [flags.model], "chance": 1 / len(classes)}

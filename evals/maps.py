@@ -44,7 +44,7 @@ from util.report import Progress, format_table
 TITLES = {"vvv": "vvv (surgery)", "dv": "dv (alignclip)"}
 ATTENTION, LLIP = ("cls", "cls-early"), ("caption", "cls")
 NAMES = (*KINDS, "plain", "gem", "maskclip", "sclip", "clearclip", *ATTENTION)
-MAX_ROWS = 24  # pictures on one sheet
+SHOWN = 8  # pictures on a sheet
 
 
 def raw_maps(model: DualEncoder, images: Tensor, name: str, text: Tensor) -> Tensor:
@@ -96,11 +96,6 @@ def names_as_text(model: DualEncoder, tokenizer) -> Tensor:
     return model.ensemble_text(model.encode_text(tokens), group).float()  # (C, E)
 
 
-def means(figures: Tensor) -> dict[str, float]:
-    """Means of metrics.map_figures over the images, and the number of images."""
-    return dict(zip(MAP_FIGURES, figures.mean(0).tolist()), images=len(figures))
-
-
 def measure(
     model, tokenizer, dataset, names, show=(), batch_size=256, precision="fp32", workers=0, progress=""
 ) -> tuple[dict[str, dict], dict[int, Tensor]]:
@@ -108,7 +103,7 @@ def measure(
 
     Args:    dataset scenes.Objects;  names of raw_maps, and "centre"
              show: indices of pictures whose maps are returned
-    Returns: {name: means}, {picture: its mask and maps (S, S, 1 + names)}
+    Returns: {name: means of MAP_FIGURES}, {picture: its mask and maps (S, S, 1 + names)}
     """
     figures, kept = {name: [] for name in names}, {i: [] for i in show}
     shown, S = Progress(progress, len(dataset), "images"), dataset.image_size
@@ -131,7 +126,8 @@ def measure(
                     kept[i].append(maps[ids.index(i)])
             shown.add(len(ids))
     kept = {i: torch.stack([masks_of(dataset, [i])[0].float(), *kept[i]], -1) for i in kept}
-    return {name: means(torch.cat(parts)) for name, parts in figures.items()}, kept
+    means = {name: torch.cat(parts).mean(0).tolist() for name, parts in figures.items()}
+    return {name: dict(zip(MAP_FIGURES, values)) for name, values in means.items()}, kept
 
 
 def draw_sheet(path: Path, dataset, kept: dict[int, Tensor], names: list[str], title: str) -> None:
@@ -148,7 +144,6 @@ def draw_sheet(path: Path, dataset, kept: dict[int, Tensor], names: list[str], t
 @dataclass(frozen=True, kw_only=True)
 class Flags(ModelFlags, DataFlags):
     more: tuple[str, ...] = ()  # further models: fine-tuned, other seeds
-    show: int = 8  # pictures on the sheet in --out
 
 
 @program
@@ -156,8 +151,6 @@ def main(argv: list[str]) -> None:
     flags = parse(Flags, argv, __doc__)
     if flags.data != "scenes":
         raise ValueError(f"--data {flags.data}: maps are measured on masks, which only scenes have")
-    if not 0 <= flags.show <= MAX_ROWS:
-        raise ValueError(f"--show {flags.show}: a sheet holds 0 to {MAX_ROWS} pictures")
     device = start(flags, one_process=True)
     # pictures are written last, so that no figure is lost if one of them fails
     rows, pictures = [], {}
@@ -165,7 +158,7 @@ def main(argv: list[str]) -> None:
         model, tokenizer = surgery.open_for_maps(source, flags.vocab, **load_options(flags))
         dataset = evaluate.open_data(flags, model, "labels")
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
-        show = sorted(order[: flags.show]) if flags.out else []
+        show = sorted(order[:SHOWN]) if flags.out else []
         names = LLIP if model.conditional else NAMES
         sought = names if number else (*names, "centre")
         options = options_of(flags, source) | {"show": show}

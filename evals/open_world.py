@@ -42,7 +42,7 @@ def harmonic(base: float, new: float) -> float:
 
 
 def evaluate_protocol(
-    model: nn.Module, protocol: Protocol, tokenizer, templates=prompts.PHOTO, transform=None, **options
+    model: nn.Module, protocol: Protocol, tokenizer, templates=prompts.PHOTO, **options
 ) -> dict:
     """Accuracy on every part of a protocol, each among its own class names.
 
@@ -52,7 +52,7 @@ def evaluate_protocol(
              the same of a random answer; "images", the number of test images
     """
     val, result, chance = protocol.val, {}, {}
-    options["transform"] = transform or data.preprocess(model.config.image_size, "bilinear")
+    options["transform"] = data.preprocess(model.config.image_size, "bilinear")
     parts = {} if val is None or not len(val) else {"val": val}
     for name, dataset in (parts | protocol.tests).items():
         place, _ = evaluate.classify(model, dataset, tokenizer, templates, **options)

@@ -46,8 +46,6 @@ def protocol(
              where: of data.open_dataset
     Raises:  ValueError for an unknown target, and for data without labels, domains or images.
     """
-    if task not in TASKS:
-        raise ValueError(f"task {task!r}: there are {', '.join(TASKS)}")
     if str(source) == "scenes":
         check_target("scenes", task, target, scenes.DOMAINS)
         result = scenes_protocol(task, target, seed, **(scene or {}))
@@ -85,7 +83,6 @@ def scenes_protocol(task, target, seed, image_size=32, size=2048, bias=0.0, test
     """`size` embedded scenes to train on; the test images are the same for every seed and have no bias."""
     domains = tuple(name for name in scenes.DOMAINS if name != target)
     kinds = scenes.KINDS if task == "domain-shift" else scenes.BASE
-
     test = "test", HELD_OUT, test_seed, image_size
     if task == "open-class":
         halves_of = {"base": scenes.BASE, "new": scenes.NEW}

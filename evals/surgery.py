@@ -113,7 +113,7 @@ def dense_features(
              blocks with two paths. Default: alignclip.default_blocks, which is 6 of 24 or 12, 2 of 3
              kind: the second attention of surgery, one of attention.KINDS, vvv by default (AlignCLIP, Fig. 8)
     Returns: (B, 1 + P, E), class token first, not normalised, differentiable. Patches are row by row.
-    Raises:  ValueError for an unknown method or kind, too many blocks, images below one patch, and Llip.
+    Raises:  ValueError for an unknown method or kind, too many blocks, and Llip.
     """
     depth = len(visual.transformer.resblocks)
     blocks = depth - default_blocks(depth)[0] if blocks is None else blocks
@@ -125,8 +125,6 @@ def dense_features(
         raise ValueError(f"{blocks} blocks with two paths: the tower has 1 to {depth}")
     if visual.tokens != 1 or visual.proj is None:
         raise ValueError(f"a tower of {visual.tokens} mixture tokens has no projection: use llip_caption_map")
-    if min(images.shape[-2:]) < visual.patch_size:
-        raise ValueError(f"images {tuple(images.shape)} are smaller than a patch, {visual.patch_size} pixels")
     x = embed(visual, images, method)
     if method not in TWO_PATHS:
         return visual.head(last_block(visual, x, method))

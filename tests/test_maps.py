@@ -17,7 +17,7 @@ from model import CLIP, Config
 from readers import scenes
 from scale import distributed
 from tokenizer import Tokenizer
-from util.metrics import map_figures
+from util.metrics import MAP_FIGURES, map_figures
 
 TOKENIZER = Tokenizer.learn([f"{t.format(k)}" for k in scenes.KINDS for t in scenes.TEMPLATES], 560)
 SIZES = Config(16, 32, 8, 32, 4, 4, 64, 24, TOKENIZER.vocab_size, 16, 1, 2, 32)
@@ -116,14 +116,14 @@ def test_names_become_one_unit_feature_a_kind():
 
 
 def map_scores(heat, masks):
-    return maps.means(map_figures(heat, masks))
+    return dict(zip(MAP_FIGURES, map_figures(heat, masks).mean(0).tolist()))
 
 
 def test_map_scores_by_hand():
     masks = torch.zeros(1, 4, 4)
     masks[0, :2, :2] = 1  # a quarter of the image
     good = masks.clone()
-    assert map_scores(good, masks) == {"lift": 4, "pointing": 1, "area": 0.25, "iou": 1, "images": 1}
+    assert map_scores(good, masks) == {"lift": 4, "pointing": 1, "area": 0.25, "iou": 1}
     uniform = map_scores(torch.full((1, 4, 4), 7.0), masks)
     assert (uniform["lift"], uniform["pointing"], uniform["iou"]) == (1, 0.25, 0)
     inverted = map_scores(1 - masks, masks)
@@ -140,7 +140,7 @@ def test_map_scores_skip_empty_masks():
     masks = torch.tensor([[[1, 0, 0, 0]], [[1, 0, 0, 0]], [[0, 0, 0, 0]]])
     maps = torch.tensor([[[1.0, 0.3, 0, 0]], [[0.3, 1.0, 0, 0]], [[1.0, 2.0, 3.0, 4.0]]])
     scores = map_scores(maps, masks)
-    assert scores["images"] == 2 and scores["pointing"] == 0.5
+    assert scores["pointing"] == 0.5
     assert scores["iou"] == 0.5  # 1 and 0
 
 
@@ -161,7 +161,7 @@ def test_scores_in_batches_are_the_scores_of_all():
     masks[2] = 0
     parts = [map_figures(heat[a:b], masks[a:b]) for a, b in ((0, 2), (2, 3), (3, 7))]
     assert [len(part) for part in parts] == [2, 0, 4]
-    assert maps.means(torch.cat(parts)) == map_scores(heat, masks)
+    assert torch.equal(torch.cat(parts), map_figures(heat, masks))
 
 
 def test_the_cone_in_the_middle():
@@ -198,7 +198,6 @@ def test_each_thing_is_scored_with_the_map_of_its_own_name(monkeypatch):
         monkeypatch.setattr(maps, "raw_maps", planted(right))
         scores, kept = maps.measure(model, TOKENIZER, planted.data, ["vvv"], batch_size=4, show=(2, 9))
         got = scores["vvv"]
-        assert got["images"] == 10
         assert (got["pointing"], got["iou"]) == ((1, 1) if right else (0, 0))
         assert got["lift"] == 0 if not right else got["lift"] > 2
         assert list(kept) == [2, 9]
@@ -256,7 +255,7 @@ def call(runs, *words, model="a", source="scenes", limit=12):
 
 def test_command_line(runs, tmp_path, capsys):
     more = ["--more", runs / "b", runs / "llip"]
-    assert call(runs, *more, "--out", tmp_path, "--show", 3) == 0
+    assert call(runs, *more, "--out", tmp_path) == 0
     printed = capsys.readouterr().out
     assert "vvv (surgery)" in printed and "dv (alignclip)" in printed and "no model" in printed
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
@@ -266,12 +265,10 @@ def test_command_line(runs, tmp_path, capsys):
     drawn = sorted(tmp_path.glob("*.png"))
     assert [path.name for path in drawn] == ["maps-1.png", "maps-2.png", "maps-3.png"]
     assert max(Image.open(path).width for path in drawn) <= 1600
-    assert call(runs, "--out", tmp_path / "none", "--show", 0, model="llip") == 0
-    assert not list((tmp_path / "none").glob("*.png"))
 
 
 def test_a_sheet_shows_image_mask_and_maps(runs, tmp_path):
-    call(runs, "--out", tmp_path, "--show", 1, model="llip", limit=1)
+    call(runs, "--out", tmp_path, model="llip", limit=1)
     page = np.asarray(Image.open(tmp_path / "maps-1.png")).astype(int)
     tiles = [page[26 : 26 + 256, 262 * n : 262 * n + 256] for n in range(3)]
     inside = np.asarray(Image.fromarray(scenes.Objects("test", 1).masks(0).any(0)).resize((256, 256)))
@@ -286,7 +283,6 @@ def test_errors_are_one_line_and_status_2(runs, tmp_path, capsys):
     for words, options, complaint in (
         ((), {"source": str(tmp_path)}, "masks, which only scenes have"),
         ((), {"model": "pool"}, "pools 3 tokens without a text"),
-        (("--show", "-1"), {}, "--show -1: a sheet holds 0 to 24"),
         (("--split", "tset"), {}, "tset"),
         (("--more", tmp_path / "no.pt"), {"limit": 2}, "no.pt"),
         (("--vocab", other), {}, "tokens, the model"),
@@ -310,6 +306,6 @@ def test_other_sizes_of_pictures_and_patches(monkeypatch):
         model, drawn = CLIP(config).eval(), scenes.Objects("test", 5, image_size=size)
         names = [*maps.NAMES, "centre"]
         scores, _ = maps.measure(model, TOKENIZER, drawn, names)
-        assert all(s["images"] == 5 and s["lift"] >= 0 for s in scores.values())
+        assert all(s["lift"] >= 0 for s in scores.values())
         if size == patch:  # one patch says nothing about where
             assert all(s["lift"] == pytest.approx(1) for n, s in scores.items() if n != "centre")

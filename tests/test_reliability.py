@@ -49,7 +49,7 @@ def test_folders_that_cannot_be_written(tmp_path, place, monkeypatch):
 
 def test_files_that_cannot_be_written_at_the_end(tmp_path, place):
     found = outputs.in_the_way(tmp_path, place, leave_out=("lab.compare",))
-    assert found["tried"] > 10 and not found["failures"]
+    assert found["tried"] > 9 and not found["failures"]
 
 
 def test_ctrl_c(tmp_path, place):

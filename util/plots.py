@@ -81,9 +81,8 @@ def lines(path: str | Path, panels: dict[str, dict[str, list]], xlabel: str = "s
     draw = ImageDraw.Draw(image)
     for n, (title, series) in enumerate(panels.items()):
         xs, ys = zip(*([p for line in series.values() for p in line] or [(0, 0)]))
-        left = margin + n * (width + margin)
-        box = (left, 40, left + width, 40 + height)
-        panel = Canvas(draw, box, (min(xs), max(xs) or 1), limits(ys), title, xlabel)
+        left, xlim = margin + n * (width + margin), (min(xs), max(xs) or 1)
+        panel = Canvas(draw, (left, 40, left + width, 40 + height), xlim, limits(ys), title, xlabel)
         for k, (label, line) in enumerate(series.items()):
             line = [(panel.x(x), panel.y(y)) for x, y in line if math.isfinite(y)]
             if len(line) > 1:

@@ -135,7 +135,7 @@ evals.linear_probe --model START --data DATA/bed --precision magic
 evals.linear_probe --model START --data DATA/bed --batch-size 0
 evals.open_world --model START --data DATA/bed --limit 3
 evals.open_world --model START --data DATA/bed --target-domain moon --open-task domain-shift
-evals.maps --model START --data scenes --show -1
+evals.maps --model START --data scenes --limit -1
 evals.mixtures --model START
 evals.mixtures --model START --image DATA/bed/art/cat/0.png
 evals.mixtures --model START --show 0

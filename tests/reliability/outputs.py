@@ -46,8 +46,8 @@ evaluate.py zeroshot {BED} | results.json | the table
 evaluate.py zeroshot {BED} | confusion.png | results.json
 evaluate.py retrieval {MODEL} --data DATA/pairs.csv --split train | results.json | the table
 evals.open_world {BED} | results.json | the table
-evals.maps {SCENES} --show 1 | results.json | the table
-evals.maps {SCENES} --show 1 | maps-1.png | results.json
+evals.maps {SCENES} | results.json | the table
+evals.maps {SCENES} | maps-1.png | results.json
 evals.typographic {BED} | results.json | the table
 evals.spectrum {BED} | results.json | the table
 evals.spectrum {BED} | spectrum.png | results.json
