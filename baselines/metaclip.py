@@ -12,7 +12,6 @@ expectation. A caption without any entry is dropped. The paper takes t = 20k for
     python -m baselines.metaclip captions.tsv --entries entries.txt --t 20 --out kept.tsv
 """
 
-import contextlib
 import csv
 import gzip
 import hashlib
@@ -39,7 +38,7 @@ SPACING = str.maketrans({c: f" {c} " for c in ",.;:?!`"} | dict.fromkeys("\t\n\r
 
 @dataclass(frozen=True)
 class Flags:
-    data: str  # .csv or .tsv with a header, .jsonl, otherwise one caption per line; also .gz
+    data: str  # .csv or .tsv with a header, .jsonl, otherwise one caption per line; each also as .gz
     t: float  # captions: an entry with at most t captions belongs to the tail
     out: str  # file of the kept records; OUT.json gets the figures and the counts of all entries
     entries: str = ""  # metadata: one entry per line, a JSON list, or the OUT.json of an earlier run
@@ -90,10 +89,10 @@ def read_entries(path: str | Path) -> list[str]:
         if isinstance(content, dict) and isinstance(content.get("counts"), dict):
             content = content["counts"]
         entries = [entry for entry in dict.fromkeys(content) if entry != ""]
+        if not entries or any(not isinstance(entry, str) for entry in entries):
+            raise ValueError("no strings in it")
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: not a list of entries in UTF-8: {error}") from error
-    if not entries or any(not isinstance(entry, str) for entry in entries):
-        raise ValueError(f"{path}: expected entries, one per line, or a JSON list of strings")
+        raise ValueError(f"{path}: expected entries, one per line, or a JSON list: {error}") from error
     return entries
 
 
@@ -191,7 +190,7 @@ class Corpus:
         return texts if isinstance(texts, str) else " \x1e ".join(texts)
 
     def writer(self, file) -> Callable[[list[str] | str], object]:
-        """A function that writes a record to a binary file. The header is written at once."""
+        """Writes the header of a table to a binary file.   Returns: a function that writes a record."""
         if not self.columns:
             return lambda line: file.write(line.encode())
         # TRAP: csv quotes a carriage return only where its line end has one
@@ -200,17 +199,6 @@ class Corpus:
         if not self.headless:
             table.writerow(self.columns)
         return table.writerow
-
-
-def check_out(out: Path, side: Path) -> None:
-    """Raises: ValueError, OSError if the results cannot be written there or would replace foreign files."""
-    output_folder(out.parent)
-    ours = not os.path.lexists(out) and not os.path.lexists(side)
-    with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
-        written = json.loads(side.read_text())["written"]
-        ours = not os.path.lexists(out) or written == out.stat().st_mtime_ns
-    if not ours:
-        raise ValueError(f"{out} or {side} exists, and this program did not write it: choose another --out")
 
 
 def curate(corpus: Corpus, entries: list[str], c: Flags) -> dict:
@@ -222,19 +210,15 @@ def curate(corpus: Corpus, entries: list[str], c: Flags) -> dict:
             counts[i] += 1
     if not any(counts):
         raise ValueError(f"{c.data}: no entry of {len(entries)} occurs in any of {total} captions")
-    packed = c.out.lower().endswith(".gz")
     with replacing(c.out) as file:
-        with gzip.GzipFile("", "wb", 9, file, 0) if packed else contextlib.nullcontext(file) as target:
-            write = corpus.writer(target)
-            for index, (record, caption) in enumerate(corpus.records("sample", total)):
-                if uniform(c.seed, index) < keep_probability(find(caption), counts, c.t):
-                    write(record)
-                    kept += 1
-        file.flush()
-        figures = {"captions": total, "kept": kept, "entries": len(entries)}
-        figures |= {"in the head": sum(n > c.t for n in counts), "without a caption": counts.count(0)}
-        content = figures | {"flags": vars(c), "written": os.fstat(file.fileno()).st_mtime_ns}
-        write_json(f"{c.out}.json", content | {"counts": dict(zip(entries, counts))})
+        write = corpus.writer(file)
+        for index, (record, caption) in enumerate(corpus.records("sample", total)):
+            if uniform(c.seed, index) < keep_probability(find(caption), counts, c.t):
+                write(record)
+                kept += 1
+    figures = {"captions": total, "kept": kept, "entries": len(entries)}
+    figures |= {"in the head": sum(n > c.t for n in counts), "without a caption": counts.count(0)}
+    write_json(f"{c.out}.json", figures | {"flags": vars(c), "counts": dict(zip(entries, counts))})
     return figures
 
 
@@ -243,7 +227,11 @@ def main(argv: list[str]) -> None:
     c = parse(Flags, argv, __doc__, positional=("data",))
     if bool(c.entries) == bool(c.build_entries) or c.build_entries < 0 or not c.t > 0:
         raise ValueError("give --t above 0, and either --entries FILE or --build-entries N with N above 0")
-    check_out(Path(c.out), Path(f"{c.out}.json"))
+    if c.out.lower().endswith(".gz"):
+        raise ValueError(f"{c.out}: records are written uncompressed: choose an --out without .gz")
+    output_folder(Path(c.out).parent)
+    if existing := [path for path in (c.out, f"{c.out}.json") if os.path.lexists(path)]:
+        raise ValueError(f"{existing[0]} exists: delete it, or choose another --out")
     corpus = Corpus(c.data, c.column)
     texts = (caption for _, caption in corpus.records("build"))
     entries = read_entries(c.entries) if c.entries else build_entries(texts, c.build_entries)
