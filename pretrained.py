@@ -158,7 +158,7 @@ def more_than_clip(task: object, config: dict) -> str:
 def infer(state: dict[str, Tensor], known: dict) -> dict:
     """The description of a model from its shapes and known properties.   Raises: ValueError."""
     config = read_config(state, known)
-    found = {"config": asdict(config)}
+    found = {"class": "CLIP", "config": asdict(config)}
     if "k_proj" in state and "q_proj" in state:
         tokens, k_proj = len(state["visual.class_embedding"]), state["k_proj"]
         released = LLIP_TEMPERATURE.get((config.vision_width, config.embed_dim))
@@ -175,8 +175,6 @@ def infer(state: dict[str, Tensor], known: dict) -> dict:
         found["pooling"] = known.get("pooling", "learned" if "query" in state else None)
         if found["pooling"] == "learned":
             found |= {key: known.get(key) for key in ("heads", "temperature")}
-    else:
-        found["class"] = "CLIP"
     if unknown := [ARGUMENT.get(k, k) for k in found if found[k] is None]:
         text = f"{' and '.join(unknown)} of this {found['class']}"
         raise ValueError(f"{text} cannot be read from the weights: give the value of the training")
