@@ -207,7 +207,8 @@ def main(argv: list[str]) -> None:
         print(f"{name}\n{format_table(rows)}\n" if rows else f"{name}: none\n")
     content = {"task": "mixtures", "model": flags.model, "data": flags.data, "images": len(dataset)}
     content |= tables | {"names": names, "coherence": coherence, "captions": captions.texts}
-    write_results(flags, content | {"topics": captions.topics, "mean_weights": means.tolist()})
+    content |= {"topics": captions.topics, "mean_weights": means.round(decimals=4).tolist()}
+    write_results(flags, content)
     if flags.out:
         show = mixture_pictures.examples(dataset, found, captions, flags.show)
         mixture_pictures.draw(Path(flags.out), dataset, captions, found, tables | {"names": names}, show)

@@ -183,7 +183,7 @@ def test_scenes(small_runs, tmp_path, capsys):
     result, pictures = call(small_runs["llip"], tmp_path, "--limit", 20, "--show", 2)
     assert set(pictures) == {f"{n}.png" for n in ("weights", "names", "tokens", "captions", "ablation")}
     assert np.array(result["mean_weights"]).shape == (174, 2, 3)
-    assert np.array(result["mean_weights"]).sum(-1) == pytest.approx(1)
+    assert np.array(result["mean_weights"]).sum(-1) == pytest.approx(1, abs=1e-3)
     assert len(result["names"]) == 6 and len(result["topics"]) == 174 and result["images"] == 20
     assert {"weights", "ablation", "caption maps", "token maps", "coherence"} <= set(result)
     out = capsys.readouterr().out
