@@ -91,7 +91,7 @@ class LabelMethod(nn.Module):
         return f"ln {classes} = {math.log(classes):.2f} for a blind answer"
 
     def dual_encoder(self, clip: CLIP | None = None) -> nn.Module:
-        """The dual encoder that answers for this method, with clip (e.g. averaged weights) for its own."""
+        """The dual encoder that answers, with clip (e.g. averaged weights) for its own and no prompts."""
         return self.clip if clip is None else clip
 
     def learned(self) -> dict[str, Tensor]:

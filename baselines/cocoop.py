@@ -2,9 +2,8 @@
 
 Zhou et al. 2022 (arXiv:2203.05557), section 3.2; code KaiyangZhou/CoOp@ff61507:
 
-    V_m(x) = V_m + MetaNet(f(x))        f(x): the unit image feature
+    V_m(x) = V_m + MetaNet(f(x))    f(x): unit image feature; MetaNet: Linear(E, E/16)-ReLU-Linear(E/16, D)
 
-MetaNet is Linear(E, E / 16)-ReLU-Linear(E / 16, D).
 PAPER: B images make B * C prompts, so the paper trains with batch 1.
 """
 

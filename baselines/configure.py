@@ -74,7 +74,13 @@ def resolve(configs: dict[str, type], flags: dict) -> tuple:
     if c.overfit:
         c = replace(c, batch_size=c.overfit, weight_decay=0.0, warmup=min(c.warmup, 5))
         c = c if "steps" in flags else replace(c, steps=300)
-    check(c, s)
+    for flag, value in (asdict(c) | asdict(s)).items():
+        low, high, message = LIMITS.get(flag, (value, value, ""))
+        unset = flag == "logit_bias" and math.isnan(value)
+        if message and not low <= value <= high and not unset:
+            raise ValueError(f"{flag_of(flag)} {value}: {message}")
+        if flag in CHOICES and value not in CHOICES[flag]:
+            raise ValueError(f"{flag_of(flag)} {value}: expected one of {', '.join(CHOICES[flag])}")
     return c, s
 
 
@@ -85,17 +91,6 @@ def refusal(configs: dict[str, type], flag: str, name: str) -> str:
     if not having:
         return f"there is no flag {flag_of(flag)} (--help lists the flags)"
     return f"--method {name} has no flag {flag_of(flag)}; it belongs to {', '.join(having)}"
-
-
-def check(c, s) -> None:
-    """Raises: ValueError for a value that cannot be."""
-    for flag, value in (asdict(c) | asdict(s)).items():
-        low, high, message = LIMITS.get(flag, (value, value, ""))
-        unset = flag == "logit_bias" and math.isnan(value)
-        if message and not low <= value <= high and not unset:
-            raise ValueError(f"{flag_of(flag)} {value}: {message}")
-        if flag in CHOICES and value not in CHOICES[flag]:
-            raise ValueError(f"{flag_of(flag)} {value}: expected one of {', '.join(CHOICES[flag])}")
 
 
 def parse(configs: dict[str, type], argv: list[str], about: str) -> dict:

@@ -152,7 +152,6 @@ class PromptLearner(LabelMethod):
         return self.cosines(images, tokens)
 
     def dual_encoder(self, clip: CLIP | None = None) -> nn.Module:
-        """Another CLIP has learned no prompts and answers for itself."""
         return Prompted(self) if clip is None else clip
 
 

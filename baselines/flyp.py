@@ -7,7 +7,6 @@ several ranks the prompts of every rank are the negatives, as in pre-training.
     a batch with repeated classes cannot reach 0.
 """
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -40,8 +39,8 @@ class FLYP(LabelMethod):
         self.register_buffer("class_tokens", class_tokens[:, :used], persistent=False)  # (C, L')
 
     def first_loss(self, classes: int, batch_size: int) -> str:
-        value = f"ln {batch_size} = {math.log(batch_size):.2f}"
-        return f"{value} for a blind answer; images of one class in a batch keep the loss above 0"
+        value = super().first_loss(batch_size, batch_size)
+        return f"{value}; images of one class in a batch keep the loss above 0"
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The logged accuracy is among this rank's prompts."""

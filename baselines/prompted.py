@@ -12,10 +12,7 @@ from clipood import LabelMethod
 
 
 class Prompted(nn.Module):
-    """The dual encoder of a method with learned prompts, for the classes of training and for any others.
-
-    Args: method with .clip, .class_tokens, .template and predict(images, class_tokens or None)
-    """
+    """Around a method with .clip, .class_tokens, .template and predict(images, class_tokens or None)."""
 
     conditional = takes_captions = False
 

@@ -122,7 +122,6 @@ class TeS(LabelMethod):
             return projected @ unit(text).t()  # (B, C')
 
     def dual_encoder(self, clip: CLIP | None = None) -> nn.Module:
-        """Another CLIP has learned no heads and answers for itself."""
         return TextSupervised(self) if clip is None else clip
 
 

@@ -70,10 +70,7 @@ def sync_folder(path: Path) -> None:
 
 
 def output_folder(path: str | Path) -> Path:
-    """Makes a folder and tries to write in it, so that a problem shows before the work and not after it.
-
-    Raises: OSError, one line.
-    """
+    """Makes a folder and tries to write in it, before the work begins.   Raises: OSError, one line."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)

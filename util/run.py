@@ -287,10 +287,7 @@ def fingerprint(dataset) -> dict:
 
 
 def check_same_data(old: dict, new: dict, allowed: bool, say) -> None:
-    """Says which data sets changed since the checkpoint.
-
-    Raises: ValueError if the training data did, without --data-changed: batch t would be another.
-    """
+    """Says which data changed.   Raises: ValueError if --train-data did, without --data-changed."""
     for flag in (flag for flag in old if flag in new and old[flag] != new[flag]):
         before, now = old[flag], new[flag]
         change = "images, captions or labels were replaced"
