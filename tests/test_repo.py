@@ -137,7 +137,7 @@ def test_the_root_holds_nothing_else():
 def test_line_budgets():
     sizes = {
         "reading core": (lines(ROOT / f"{name}.py" for name in CORE), 3100),
-        "code outside tests and lab": (lines(p for p in CODE if p.parent.name != "lab"), 10_500),
+        "code outside tests and lab": (lines(p for p in CODE if p.parent.name != "lab"), 11_500),
         "lab": (lines(python_files("lab")), 2000),
     }
     assert not {what: size for what, size in sizes.items() if size[0] > size[1]}
