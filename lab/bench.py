@@ -352,13 +352,17 @@ def llip_section(b: Bench) -> None:
 SECTIONS = dict(objective=objective, towers=towers, alignclip=alignclip, prompts=prompts, llip=llip_section)
 
 
-def measure(c: BenchConfig) -> Bench:
-    """Runs sections.   Raises: ValueError for a section or a value that does not exist."""
+def check(c: BenchConfig) -> None:
     for name in c.sections:
         if name not in SECTIONS:
             raise ValueError(f"section {name!r}: there are {', '.join(SECTIONS)}")
     if c.precision not in ("fp32", "bf16") or c.repeats < 2:
         raise ValueError("--precision is fp32 or bf16, --repeats at least 2")
+
+
+def measure(c: BenchConfig) -> Bench:
+    """Runs sections.   Raises: ValueError for a section or a value that does not exist."""
+    check(c)
     b = Bench(c)
     for b.section in c.sections or SECTIONS:
         print(f"\n{b.section}: {SECTIONS[b.section].__doc__.splitlines()[0]}")
@@ -369,9 +373,11 @@ def measure(c: BenchConfig) -> Bench:
 @program
 def main(argv: list[str]) -> None:
     c = parse(BenchConfig, argv, __doc__, positional=("sections",))
+    device = distributed.setup(c.device)
+    check(c)
     if c.out:
         output_folder(c.out)
-    print(f"{machine(distributed.setup(c.device))}, torch {torch.__version__}")
+    print(f"{machine(device)}, torch {torch.__version__}")
     measure(c).finish()
 
 
