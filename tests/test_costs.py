@@ -139,7 +139,7 @@ def test_alignclips_docstring_on_the_papers_tower():
     found = [100 * x / plain for x in (dv - plain, vvv - plain, last)]
     assert found == pytest.approx([10.7, 12.9, 5.6], abs=0.05)
     assert "10.7 % more" in AlignCLIP.__doc__ and "12.9 % with vvv" in AlignCLIP.__doc__
-    assert "5.6 % of these" in AlignCLIP.__doc__
+    assert "5.6 % are the last MLP on the patches" in AlignCLIP.__doc__
 
 
 def test_losses_that_multiply(batch):

@@ -647,7 +647,7 @@ def test_other_signals_save_too(tmp_path, monkeypatch, name):
         os.kill(os.getpid(), getattr(signal, name))
         return step(*args)
 
-    before = signal.getsignal(getattr(signal, name))
+    before = signal.signal(getattr(signal, name), signal.SIG_DFL)  # nohup ignores SIGHUP
     monkeypatch.setattr(tasks.PairTask, "step", signalled)
     try:
         assert run(tmp_path / "run", "--steps", 30) == 130
