@@ -213,7 +213,9 @@ def open_dataset(
     if str(path) in ("scenes", "objects"):
         make = scenes.Scenes if str(path) == "scenes" else scenes.Objects
         return make(split or default_split or "train")
-    if re.search(r"\.(tar|tgz)(\.\w+)?($|::)", str(path)):
+    if re.search(r"(^|::)(pipe:|\w+://)|\.parquet$", str(path)):
+        raise ValueError(f"{path}: not a list or folder on this disk; docs/data.md converts it in two lines")
+    if re.search(r"\.(tar|tgz)(\.\w+)?($|::|[,}])", str(path)):
         if split:
             raise ValueError(f"{path}: shards have no splits; leave out {split!r}, name other shards")
         return Shards(str(path))

@@ -1,29 +1,34 @@
 """Tar shards as map-style data sets: image-caption pairs by random access inside the archives.
 
-The layout is img2dataset's and webdataset's: members with the same stem form a sample, .jpg .jpeg .png .webp
-with .txt (the caption) or .json (a field caption, or a list captions). The standard library's tarfile finds
-them; nothing is ever extracted to disk.
+The layout is img2dataset's and webdataset's: members with the same stem form a sample, .jpg .png .gif ...
+with .txt (the caption), .json (a field caption, or a list captions) or .cls (the label). The standard
+library's tarfile finds them; nothing is ever extracted to disk.
 """
 
 import contextlib
+import glob
 import hashlib
 import json
+import math
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from readers.images import MAX_IMAGE_BYTES, open_image
+from readers.folders import natural
+from readers.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, open_image
 from tokenizer import strip_specials
 from util.files import write_text
 from util.report import Progress
-from util.text import warn
+from util.text import printable, say, warn
 
 MAX_TEXT_BYTES = 1 << 20  # of a caption member; images with a larger one are left out
+MAX_SHARDS = 1_000_000  # of a pattern such as {00000..00010}
 
 
 def clean_captions(texts: list) -> list:
@@ -34,23 +39,35 @@ def clean_captions(texts: list) -> list:
 
 
 def expand_shards(spec: str) -> list:
-    """'a/{00..02}.tar::b.tar' -> the four paths."""
+    """'a/{00..02}.tar::{b,c}.tar::d/*.tar' -> the paths, in order."""
     if "::" in spec:
         return [path for part in spec.split("::") for path in expand_shards(part)]
-    braces = re.search(r"\{(\d+)\.\.(\d+)\}", spec)
-    if braces is None:
+    if os.path.exists(spec):
         return [spec]
-    first, last = braces.groups()
-    if int(last) < int(first):
-        raise ValueError(f"{spec}: the range {braces[0]} is empty")
-    numbers = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
-    return [path for number in numbers for path in expand_shards(spec.replace(braces[0], number, 1))]
+    braces = re.findall(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}", spec)
+    sizes = [int(last) - int(first) + 1 if first else names.count(",") + 1 for first, last, names in braces]
+    if min(sizes, default=1) < 1:
+        first, last, _ = braces[sizes.index(min(sizes))]
+        raise ValueError(f"{spec}: the range {{{first}..{last}}} is empty")
+    if math.prod(sizes) > MAX_SHARDS:
+        raise ValueError(f"{spec}: {math.prod(sizes)} shards, more than {MAX_SHARDS}; correct the range")
+    if braces:
+        first, last, names = braces[0]
+        numbers = range(int(first), int(last) + 1) if first else []
+        parts = [f"{number:0{len(first)}d}" for number in numbers] or names.split(",")
+        whole = f"{{{first}..{last}}}" if first else f"{{{names}}}"
+        paths = [path for part in parts for path in expand_shards(spec.replace(whole, part, 1))]
+        return list(dict.fromkeys(paths))
+    if re.search(r"[*?[]", spec):
+        return sorted(glob.glob(spec)) or [spec]
+    return [spec]
 
 
-def member_captions(text: bytes, is_json: bool) -> list:
+def member_captions(text: bytes, is_json: bool, by_line: bool = False) -> list:
     """The captions in a .txt or .json member; none if it cannot be understood."""
     if not is_json:
-        return clean_captions([text.decode("utf-8", errors="replace")])
+        text = text.decode("utf-8", errors="replace")
+        return clean_captions(text.splitlines() if by_line else [text])
     try:
         record = json.loads(text)
         captions = record.get("captions") or record.get("caption") or []
@@ -60,24 +77,23 @@ def member_captions(text: bytes, is_json: bool) -> list:
     return clean_captions([t for t in captions if isinstance(t, str)])
 
 
-def scan_members(path: str) -> tuple[dict, dict]:
-    """stem -> (offset, size) of the images of an archive, stem -> (offset, size, is_json) of the texts."""
-    images, texts, last, end = {}, {}, "none", 0
+def scan_members(path: str) -> tuple[dict, Counter]:
+    """name -> (offset, size) of the files of an archive, and the number of members that are no files."""
+    members, others, last, end = {}, Counter(), "none", 0
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 if member.size < 0:  # TRAP: tarfile would go backwards and never end
                     raise tarfile.ReadError(f"size {member.size} of {member.name!r}")
                 last, end = member.name, member.offset_data + -(-member.size // 512) * 512
-                stem, suffix = os.path.splitext(member.name)
-                place, suffix = (member.offset_data, member.size), suffix.lower()
                 # macOS adds ._a.jpg to a.jpg
-                if os.path.basename(stem).startswith(".") or not member.isreg() or member.issparse():
+                if member.isdir() or os.path.basename(member.name).startswith("."):
                     continue
-                if suffix in (".jpg", ".jpeg", ".png", ".webp"):
-                    images.setdefault(stem, place)
-                elif suffix == ".txt" or (suffix == ".json" and stem not in texts):
-                    texts[stem] = (*place, int(suffix == ".json"))
+                if member.isreg() and not member.issparse():
+                    # a member that comes twice was updated: the last one counts
+                    members[os.path.normpath(member.name)] = member.offset_data, member.size
+                else:
+                    others["links"] += 1
         with open(path, "rb") as file:
             file.seek(end)
             # TRAP: tarfile silently takes a missing or damaged header for the end
@@ -87,33 +103,59 @@ def scan_members(path: str) -> tuple[dict, dict]:
         hint = "" if path.endswith(".tar") else "; compressed archives must be decompressed first"
         last = f"the last good member is {last!r}"
         raise ValueError(f"{path}: truncated or damaged tar, {last} ({error}){hint}") from None
-    return images, texts
+    return members, others
+
+
+def group_members(members: dict, others: Counter) -> tuple[dict, dict, dict]:
+    """stem -> (offset, size) of images, (offset, size, is_json) of texts, (offset, size) of labels."""
+    images, texts, labels = {}, {}, {}
+    for name, place in members.items():
+        stem, suffix = os.path.splitext(name)
+        suffix = suffix.lower()
+        if suffix in IMAGE_SUFFIXES:
+            images.setdefault(stem, place)
+        elif suffix == ".txt" or (suffix == ".json" and stem not in texts):
+            texts[stem] = (*place, int(suffix == ".json"))
+        elif suffix == ".cls":
+            labels[stem] = place
+        elif suffix != ".json":
+            others[suffix or "no suffix"] += 1
+    return images, texts, labels
 
 
 def index_shard(path: str, cache: Path) -> dict:
     """Where the samples of an archive are; cached in a file while the archive's size and time stay the same.
 
-    Returns: {"samples": [[stem, image offset, size, text offset, size, is_json], ...], "skipped": a number}
+    Returns: {"samples": [[stem, image offset, size, text offset, size, is_json, label], ...],
+             "others": {suffix: number}, "skipped": a number}; without captions the text has size 0
     Raises:  ValueError with the archive and the member if it is cut short or damaged.
     """
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such tar shard")
     status = os.stat(path)
-    state = {"version": 1, "size": status.st_size, "mtime": status.st_mtime_ns}
+    state = {"version": 2, "size": status.st_size, "mtime": status.st_mtime_ns}
     file = cache / (hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:32] + ".idx")
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # there is none yet, or it is damaged
         index = json.loads(file.read_text())
         if {k: index[k] for k in state} == state:
             return index
-    images, texts = scan_members(path)
+    members, others = scan_members(path)
+    images, texts, labels = group_members(members, others)
     samples = []
     with open(path, "rb") as archive:
-        for stem, place in images.items():
-            offset, size, is_json = texts.get(stem, (0, 0, 0))
+
+        def text_of(offset, size) -> bytes:
             archive.seek(offset)
-            if size <= MAX_TEXT_BYTES and member_captions(archive.read(size), is_json):
-                samples.append([stem, *place, offset, size, is_json])
-    index = state | {"samples": samples, "skipped": len(images) - len(samples)}
+            return archive.read(size) if size <= MAX_TEXT_BYTES else b""
+
+        for stem, place in images.items():
+            text = texts.get(stem, (0, 0, 0))
+            if not member_captions(text_of(*text[:2]), text[2]):
+                text = (0, 0, 0)
+            label = text_of(*labels.get(stem, (0, 0))).decode("utf-8", errors="replace").strip()
+            if text[1] or label:
+                samples.append([stem, *place, *text, label])
+    index = state | {"samples": samples, "others": others, "skipped": len(images) - len(samples)}
     with contextlib.suppress(OSError):  # with a read-only home the next run scans again
         cache.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(index))
@@ -131,11 +173,11 @@ class ShardCaptions(Sequence):
 
     def __getitem__(self, i: int) -> list:
         shard, _, _, offset, size, is_json = self.shards.table[i].tolist()
-        return member_captions(self.shards.read(shard, offset, size), is_json)
+        return member_captions(self.shards.read(shard, offset, size), is_json, self.shards.by_line)
 
 
 class Shards:
-    """Image-caption pairs in tar archives, by random access.
+    """Images with captions or labels in tar archives, by random access.
 
     The headers of each archive are read once and kept in the user's cache. Sample i is then (archive, offset,
     size): resuming is exact, all ranks get equally many batches, and there may be more workers than shards.
@@ -148,22 +190,55 @@ class Shards:
     def __init__(self, spec: str, window: int = 16, cache: str | Path | None = None):
         user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         self.cache = Path(cache) if cache else user / "alignclip_llip"
-        self.paths, self.window, tables, skipped = expand_shards(spec), window, [], 0
-        self.format = f"tar shards ({len(self.paths)})"
+        self.paths, self.window, tables, labels = expand_shards(spec), window, [], []
+        self.format, self.by_line = f"tar shards ({len(self.paths)})", False
+        skipped, others = 0, Counter()
         progress = Progress("indexing" if len(self.paths) >= 100 else "", len(self.paths), "shards")
         for shard, path in enumerate(self.paths):
             index = index_shard(path, self.cache)
-            rows = [[shard, *sample[1:]] for sample in index["samples"]]
+            rows = [[shard, *sample[1:6]] for sample in index["samples"]]
             tables.append(np.array(rows, dtype=np.int64).reshape(-1, 6))
+            labels += [sample[6] for sample in index["samples"]]
             skipped += index["skipped"]
+            others.update(index["others"])
             progress.add(1)
         # shard, image offset, size, text offset, size, is_json
         self.table = np.concatenate(tables)  # (N, 6)
+        if others:
+            kinds = ", ".join(f"{count} {printable(kind)}" for kind, count in others.most_common(8))
+            warn(f"{spec}: members of other kinds skipped: {kinds}")
+        # every sample has what most of the samples have: captions, labels or both
+        parts = np.stack([self.table[:, 4] > 0, np.array(labels, dtype=object) != ""])  # (2, N)
+        has_captions, has_labels = parts.sum(1) * 2 >= max(len(labels), 1)
+        kept = np.all(parts[[has_captions, has_labels]], 0)  # (N,)
+        skipped += int((~kept).sum())
+        self.table = self.table[kept]
         if skipped:
-            warn(f"{spec}: {skipped} images without a caption skipped")
+            what = (
+                "caption and label" if has_captions and has_labels else "label" if has_labels else "caption"
+            )
+            warn(f"{spec}: {skipped} images without a {what} skipped")
         if not len(self.table):
-            raise ValueError(f"{spec}: no samples; looked for NAME.jpg .jpeg .png .webp with NAME.txt .json")
-        self.captions = ShardCaptions(self)
+            looked_for = "NAME.jpg .jpeg .png .webp .gif with NAME.txt .json .cls"
+            raise ValueError(f"{spec}: no samples; looked for {looked_for}")
+        if has_captions:
+            self.by_line = self.lines_are_captions(spec)
+            self.captions = ShardCaptions(self)
+        if has_labels:
+            labels = [label for label, keep in zip(labels, kept) if keep]
+            number = {label: k for k, label in enumerate(natural(set(labels)))}
+            self.labels = [number[label] for label in labels]
+            self.classes = [label.replace("_", " ") for label in number]
+
+    def lines_are_captions(self, spec: str) -> bool:
+        """Whether nine tenths of the first 100 .txt members have several lines, as in CLIP_benchmark."""
+        texts = self.table[self.table[:, 5] == 0][:100, [0, 3, 4]].tolist()
+        several = sum(len(member_captions(self.read(*text), False, True)) > 1 for text in texts)
+        if not texts or several < 0.9 * len(texts):
+            return False
+        count = f"{several} of the first {len(texts)} .txt members"
+        say(f"{printable(spec)}: {count} have several lines: each line is a caption")
+        return True
 
     def __len__(self):
         return len(self.table)

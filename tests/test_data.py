@@ -515,9 +515,12 @@ def test_unknown_paths_say_what_was_looked_for(tmp_path):
         data.open_dataset(tmp_path)
     with pytest.raises(ValueError, match="nowhere: no such file"):
         data.open_dataset(tmp_path / "nowhere")
-    (tmp_path / "x.parquet").write_text("")
-    with pytest.raises(ValueError, match="unknown format '.parquet'; known: .csv"):
-        data.open_dataset(tmp_path / "x.parquet")
+    (tmp_path / "x.xlsx").write_text("")
+    with pytest.raises(ValueError, match="unknown format '.xlsx'; known: .csv"):
+        data.open_dataset(tmp_path / "x.xlsx")
+    for path in (tmp_path / "x.parquet", "pipe:cat x.tar", "a.tar::s3://b/{0..3}.tar", "https://h/a.csv"):
+        with pytest.raises(ValueError, match="not a list or folder on this disk; docs/data.md converts"):
+            data.open_dataset(path)
 
 
 def test_scenes_are_opened_by_name():
@@ -576,6 +579,55 @@ def test_shard_names_expand():
     assert shards.expand_shards("{0..1}{2..3}") == ["02", "03", "12", "13"]
     with pytest.raises(ValueError, match=r"range \{3\.\.1\} is empty"):
         shards.expand_shards("{3..1}.tar")
+
+
+def test_shard_names_with_lists_and_globs(tmp_path):
+    for name in ("a", "b", "c0"):
+        members = [(f"{name}.gif", encoded(picture(0), "GIF")), (f"{name}.txt", b"x")]
+        write_tar(tmp_path / f"{name}.tar", members)
+    for spec in ("{a,b,c0}.tar", "*.tar", "{a.tar,b.tar,c0.tar}", "{a,[bc]*}.tar"):
+        dataset = data.open_dataset(f"{tmp_path}/{spec}")
+        assert [dataset.name(i)[-2:] for i in range(3)] == [":a", ":b", "c0"] and len(dataset) == 3
+    with pytest.raises(ValueError, match=r"x\*\.tar: no such tar shard"):
+        data.open_dataset(f"{tmp_path}/x*.tar")
+    for spec in ("{0..999999999}.tar", "{0..9999}{0..9999}.tar"):
+        with pytest.raises(ValueError, match="shards, more than 1000000; correct the range"):
+            data.open_dataset(spec)
+
+
+def test_lines_of_shards_are_captions(tmp_path, capsys):
+    """CLIP_benchmark's exporter writes one caption per line, without a mark that says so."""
+    images = [(f"{k}.jpg", encoded(picture(k))) for k in range(10)]
+    texts = [(f"{k}.txt", b"a dog\n\na cat \n" if k else b"one") for k in range(10)]
+    dataset = data.open_dataset(write_tar(tmp_path / "a.tar", images + texts))
+    assert dataset.captions[3] == ["a dog", "a cat"] and dataset.captions[0] == ["one"]
+    assert (
+        "9 of the first 10 .txt members have several lines: each line is a caption" in capsys.readouterr().out
+    )
+    texts[1] = ("1.txt", b"two")
+    dataset = data.open_dataset(write_tar(tmp_path / "b.tar", images + texts))
+    assert dataset.captions[3] == ["a dog\n\na cat"] and not capsys.readouterr().out
+
+
+def test_shards_with_labels(tmp_path, capsys):
+    members = [(f"{k}.png", encoded(picture(k), "PNG")) for k in range(3)]
+    members += [(f"{k}.cls", str(10 - k).encode()) for k in range(3)] + [("0.npy", b""), ("1.npy", b"")]
+    dataset = data.open_dataset(write_tar(tmp_path / "a.tar", members))
+    assert dataset.classes == ["8", "9", "10"] and dataset.labels == [2, 1, 0]
+    assert not hasattr(dataset, "captions") and "classes   3" in data.describe(dataset)
+    assert "warning: " in (err := capsys.readouterr().err) and "other kinds skipped: 2 .npy" in err
+    dataset = data.open_dataset(write_tar(tmp_path / "b.tar", members + [("0.txt", b"x"), ("2.txt", b"z")]))
+    assert [*dataset.captions] == [["x"], ["z"]] and dataset.labels == [1, 0]
+    assert "1 images without a caption and label skipped" in capsys.readouterr().err
+
+
+def test_the_last_copy_of_a_member_counts(tmp_path):
+    old, new = encoded(picture(0)), encoded(picture(1, 30, 30))
+    members = [("a.jpg", old), ("a.txt", b"old"), ("b.jpg", old), ("b.txt", b"b")]
+    dataset = data.open_dataset(
+        write_tar(tmp_path / "a.tar", members + [("./a.jpg", new), ("a.txt", b"new")])
+    )
+    assert dataset.captions[0] == ["new"] and dataset.image(0).size == (30, 30) and len(dataset) == 2
 
 
 def test_shards_are_map_style(tmp_path):
