@@ -11,7 +11,6 @@ images with labels, and the embedded scenes.
 """
 
 import functools
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,15 +145,10 @@ def split_protocol(source, splits: dict, where: dict) -> Protocol:
 
 
 def open_labelled(source, split: str | None, where: dict):
-    """A data set with labels.   Raises: ValueError without labels, and if images of a list are missing."""
+    """A data set with labels.   Raises: ValueError without labels."""
     dataset = data.open_dataset(source, split, **where)
     if not hasattr(dataset, "labels"):
         raise ValueError(f"{source}: no classes in it, which open-world tasks need")
-    if not dataset.format.startswith("folders"):
-        missing = [name for i in range(len(dataset)) if not os.path.isfile(name := dataset.name(i))]
-        if missing:
-            count = f"{len(missing)} of its {len(dataset)} images are missing"
-            raise ValueError(f"{source}: {count}, the first is {missing[0]}")
     return dataset
 
 

@@ -18,6 +18,8 @@ A list may come from a stranger. Its names, and links among its images, may ther
 image root unless allow_outside is set. In a folder of classes, which the user made, links are followed.
 """
 
+import contextlib
+import math
 import os
 import re
 from collections import Counter
@@ -126,11 +128,33 @@ def find_root(path: Path, files: list, image_root: str | Path | None) -> str:
     near = [path.parent, path.parent.parent] if path.parent.name == "annotations" else [path.parent]
     places = [place for folder in near for place in (folder, *(folder / f for f in folders_in(folder)))]
     places = [Path(image_root)] if image_root else places
-    for place in places:
-        if any(os.path.isfile(os.path.join(place, f)) for f in files[:10]):
-            return os.path.abspath(place)
+    some = files[:: math.ceil(len(files) / 100)]
+    found = {place: sum(os.path.isfile(os.path.join(place, f)) for f in some) for place in places}
+    if best := max(found.values()):
+        return os.path.abspath(next(place for place in places if found[place] == best))
     first = printable(os.path.join(places[0], files[0])[:300])
     raise ValueError(f"{path}: no image at {first}; --image-root says where the images are")
+
+
+def find_missing(root: str, files: list, where) -> set:
+    """The files that do not exist: counted, and refused if they are more than one per cent."""
+    there, missing = {}, []
+    for file in dict.fromkeys(files):
+        folder, name = os.path.split(os.path.join(root, file))
+        if folder not in there:
+            there[folder] = set()
+            with contextlib.suppress(OSError, ValueError):
+                # SPEED: on a network disk a question for each file would take minutes
+                there[folder] = set(os.listdir(folder))
+        if name not in there[folder] and not os.path.isfile(os.path.join(folder, name)):
+            missing.append(file)
+    if missing:
+        first = printable(os.path.join(root, missing[0])[:300])
+        message = f"{where}: {len(missing)} of its {len(files)} images are missing, the first is {first}"
+        if len(missing) > 0.01 * len(files):
+            raise ValueError(f"{message}; --image-root says where the images are")
+        warn(f"{message}; they are skipped")
+    return set(missing)
 
 
 def refuse_outside(root: str, files: list, where) -> None:
@@ -160,17 +184,23 @@ def build(listing: Listing, path: Path, split, default, image_root, allow_outsid
     """The data set of a split of a listing."""
     if not listing.rows:
         raise ValueError(f"{path}: no rows ({listing.format})")
-    rows = choose_split(listing.rows, split, default, path)
+    rows = [row for row in choose_split(listing.rows, split, default, path) if row.file]
+    if unnamed := sum(not row.file for row in listing.rows):
+        warn(f"{path}: {unnamed} rows without a file name skipped")
+    if not rows:
+        raise ValueError(f"{path}: no file name in {len(listing.rows)} rows")
     grouped = group_captions(rows, path) if rows[0].label is None else None
     files = list(grouped or [row.file for row in rows])
     root = os.path.abspath(path) if path.is_dir() else find_root(path, files, image_root)
     if not allow_outside:
         refuse_outside(root, files, path)
+    if missing := set() if path.is_dir() else find_missing(root, files, path):
+        rows, files = [r for r in rows if r.file not in missing], [f for f in files if f not in missing]
     inside = "" if allow_outside or path.is_dir() else os.path.join(os.path.realpath(root), "")
     splits = dict(Counter(row.split for row in listing.rows if row.split))
     common = dict(root=root, files=files, inside=inside, format=listing.format, splits=splits)
     if grouped:
-        return Pairs(**common, captions=list(grouped.values()))
+        return Pairs(**common, captions=[grouped[file] for file in files])
     # numbers come from all splits, so that a class has the same number in each of them
     labels = natural({row.label for row in listing.rows})
     names = listing.classes or {label: str(label).replace("_", " ") for label in labels}

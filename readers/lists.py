@@ -31,10 +31,17 @@ class Listing(NamedTuple):
     classes: dict | None = None  # label -> class name, where the rows do not give it
 
 
+def is_null(value) -> bool:
+    """Whether a file name or caption is missing: null, NaN, or such a word, as pandas reads them."""
+    return value is None or value != value or value in ("", "nan", "NaN", "null", "NULL")
+
+
 def make_row(where: str, file, captions, split=None, label=None, domain=None) -> Row:
-    """A row whose types are checked."""
+    """A row whose types are checked; a missing file name or caption is "", which the data set leaves out."""
+    file, captions = ("" if is_null(x) else x for x in (file, captions))
     captions = [captions] if isinstance(captions, str) else captions
-    if not isinstance(file, str) or not file:
+    captions = ["" if is_null(c) else c for c in captions] if isinstance(captions, list) else captions
+    if not isinstance(file, str):
         raise ValueError(f"{where}: the image is {str(file)[:60]!r}, expected a file name")
     if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
         raise ValueError(f"{where}: captions are {str(captions)[:60]!r}, expected text or texts")
@@ -56,7 +63,7 @@ def choose_keys(columns: list, where, image_key, caption_key, label_key) -> tupl
                 return key
         wanted = repr(requested) if requested else "any of " + ", ".join(usual)
         there = printable(", ".join(map(str, columns))[:200])
-        raise ValueError(f"{where}: no {what} column ({wanted}); there are: {there}")
+        raise ValueError(f"{where}: no {what} column ({wanted}); there are: {there}; --{what}-key names it")
 
     image = find("image", image_key, IMAGE_KEYS)
     only_labels = set(columns) & set(LABEL_KEYS) and not set(columns) & set(CAPTION_KEYS)

@@ -300,12 +300,19 @@ def test_tables_of_classes_splits_and_domains(tmp_path):
 @pytest.mark.parametrize(
     "text, options, message",
     [
-        ("x,y\n1,2\n", {}, "no image column .*; there are: x, y"),
-        ("image,y\na.png,2\n", {}, r"no caption column \(any of title, .*; there are: image, y"),
+        ("x,y\n1,2\n", {}, "no image column .*; there are: x, y; --image-key names it"),
+        (
+            "image,y\na.png,2\n",
+            {},
+            r"no caption column \(any of title, .*; there are: image, y; --caption-key",
+        ),
         ("image,title\na.png,t\n", {"caption_key": "z"}, r"\('z'\); there are: image, title"),
+        ("image,y\na.png,2\n", {"label_key": "z"}, "no label column .*; --label-key names it"),
+        ("image,title\n/etc/passwd,t\na.png,t\n", {}, "is outside .*--allow-outside"),
+        ("image,title\na.png,t\nb.png,t\n", {}, r"1 of its 2 images are missing, .*b\.png; --image-root"),
         ("image,title\nb.png,t\n", {}, r"no image at .*b\.png"),
         ("image,title\na.png,\n", {}, "no caption in 1 rows"),
-        ("image,title\n,dog\n", {}, "row 2: the image is '', expected a file name"),
+        ("image,title\n,dog\n", {}, "t.csv: no file name in 1 rows"),
         ("image,title\n../t.csv,dog\n", {}, r"'../t\.csv' is outside"),
         ("image,title\na.png,t\n/etc/passwd,t\n", {}, "'/etc/passwd' is outside"),
         ("image,title\na.png,t\nx/../../p,t\n", {}, r"'x/\.\./\.\./p' is outside"),
@@ -325,6 +332,43 @@ def test_table_errors_say_what_is_wrong(tmp_path, text, options, message):
     with pytest.raises(ValueError, match=message) as caught:
         data.open_dataset(folder / "t.csv", **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "labels"])
+def test_few_missing_images_are_skipped_wherever_they_are(tmp_path, form, capsys):
+    for k in range(25, 3000):
+        (tmp_path / "i").mkdir(exist_ok=True)
+        (tmp_path / "i" / f"{k}.jpg").touch()
+    names, path = [f"{k}.jpg" for k in range(3000)], tmp_path / f"t.{form.replace('labels', 'csv')}"
+    if form == "jsonl":
+        path.write_text("".join(json.dumps({"image": n, "caption": f"of {n}"}) + "\n" for n in names))
+    else:
+        column = "title" if form == "csv" else "label"
+        path.write_text(f"image,{column}\n" + "".join(f"{n},of {n}\n" for n in names))
+    dataset = data.open_dataset(path)
+    assert dataset.files == names[25:] and dataset.root.endswith("/i")
+    text = dataset.captions[0][0] if form != "labels" else dataset.classes[dataset.labels[0]]
+    assert text == "of 25.jpg"
+    message = "25 of its 3000 images are missing, the first is "
+    assert capsys.readouterr().err.count(message + str(tmp_path / "i" / "0.jpg")) == 1
+    for k in range(200, 210):
+        (tmp_path / "i" / f"{k}.jpg").unlink()
+    with pytest.raises(ValueError, match="35 of its 3000 images are missing, .*0.jpg; --image-root"):
+        data.open_dataset(path)
+
+
+def test_null_captions_and_names_are_skipped(tmp_path, capsys):
+    write_images(tmp_path, ["a.png", "b.png"])
+    (tmp_path / "t.csv").write_text("image,title\na.png,dog\nb.png,nan\n,cow\nNaN,cat\nb.png,null\n")
+    records = '{"image": "a.png", "caption": "dog"}\n{"image": "b.png", "caption": null}\n'
+    records += '{"image": null, "caption": "x"}\n{"image": NaN, "caption": "x"}\n'
+    (tmp_path / "t.jsonl").write_text(records + '{"image": "b.png", "captions": [NaN]}\n')
+    for name in ("t.csv", "t.jsonl"):
+        assert opened(data.open_dataset(tmp_path / name)) == {"a.png": ["dog"]}
+        err = capsys.readouterr().err
+        assert "2 rows without a file name skipped" in err and "2 empty captions skipped" in err
+    (tmp_path / "l.csv").write_text("image,label\na.png,null\nb.png,nan\n")  # these may be names of classes
+    assert data.open_dataset(tmp_path / "l.csv").classes == ["nan", "null"]
 
 
 def test_links_of_a_list_stay_inside(tmp_path):
