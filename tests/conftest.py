@@ -4,6 +4,7 @@ tests/golden/ holds small recordings of the official implementations; a folder .
 checkout, when there is one, holds more of them and real data, and the tests then use those too.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -20,6 +21,26 @@ torch.set_num_threads(1)
 SHARED = ROOT.parent / "shared" if (ROOT.parent / "shared" / "golden").is_dir() else None
 
 
+class Recorded(dict):
+    """The arrays of one golden file; READ collects the names that tests look up."""
+
+    READ: set[tuple[str, str]] = set()
+
+    def __init__(self, name, arrays):
+        super().__init__(arrays)
+        self.name = name
+
+    def __getitem__(self, key):
+        self.READ.add((self.name, key))
+        return super().__getitem__(key)
+
+
+def pytest_sessionfinish():
+    """GOLDEN_READS=FILE writes the names of the arrays that tests read, for tests/test_golden_manifest.py."""
+    if path := os.environ.get("GOLDEN_READS"):
+        Path(path).write_text(json.dumps(sorted(Recorded.READ)))
+
+
 def golden_path(name):
     """Path of a golden file, here or beside the checkout; the test is skipped if it is in neither."""
     for folder in (ROOT / "tests" / "golden", SHARED / "golden" if SHARED else None):
@@ -31,11 +52,12 @@ def golden_path(name):
 def load_golden(name):
     """An .npz as a dict of tensors; float16 is only a storage format, its values are used as float32."""
     arrays = np.load(golden_path(name))
-    return {
+    tensors = {
         key: torch.from_numpy(np.array(value, dtype=np.float32 if value.dtype == np.float16 else value.dtype))
         for key, value in arrays.items()
         if value.dtype.kind in "fiub"
     }
+    return Recorded(name, tensors)
 
 
 def checkpoint(out):

@@ -11,7 +11,7 @@ from alignclip import BRANCHES, AlignCLIP, cls_attention, guidance, two_paths
 from attention import attend, flops
 from clipood import FineTune, unit
 from evals.surgery import dense_features
-from losses import attention_alignment, similarity_alignment
+from losses import attention_alignment, similarity_alignment, smoothing_targets, soft_cross_entropy
 from model import CLIP, Config
 
 CONFIG = Config(16, 16, 4, 32, 4, 2, 64, 12, 40, 16, 2, 2, 32)  # 4 blocks, 16 patches
@@ -107,6 +107,14 @@ def test_alignment_losses_are_the_official_ones(golden_arrays):
     torch.testing.assert_close(rows.grad, expected, rtol=1e-4, atol=4e-6)
     expected = g["out.attention.grad_similarity_fs"]  # the target is not detached
     torch.testing.assert_close(guide.grad, expected, rtol=1e-4, atol=7e-8)
+    plain, guide = (g[k].clone().detach().requires_grad_() for k in ("in.similarity_f", "in.similarity_fs"))
+    loss = similarity_alignment(plain, guide)  # all classes
+    loss.backward()
+    torch.testing.assert_close(loss, g["out.similarity.loss"], rtol=1e-4, atol=3e-6)
+    expected = g["out.similarity.grad_similarity_f"]
+    torch.testing.assert_close(plain.grad, expected, rtol=1e-4, atol=3e-8)
+    expected = g["out.similarity.grad_similarity_fs"]
+    torch.testing.assert_close(guide.grad, expected, rtol=1e-4, atol=7e-8)
 
 
 def method_of(embed, scale, text, **options):
@@ -116,10 +124,19 @@ def method_of(embed, scale, text, **options):
 def test_released_smoothing_targets(golden_arrays):
     g = golden_arrays("alignclip_sls.npz")
     text, D = g["out.text_features"], g["out.distribution"]
+    torch.testing.assert_close(unit(g["in.text_features_raw"]), text, rtol=1e-4, atol=2e-6)
     method = method_of(24, 100.0, text, smoothing="released", epsilon=0.5)
     off = ~torch.eye(len(D), dtype=torch.bool)
     torch.testing.assert_close(method.targets[off], D[off], rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(method.targets.diagonal(), torch.full((len(D),), 0.5))
+    for epsilon in (0.9, 1.0, 0.5):
+        logits = g["in.logits"].clone().requires_grad_()
+        targets = smoothing_targets(text, epsilon, form="released")[g["in.labels"]]
+        loss = soft_cross_entropy(logits, targets)
+        loss.backward()
+        torch.testing.assert_close(loss, g[f"out.eps{epsilon}.loss"], rtol=1e-4, atol=5e-6)
+        expected = g[f"out.eps{epsilon}.grad_logits"]
+        torch.testing.assert_close(logits.grad, expected, rtol=1e-4, atol=3e-7)
 
 
 @pytest.mark.parametrize("weight", [10, 1])

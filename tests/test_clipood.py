@@ -110,12 +110,19 @@ def test_twenty_steps_of_the_official_loop(golden_arrays):
         schedule.step()
         moving.update(clip.visual)
         torch.testing.assert_close(loss, g["out.loss"][step], rtol=1e-3, atol=1e-4)
+        assert schedule.get_last_lr()[0] == pytest.approx(g["out.lr"][step].item(), rel=1e-6, abs=1e-9)
+        for name, value in clip.visual.state_dict().items():
+            recorded = g["out.raw." + name]  # every step, or steps 1, 5, 10, 15 and 20
+            at = step if len(recorded) == 20 else {0: 0, 4: 1, 9: 2, 14: 3, 19: 4}.get(step)
+            if at is not None:
+                torch.testing.assert_close(value, recorded[at], rtol=1e-3, atol=2e-5)
         average = moving.average.state_dict()
         for name, value in average.items():
             expected = g["out.bma." + name][step]
             torch.testing.assert_close(value, expected, rtol=1e-3, atol=2e-5)
-    for name, value in clip.visual.state_dict().items():
-        torch.testing.assert_close(value, g["out.raw." + name][-1], rtol=1e-3, atol=2e-5)
+    weights = torch.tensor([moving.weight(t) for t in range(1, 21)], dtype=torch.float64)
+    official = g["out.bma_weight"]
+    torch.testing.assert_close(weights / weights.sum(), official / official.sum())
 
 
 def test_only_the_image_tower_learns(clip, text, batch):

@@ -65,6 +65,8 @@ def random_case(seed, images=9, levels=6):
 
 def test_recall_equals_clip_benchmark(golden_arrays):
     g = golden_arrays("clip_benchmark_retrieval.npz")
+    scores = g["in.text_emb"] @ g["in.image_emb"].t()
+    torch.testing.assert_close(scores, g["out.scores"], rtol=0, atol=1e-6)
     got = metrics.recall_at_k(g["out.scores"].t(), g["in.text_to_image"], ks=(1, 2, 5, 10))
     for k in (1, 2, 5, 10):
         assert got[f"i2t@{k}"] == pytest.approx(g[f"out.text_retrieval_recall@{k}"].item(), abs=1e-6)
@@ -79,6 +81,7 @@ def test_classification_equals_clip_benchmark(golden_arrays):
         assert got[ours] == pytest.approx(g[f"out.{name}"].item(), abs=1e-6)
     ap = metrics.average_precision(g["in.logits"].t(), g["in.multilabel"].t() > 0)
     assert torch.allclose(ap.float(), g["out.average_precision_per_class"], atol=1e-6)
+    assert ap.mean().item() == pytest.approx(g["out.mean_average_precision"].item(), abs=1e-6)
 
 
 # two captions an image; in row 2 a stranger ties with the best own caption, in column 3 and 6 an image does

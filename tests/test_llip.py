@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import llip
+from clipood import unit
 from llip import Llip, PooledTokens
 from losses import info_nce, siglip
 from model import CLIP, CONFIGS, Config
@@ -51,6 +52,11 @@ def close(got, expected):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=atol)
 
 
+def gradient_norms(model):
+    """The norm of every gradient, in the alphabetical order of the names."""
+    return torch.stack([p.grad.norm() for _, p in sorted(model.named_parameters())])
+
+
 @pytest.mark.parametrize(
     "name, options",
     [
@@ -81,6 +87,7 @@ def test_official_values_and_gradients(golden, golden_arrays, name, options):
         assert recorded
         for key in recorded:
             close(names[key.split(".", 2)[2]].grad, g[key])
+        close(gradient_norms(model), g[f"out.grad_norms_ws{tau}"])
 
 
 @pytest.mark.parametrize("name, pooling", [("avg", "average"), ("register", "register")])
@@ -94,11 +101,16 @@ def test_official_baselines(golden, golden_arrays, name, pooling):
         model.zero_grad()
         sides = model(g["in.image"], g["in.tokens"])
         close(sides[0], g["out.encode_image"])
+        close(unit(sides[0]), g["out.image_features"])
+        close(unit(sides[1]), g["out.text_features"])
         loss = function(model.pair_logits(*sides))
         loss.backward()
         close(loss, g[f"out.{loss_name}.loss"])
         for key in (k for k in g if k.startswith(f"out.{loss_name}.grad.")):
             close(names[key.split(".grad.")[1]].grad, g[key])
+        close(gradient_norms(model), g[f"out.{loss_name}.grad_norms"])
+    tokens = llip.mixture_tokens(model.visual, g["in.image"])
+    close(llip.project_each(tokens, model.visual.proj), g["out.visual"])
 
 
 def test_a_register_is_one_projection_and_no_parameter_is_without_gradient():

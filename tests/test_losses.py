@@ -11,6 +11,7 @@ from losses import (
     info_nce,
     margin_metric_logits,
     siglip,
+    siglip_sum,
     similarity_alignment,
     smoothing_targets,
     soft_cross_entropy,
@@ -74,14 +75,18 @@ def test_gradcheck_of_the_fine_tuning_losses():
 
 
 @pytest.mark.parametrize("name", ["openclip_losses_a.npz", "openclip_losses_b.npz"])
-@pytest.mark.parametrize("case", ["clip", "clip_with_bias", "siglip", "siglip_nobias"])
+@pytest.mark.parametrize("case", ["clip", "clip_with_bias", "siglip", "siglip_nobias", "siglip_chunk"])
 def test_official_values_and_gradients(golden_arrays, name, case):
     g = golden_arrays(name)
     x = {k: leaf(g["in." + k]) for k in ("image_features", "text_features", "logit_scale", "logit_bias")}
     logits = x["logit_scale"] * x["image_features"] @ x["text_features"].t()
-    if case in ("clip_with_bias", "siglip"):
+    if case in ("clip_with_bias", "siglip", "siglip_chunk"):
         logits = logits + x["logit_bias"]
-    loss = (info_nce if case.startswith("clip") else siglip)(logits)
+    if case == "siglip_chunk":  # blocks of three columns
+        blocks = [siglip_sum(logits[:, j : j + 3], -j) for j in range(0, len(logits), 3)]
+        loss = sum(blocks) / len(logits)
+    else:
+        loss = (info_nce if case.startswith("clip") else siglip)(logits)
     loss.backward()
     torch.testing.assert_close(loss, g[f"out.{case}.loss"], rtol=1e-5, atol=1e-5)
     for key in (k for k in g if k.startswith(f"out.{case}.grad.")):

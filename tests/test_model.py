@@ -107,6 +107,8 @@ def test_official_training_step(golden_arrays):
         expected = g[key]
         atol = 1e-5 * max(1.0, float(expected.abs().max()))
         torch.testing.assert_close(names[key[9:]].grad, expected, rtol=1e-3, atol=max(atol, 6e-5))
+    norms = torch.stack([names[name].grad.norm() for name in sorted(names)])
+    torch.testing.assert_close(norms, g["out.grad_norms"], rtol=1e-4, atol=2e-4)
 
 
 def broken_gelu(model):

@@ -67,24 +67,29 @@ def golden_model(golden):
     return pretrained.load(golden("clip_vitA_jit_fp16.pt"))
 
 
-def parity(model, io):
-    torch.testing.assert_close(
-        model.encode_image(io["in.image"]), io[PREFIX + "encode_image"], rtol=1e-4, atol=2e-5
-    )
-    torch.testing.assert_close(
-        model.encode_text(io["in.tokens"]), io[PREFIX + "encode_text"], rtol=1e-4, atol=2e-5
-    )
-
-
-PREFIX = "out.clip_load.jit_fp16."
+def parity(model, io, case="clip_load.jit_fp16"):
+    image, text = model.encode_image(io["in.image"]), model.encode_text(io["in.tokens"])
+    torch.testing.assert_close(image, io[f"out.{case}.encode_image"], rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(text, io[f"out.{case}.encode_text"], rtol=1e-4, atol=2e-5)
+    logits = model.pair_logits(image, text)
+    torch.testing.assert_close(logits, io[f"out.{case}.logits_per_image"], rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(logits.t(), io[f"out.{case}.logits_per_text"], rtol=1e-4, atol=2e-4)
 
 
 @torch.no_grad()
 def test_openai_archive_gives_openai_features(golden, golden_arrays):
     model, io = golden_model(golden), golden_arrays("clip_vitA_io.npz")
-    parity(model, io)
+    # OpenAI's loader rounds the weights of all three files to fp16
+    for file in ("jit_fp16", "jit_fp32", "statedict"):
+        parity(model, io, "clip_load." + file)
     assert model.config.activation == "quick_gelu" and model.config.vision_heads == 1
     assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@torch.no_grad()
+def test_fp32_weights_give_the_features_of_fp32(golden, golden_arrays):
+    model = pretrained.load(golden("clip_vitA_statedict.pt"), quick_gelu=True, vision_heads=1, text_heads=2)
+    parity(model, golden_arrays("clip_vitA_io.npz"), "raw_fp32")
 
 
 def gelu(model):
@@ -130,7 +135,10 @@ def test_llip_release(golden, golden_arrays, file):
     known = dict(vision_heads=2, text_heads=2, mixture_heads=4, temperature=5.0)
     model = pretrained.load(path, **known)  # QuickGELU without being told
     keys, values = model.encode_image(io["in.image"])
-    queries, _ = model.encode_text(io["in.tokens"])
+    queries, text = model.encode_text(io["in.tokens"])
+    torch.testing.assert_close(keys, io["out.K"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(queries, io["out.Q"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(text, io["out.zt"], rtol=1e-4, atol=1e-5)
     found = model.mix(keys, values, queries)
     torch.testing.assert_close(found, io["out.pred_ws5"], rtol=1e-4, atol=1e-5)
     del known["temperature"]

@@ -86,6 +86,7 @@ def test_maps_equal_the_official_code(golden_arrays):
     g = golden_arrays("surgery.npz")
     tokens, text = g["out.tokens_vv6"], g["in.text_features"]
     close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(F.normalize(tokens, dim=-1) @ text.t(), g["out.similarity"], **close)
     torch.testing.assert_close(similarity_map(tokens, text), g["out.map_minmax"], **close)
     # text features of any length: only directions count
     torch.testing.assert_close(similarity_map(tokens, 3 * text, (50, 37)), g["out.map_upsampled"], **close)
