@@ -10,7 +10,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, load_golden
+
+import pretrained
 
 FOLDER = ROOT / "tests" / "golden"
 MANIFEST = json.loads((FOLDER / "manifest.json").read_text())
@@ -87,3 +89,89 @@ def test_tests_read_every_array(tmp_path):
         unread = {key for key in recorded if (name, key) not in read}
         named = {key for key in recorded if entry["arrays"][key].get("informational")}
         assert unread == named, name
+
+
+# check.py
+
+
+def check(path, *arguments):
+    command = [sys.executable, str(FOLDER / "check.py"), str(path), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@torch.no_grad()
+def llip_of_the_project(temperature=5.0):
+    """Every output of llip_ckpt_io, computed by the project."""
+    io = load_golden("llip_ckpt_io.npz")
+    path = FOLDER / "llip_ckpt_orig_mod_module.pt"
+    model = pretrained.load(
+        path, vision_heads=2, text_heads=2, mixture_heads=4, temperature=temperature, quick_gelu=True
+    )
+    keys, values = model.encode_image(io["in.image"])
+    queries, text = model.encode_text(io["in.tokens"])
+    found = {"K": keys, "Q": queries, "zt": text, "pred_ws5": model.mix(keys, values, queries)}
+    return {f"llip_ckpt_io/{name}": value.numpy() for name, value in found.items()}
+
+
+def test_check_accepts_the_project(tmp_path):
+    np.savez(tmp_path / "mine.npz", **llip_of_the_project())
+    done = check(tmp_path / "mine.npz", "--only", "llip_ckpt")
+    assert done.returncode == 0, done.stdout
+    assert "4 arrays compared, 0 wrong, missing or unknown" in done.stdout
+
+
+def test_check_finds_wrong_missing_and_unknown_arrays(tmp_path):
+    # the root of the head width, which Llip does not have
+    arrays = llip_of_the_project(temperature=5.0 * 8**0.5)
+    del arrays["llip_ckpt_io/Q"]
+    arrays["llip_ckpt_io/K"] = arrays["llip_ckpt_io/K"][:2]
+    arrays["llip_ckpt_io/out.zt"] = np.full_like(arrays.pop("llip_ckpt_io/zt"), np.nan)
+    np.savez(tmp_path / "mine.npz", **arrays, **{"llip_ckpt_io/z": np.zeros(3)})
+    done = check(tmp_path / "mine.npz")
+    assert done.returncode == 1
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert {(words[0], words[-1]) for words in lines if words[0] in ("MISSING", "UNKNOWN")} == {
+        ("MISSING", "llip_ckpt_io/out.Q"),
+        ("UNKNOWN", "llip_ckpt_io/z"),
+    }
+    wrong = {words[2].rstrip(":") for words in lines if words[0] == "WRONG"}
+    assert wrong == {"llip_ckpt_io/out." + key for key in ("K", "zt", "pred_ws5")}
+    assert "expected (3, 4, 5, 8)" in done.stdout and "not finite" in done.stdout
+
+
+def test_check_accepts_every_recording_and_no_changed_one(tmp_path):
+    """The recorded arrays pass, and each array fails when it moves by three tolerances."""
+    arrays = {}
+    for name, entry in FILES.items():
+        if name.endswith(".npz"):
+            recorded = np.load(FOLDER / name)
+            for key, described in entry["arrays"].items():
+                if key.startswith("out.") and not described.get("informational"):
+                    arrays[f"{name[:-4]}/{key}"] = recorded[key]
+    np.savez(tmp_path / "all.npz", **arrays)
+    done = check(tmp_path / "all.npz")
+    assert done.returncode == 0 and "cases without" not in done.stdout
+    for name, value in arrays.items():
+        described = FILES[name.split("/")[0] + ".npz"]["arrays"][name.split("/")[1]]
+        value = value.astype(np.float64)
+        limit = described["atol"] + described["rtol"] * np.abs(value)
+        arrays[name] = value + np.where(limit > 0, 3 * limit, 1)
+    np.savez(tmp_path / "all.npz", **arrays)
+    done = check(tmp_path / "all.npz")
+    assert done.returncode == 1 and not [x for x in done.stdout.splitlines() if x.startswith("ok")]
+
+
+def test_check_explains_itself(tmp_path):
+    assert check(tmp_path / "none.npz").returncode == 2
+    (tmp_path / "text.npz").write_text("no archive")
+    done = check(tmp_path / "text.npz")
+    assert done.returncode == 2 and "text.npz" in done.stderr and "Traceback" not in done.stderr
+    np.savez(tmp_path / "empty.npz")
+    assert check(tmp_path / "empty.npz").returncode == 1
+
+
+def test_check_needs_numpy_only():
+    tree = ast.parse((FOLDER / "check.py").read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert names <= {"json", "sys", "pathlib", "numpy"}
