@@ -33,14 +33,14 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 import evaluate
 from alignclip import default_blocks, two_paths
 from attention import KINDS, attend
 from model import DualEncoder, VisionTransformer
-from readers.images import IMAGE_ERRORS, normalise, open_image
+from readers.images import IMAGE_ERRORS, decoding, normalise, open_image
 from util.files import write_image
 from util.flags import parse
 from util.plots import heat, sheet
@@ -267,10 +267,10 @@ def open_for_maps(source: str, vocab: str = "", **load_options) -> tuple:
 
 
 def read_image(path: str) -> Image.Image:
-    """The picture as RGB, its first frame.   Raises: ValueError naming the file."""
+    """The picture as RGB, its first frame, upright.   Raises: ValueError naming the file."""
     try:
-        with open_image(path) as image:
-            return image.convert("RGB")
+        with open_image(path) as image, decoding():
+            return ImageOps.exif_transpose(image).convert("RGB")
     except IMAGE_ERRORS as error:
         raise ValueError(f"{path}: not a readable image ({error})") from None
 
