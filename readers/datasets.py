@@ -10,7 +10,8 @@ if it has domains. Only names and texts are kept in memory.
     Karpathy, COCO captions, CoOp split .json pairs, pairs, classes
     root/<class>/* root/<split>/<class>/*     classes, in the order of torchvision's ImageFolder, or of
                                               numbers if all names are integers
-    root/<domain>/<class>/*                   classes and domains, in DomainBed's order
+    root/<domain>/<class>/*                   classes and domains, in DomainBed's order; with <split> above
+                                              or below <domain> too
     shards/{00000..00010}.tar::more.tar       pairs, see shards.py
     scenes, objects                           the embedded data sets, see scenes.py
 

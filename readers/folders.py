@@ -1,4 +1,4 @@
-"""Folders of images: class/*, split/class/* and domain/class/* become rows."""
+"""Folders of images: class/*, split/class/*, domain/class/*, domain/split/class/* ... become rows."""
 
 import os
 import re
@@ -6,8 +6,23 @@ from pathlib import Path
 
 from readers.images import IMAGE_SUFFIXES
 from readers.lists import Listing, Row
+from util.text import printable, say
 
-SPLIT_NAMES = "train val valid validation dev test".split()
+# split -> words in the names of its folders; the first that fits counts, so that train_val is training data
+SPLIT_WORDS = {
+    "unlabeled": "unlabell?ed|unsup|unsupervised",
+    "train": r"(?:train|training|trn|trainval)(?:set|data)?\d*",
+    "val": r"(?:val|valid|validation|crossval)(?:set|data)?\d*",
+    "dev": "dev|devset",
+    "test": r"(?:test|testing|tst)(?:set|data)?\d*",
+    "full": "full",
+}
+
+
+def split_name(folder: str) -> str | None:
+    """The split that a folder name means: train for training_set, Train or train2017; None otherwise."""
+    words = re.split(r"[ ._-]+", folder.lower())
+    return next((s for s, word in SPLIT_WORDS.items() if any(re.fullmatch(word, w) for w in words)), None)
 
 
 def natural(names) -> list:
@@ -21,44 +36,135 @@ def folders_in(path: Path) -> list:
     return natural([e.name for e in os.scandir(path) if e.is_dir() and not e.name.startswith(".")])
 
 
+def is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
+def is_flat(folder: Path) -> bool:
+    """Whether a folder holds images itself."""
+    return any(is_image(entry.name) for entry in os.scandir(folder))
+
+
+def has_images(folder: Path) -> bool:
+    """Whether there are images in a folder or below it."""
+    for _, folders, names in os.walk(folder):
+        if any(map(is_image, names)):
+            return True
+        folders[:] = [name for name in folders if not name.startswith(".")]
+    return False
+
+
+def is_split(folder: str) -> bool:
+    """Whether a folder name means a split; "full" is one beside other splits only."""
+    return split_name(folder) not in (None, "full")
+
+
 def images_below(root: Path, folder: str) -> list:
     """Image files below root/folder, relative to root, in the order of torchvision's ImageFolder."""
     found = []
     for place, _, names in sorted(os.walk(root / folder)):
         relative = os.path.relpath(place, root)
-        names = [n for n in names if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
-        found += [os.path.join(relative, n) for n in sorted(names)]
+        found += [os.path.join(relative, n) for n in sorted(filter(is_image, names))]
     return found
 
 
+def levels(root: Path, tops: list) -> tuple[str, dict]:
+    """(layout, {folder: (split, domain, its class folders)}) of folders that hold no images themselves."""
+    below = {top: folders_in(root / top) for top in tops}
+    # Office-31 has domain/images/class, and Kaggle has seg_train/seg_train/class
+    for top, names in list(below.items()):
+        place = f"{top}/{names[0]}"
+        if len(names) == 1 and split_name(names[0]) in (None, split_name(top)) and not is_flat(root / place):
+            below[place] = folders_in(root / place)
+            del below[top]
+    by_split = any(map(is_split, tops))
+    used = {place: [n for n in names if has_images(root / place / n)] for place, names in below.items()}
+    nested = not any(is_flat(root / place / name) for place, names in used.items() for name in names)
+    places = {}
+    for place, names in used.items():
+        top = place.split("/")[0]
+        split, domain = (split_name(top) or top, None) if by_split else (None, top)
+        if nested and not by_split and any(map(is_split, names)):
+            places |= {f"{place}/{name}": (split_name(name) or name, domain) for name in names}
+        elif nested and by_split and len(names) > 1 and same_folders(root, place, names):
+            places |= {f"{place}/{name}": (split, name) for name in names}
+        else:
+            places[place] = split, domain
+    splits, domains = (any(value) for value in zip(*places.values()))
+    layout = "/".join(["domain"] * domains + ["split"] * splits + ["class"])
+    return layout, {place: (*value, folders_in(root / place)) for place, value in places.items()}
+
+
+def same_folders(root: Path, top: str, names: list) -> bool:
+    return len({tuple(folders_in(root / top / name)) for name in names}) == 1
+
+
 def read_folder(root: Path) -> Listing | None:
-    """Rows of class/*, split/class/* or domain/class/*; None if the folder is none of these.
+    """Rows of class/*, split/class/*, domain/class/* or both; None if the folder is none of these.
 
     Only folders with images count: Office-Home has lists next to its domains. The number of a class is its
     place among the class folders in natural order; the class folders must be the same in every domain.
     """
-    classes = {}  # top folder -> its class folders, or [] if it holds images itself
-    for top in folders_in(root):
-        flat = any(e.name.lower().endswith(IMAGE_SUFFIXES) for e in os.scandir(root / top))
-        inner = [] if flat else folders_in(root / top)
-        if flat or any(images_below(root, os.path.join(top, name)) for name in inner):
-            classes[top] = inner
-    deep = [top for top in classes if classes[top]]
-    by_split = all(top.lower() in SPLIT_NAMES for top in classes)
-    if not deep and (by_split or len(classes) < 2):
+    above, tops = root, [top for top in folders_in(root) if has_images(root / top)]
+    # PACS comes as kfold/domain/class
+    while len(tops) == 1 and not split_name(tops[0]) and not is_flat(above / tops[0]):
+        inner = [name for name in folders_in(above / tops[0]) if has_images(above / tops[0] / name)]
+        if not all(map(is_split, inner)) and all(is_flat(above / tops[0] / name) for name in inner):
+            break
+        above, tops = above / tops[0], inner
+    flat = [top for top in tops if is_flat(above / top)]
+    if len(flat) == len(tops) and (len(tops) < 2 or all(map(split_name, tops))):
         return None
-    if 0 < len(deep) < len(classes):
-        flat = min(set(classes) - set(deep))
-        raise ValueError(f"{root}: {deep[0]!r} holds folders and {flat!r} images; which are the classes?")
+    notes = [f"the folder {above.relative_to(root)} is read"] * (above != root)
+    deep = [top for top in tops if top not in flat]
+    if flat and any(map(is_split, deep)):
+        notes += [f"{top!r} has no class folders and is left out" for top in flat]
+        tops, flat = deep, []
+    if flat and deep:
+        raise ValueError(f"{root}: {deep[0]!r} holds folders and {flat[0]!r} images; which are the classes?")
+    layout, places = "class", {top: (None, None, [top]) for top in tops}
+    if deep:
+        layout, places = levels(above, tops)
+        places = choose_places(places, notes)
+    check_classes(root, places)
     rows = []
-    for top, inner in classes.items():
-        if deep and not by_split and inner != classes[deep[0]]:
-            name = min(set(inner) ^ set(classes[deep[0]]))
-            raise ValueError(f"{root}: class {name!r} is not in both {deep[0]!r} and {top!r}")
-        split, domain = (top if by_split else None), (None if by_split or not deep else top)
-        for name in inner or [top]:
-            files = images_below(root, os.path.join(top, name) if deep else top)
+    for place, (split, domain, names) in places.items():
+        for name in names:
+            files = images_below(root, above.relative_to(root) / (f"{place}/{name}" if deep else place))
             rows += [Row(file, [], split, name, domain) for file in files]
-    names = natural(set().union(*classes.values())) if deep else list(classes)
-    layout = ("split/class" if by_split else "domain/class") if deep else "class"
+    if notes or layout.count("/") > 1:
+        say(printable("; ".join([f"{root}: read as {layout}", *dict.fromkeys(notes)])))
+    names = natural({name for _, _, names in places.values() for name in names})
     return Listing(f"folders {layout}/*", rows, {name: name.replace("_", " ") for name in names})
+
+
+def choose_places(places: dict, notes: list) -> dict:
+    """The places whose images have known classes and are in no other split; notes what was taken for what."""
+    splits = {split for split, _, _ in places.values()}
+    known = {name for split, _, names in places.values() if split == "train" for name in names}
+    chosen = {}
+    for place, (split, domain, names) in places.items():
+        folder = next((f for f in place.split("/") if split and (split_name(f) or f) == split), place)
+        if split == "full" and len(splits) > 1:
+            # TRAP: the "full" of VLCS repeats the images of the other splits
+            notes.append(f"{folder!r} is left out, because it repeats the other splits")
+        elif split and known and len(names) == 1 and names[0] not in known:
+            notes.append(f"{place!r} has no class folders and is left out")
+        else:
+            chosen[place] = split, domain, names
+            if split and folder != split:
+                notes.append(f"{folder!r} is taken for the split {split}")
+            elif split and not split_name(split):
+                notes.append(f"{split!r} is taken for a further split")
+    return chosen
+
+
+def check_classes(root: Path, places: dict) -> None:
+    """Raises: ValueError if the domains do not have the same class folders."""
+    classes = {}
+    for _, domain, names in places.values():
+        classes.setdefault(domain, set()).update(names)
+    first = min(classes, key=str, default=None)
+    for domain in classes:
+        if different := classes[first] ^ classes[domain]:
+            raise ValueError(f"{root}: class {min(different)!r} is not in both {first!r} and {domain!r}")

@@ -554,6 +554,60 @@ def test_folder_of_domains(tmp_path):
         data.open_dataset(tmp_path)
 
 
+def test_split_folders_inside_domain_folders(tmp_path, capsys):
+    parts = [f"{d}/{s}/{c}/1.png" for d in "pq" for s in ("train", "crossval", "test", "full") for c in "34"]
+    write_images(tmp_path, parts)
+    dataset = data.open_dataset(tmp_path, "test")
+    assert dataset.classes == ["3", "4"] and dataset.domain_names == ["p", "q"]
+    assert dataset.files == [f"{d}/test/{c}/1.png" for d in "pq" for c in "34"]
+    assert dataset.splits == {"train": 4, "val": 4, "test": 4}
+    out = capsys.readouterr().out
+    assert "read as domain/split/class; 'crossval' is taken for the split val" in out and out.count("\n") == 1
+    assert "'full' is left out" in out
+
+
+def test_domain_folders_inside_split_folders(tmp_path):
+    write_images(tmp_path, [f"{s}/{d}/{c}/1.png" for s in ("Train", "Test") for d in "pq" for c in "xyz"])
+    dataset = data.open_dataset(tmp_path, default_split="test")
+    assert dataset.classes == ["x", "y", "z"] and dataset.domains == [0, 0, 0, 1, 1, 1]
+    assert all(file.startswith("Test/") for file in dataset.files)
+
+
+@pytest.mark.parametrize("pattern", ["kfold/{}/{}/1.png", "a/b/{}/{}/1.png", "{}/images/{}/1.png"])
+def test_one_folder_level_too_many(tmp_path, pattern, capsys):
+    write_images(tmp_path, [pattern.format(d, c) for d in ("art", "photo") for c in ("cat", "dog")])
+    dataset = data.open_dataset(tmp_path)
+    assert dataset.classes == ["cat", "dog"] and dataset.domain_names == ["art", "photo"]
+    assert dataset.labels == [0, 1, 0, 1] and dataset.domains == [0, 0, 1, 1] and dataset.image(3)
+    assert ("is read" in capsys.readouterr().out) == (not pattern.startswith("{"))
+
+
+@pytest.mark.parametrize(
+    "train, test, more",
+    [
+        ("Train", "Test", "unlabeled/7.png"),
+        ("training_set", "test_set", "extra/x/7.png"),
+        ("seg_train/seg_train", "seg_test/seg_test", "seg_pred/seg_pred/7.png"),
+        ("train2017", "testing", "validation/x/7.png"),
+        ("data/train", "data/test", "data/unlabeled/images/7.png"),
+    ],
+)
+def test_other_names_of_splits(tmp_path, train, test, more, capsys):
+    """Training images that count as test images would give a score that is too high, without a sign."""
+    write_images(tmp_path, [f"{s}/{c}/{k}.png" for s in (train, test) for c in "xy" for k in (1, 2)] + [more])
+    dataset = data.open_dataset(tmp_path, default_split="test")
+    assert dataset.files == [f"{test}/{c}/{k}.png" for c in "xy" for k in (1, 2)]
+    assert dataset.classes == ["x", "y"] and dataset.domains is None and dataset.image(0)
+    assert {"train": 4, "test": 4}.items() <= dataset.splits.items()
+    assert f"{tmp_path}: read as split/class; " in capsys.readouterr().out
+
+
+def test_classes_with_names_of_splits_are_classes(tmp_path):
+    write_images(tmp_path / "d", [f"{d}/{c}/1.png" for d in "pq" for c in ("bus", "train")])
+    assert data.open_dataset(tmp_path / "d").classes == ["bus", "train"]
+    assert data.open_dataset(tmp_path / "d" / "p").classes == ["bus", "train"]
+
+
 def test_unknown_paths_say_what_was_looked_for(tmp_path):
     with pytest.raises(ValueError, match="no images found; looked for class/.*0 of .csv"):
         data.open_dataset(tmp_path)
