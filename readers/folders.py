@@ -45,13 +45,12 @@ def is_flat(folder: Path) -> bool:
     return any(is_image(entry.name) for entry in os.scandir(folder))
 
 
-def has_images(folder: Path) -> bool:
-    """Whether there are images in a folder or below it."""
-    for _, folders, names in os.walk(folder):
-        if any(map(is_image, names)):
-            return True
-        folders[:] = [name for name in folders if not name.startswith(".")]
-    return False
+def has_images(folder: Path, depth: int = 5) -> bool:
+    """Whether there are images in a folder or some levels below it; links are followed."""
+    # the depth is limited because links may form a circle
+    return is_flat(folder) or (
+        depth > 0 and any(has_images(folder / f, depth - 1) for f in folders_in(folder))
+    )
 
 
 def is_split(folder: str) -> bool:

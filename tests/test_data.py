@@ -602,6 +602,16 @@ def test_other_names_of_splits(tmp_path, train, test, more, capsys):
     assert f"{tmp_path}: read as split/class; " in capsys.readouterr().out
 
 
+def test_linked_class_folders_are_followed(tmp_path):
+    write_images(tmp_path, [f"store/{c}/1.png" for c in "xy"])
+    (tmp_path / "d" / "p").mkdir(parents=True)
+    for c in "xy":
+        (tmp_path / "d" / "p" / c).symlink_to(tmp_path / "store" / c)
+    (tmp_path / "d" / "circle").mkdir()
+    (tmp_path / "d" / "circle" / "up").symlink_to(tmp_path / "d" / "circle")
+    assert data.open_dataset(tmp_path / "d").classes == ["x", "y"]
+
+
 def test_classes_with_names_of_splits_are_classes(tmp_path):
     write_images(tmp_path / "d", [f"{d}/{c}/1.png" for d in "pq" for c in ("bus", "train")])
     assert data.open_dataset(tmp_path / "d").classes == ["bus", "train"]
