@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,13 +11,21 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, SHARED, load_golden
+from torch import nn
 
 import pretrained
+from llip import Llip
+from losses import siglip
+from model import Config
 
 FOLDER = ROOT / "tests" / "golden"
 MANIFEST = json.loads((FOLDER / "manifest.json").read_text())
 FILES = MANIFEST["files"]
+SPEC = importlib.util.spec_from_file_location("golden_check", FOLDER / "check.py")
+golden_check = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(golden_check)
 
 
 def arrays_of(path):
@@ -175,3 +184,108 @@ def test_check_needs_numpy_only():
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert names <= {"json", "sys", "pathlib", "numpy"}
+
+
+# Deliberate errors of a port
+
+
+def port_of_llip(change=None):
+    """Every output of llip_k4, computed by the project after a change of its model."""
+    g = load_golden("llip_k4.npz")
+    model = Llip(
+        Config(32, 32, 8, 64, 2, 2, 256, 16, 150, 64, 2, 2, 256), mixture_tokens=4, heads=4, temperature=1.0
+    )
+    model.load_state_dict({k[2:]: v for k, v in g.items() if k.startswith("w.")})
+    if change:
+        change(model)
+    names, found = dict(model.named_parameters()), {}
+    image, text = model.encode_image(g["in.image"]), model.encode_text(g["in.tokens_all"])
+    found |= {"K": image[0], "V": image[1], "Q": text[0], "zt": text[1]}
+    factor = model.temperature  # 1, or what a change adds
+    for tau in (1, 5):
+        model.temperature = tau * factor
+        found[f"pred_ws{tau}"] = model.mix(*image, text[0])
+        found[f"logits_ws{tau}"] = model.pair_logits(image, text)
+        model.zero_grad()
+        loss = siglip(model.pair_logits(model.encode_image(g["in.image"]), model.encode_text(g["in.tokens"])))
+        loss.backward()
+        found[f"loss_ws{tau}"] = loss
+        found[f"grad_norms_ws{tau}"] = torch.stack([names[name].grad.norm() for name in sorted(names)])
+        prefix = f"out.grad_ws{tau}."
+        for key in (key for key in g if key.startswith(prefix)):
+            found[key] = names[key.removeprefix(prefix)].grad.clone()
+    return {f"llip_k4/{name}": value.detach().numpy() for name, value in found.items()}
+
+
+def epsilon(value):
+    def change(model):
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = value
+
+    return change
+
+
+def gelu(model):
+    for block in (*model.visual.transformer.resblocks, *model.transformer.resblocks):
+        block.mlp.gelu = nn.GELU()
+
+
+def root_of_the_head_width(model):
+    model.temperature *= 8**0.5
+
+
+def no_mask(model):
+    run = model.transformer.forward
+    model.transformer.forward = lambda x, mask=None, keep_tokens=None: run(x, None, keep_tokens)
+
+
+def last_position(model):
+    features = model.text_features_of
+    model.text_features_of = lambda x, end: features(x, torch.full_like(end, x.shape[1] - 1))
+
+
+def softmax_over_heads(model):
+    def weights(keys, queries):
+        return (torch.einsum("ihmk,jhk->ijhm", keys, queries) / model.temperature).softmax(2)
+
+    model.mixing_weights = weights
+
+
+def unit_queries(model):
+    split = model.split
+    model.split = lambda x: F.normalize(split(x), dim=-1)
+
+
+def negative_bias(model):
+    model.logit_bias.data.neg_()
+
+
+def scale_without_exponential(model):
+    model.logit_scale.data.log_()
+
+
+CHANGES = [
+    epsilon(1e-6),
+    epsilon(1e-12),
+    gelu,
+    root_of_the_head_width,
+    no_mask,
+    last_position,
+    softmax_over_heads,
+    unit_queries,
+    negative_bias,
+    scale_without_exponential,
+]
+
+
+def test_check_accepts_a_whole_port():
+    lines, bad = golden_check.check(port_of_llip(), "llip_k4")
+    assert bad == 0, lines
+    assert all(float(line.split()[1]) < 0.5 for line in lines if line.startswith("ok")), lines
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__qualname__)
+def test_check_finds_the_errors_of_ports(change):
+    lines, _ = golden_check.check(port_of_llip(change), "llip_k4")
+    assert [line for line in lines if line.startswith("WRONG")]
