@@ -16,8 +16,9 @@ from conftest import ROOT, SHARED, load_golden
 from torch import nn
 
 import pretrained
+from alignclip import cls_attention, guidance
 from llip import Llip
-from losses import siglip
+from losses import attention_alignment, info_nce, siglip
 from model import Config
 
 FOLDER = ROOT / "tests" / "golden"
@@ -289,3 +290,50 @@ def test_check_accepts_a_whole_port():
 def test_check_finds_the_errors_of_ports(change):
     lines, _ = golden_check.check(port_of_llip(change), "llip_k4")
     assert [line for line in lines if line.startswith("WRONG")]
+
+
+def port_of_the_losses(attention, contrastive, guide=guidance, layers=5):
+    """AAL and InfoNCE with their gradients, computed with the given functions."""
+    g, found = load_golden("alignclip_aal.npz"), {}
+    rows, similarity = (g["in." + k].requires_grad_() for k in ("cls_attention_rows", "similarity_fs"))
+    loss = attention(cls_attention(list(rows[:layers, :, None])), guide(similarity, g["in.labels"]))
+    loss.backward()
+    found["alignclip_aal/attention.loss"] = loss
+    found["alignclip_aal/attention.grad_cls_rows"] = rows.grad
+    found["alignclip_aal/attention.grad_similarity_fs"] = similarity.grad
+    g = load_golden("openclip_losses_a.npz")
+    x = {k: g["in." + k].requires_grad_() for k in ("image_features", "text_features", "logit_scale")}
+    loss = contrastive(x["logit_scale"] * x["image_features"] @ x["text_features"].t())
+    loss.backward()
+    found["openclip_losses_a/clip.loss"] = loss
+    found |= {f"openclip_losses_a/clip.grad.{k}": v.grad for k, v in x.items()}
+    return {name: value.detach().numpy() for name, value in found.items()}
+
+
+def over_classes(similarity, labels):
+    """A wrong guidance: the softmax over classes."""
+    return similarity.softmax(2)[torch.arange(len(labels)), :, labels]
+
+
+def small_number_in_the_logarithm(attention, guide):
+    return F.kl_div((attention + 1e-8).log(), guide, reduction="batchmean")
+
+
+@pytest.mark.parametrize(
+    "wrong, changes",
+    [
+        ("", {}),
+        ("alignclip_aal", {"attention": small_number_in_the_logarithm}),
+        ("alignclip_aal", {"attention": lambda a, b: attention_alignment(b, a)}),
+        ("alignclip_aal", {"guide": over_classes}),
+        ("alignclip_aal", {"layers": 6}),
+        ("openclip_losses_a", {"contrastive": lambda logits: 0 * info_nce(logits)}),
+        ("openclip_losses_a", {"contrastive": lambda x: F.cross_entropy(x, torch.arange(len(x)))}),
+    ],
+)
+def test_check_finds_wrong_losses(wrong, changes):
+    functions = {"attention": attention_alignment, "contrastive": info_nce} | changes
+    lines, _ = golden_check.check(port_of_the_losses(**functions))
+    compared = [line.split() for line in lines if line.startswith(("ok", "WRONG"))]
+    assert len(compared) == 7
+    assert {name.split("/")[0] for word, _, name, *_ in compared if word == "WRONG"} == {wrong} - {""}
