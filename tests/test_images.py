@@ -106,9 +106,10 @@ def test_large_images_are_resized_in_strips_to_the_same_bits(monkeypatch, mode, 
 
 
 MEASURE = """
-import json, random, resource, sys, time
+import json, random, re, sys, time
 from readers import images
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# TRAP: ru_maxrss of getrusage also counts the parent process before exec
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 base, start = peak(), time.monotonic()
 images.Preprocess(224).pixels(images.open_image(sys.argv[1]))
 once = time.monotonic() - start
@@ -119,6 +120,8 @@ print(json.dumps([(peak() - base) / 1e6, once]))
 
 def measure(path) -> list:
     """Megabytes that reading an image for evaluation and training adds to a process; seconds of the first."""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("this system does not report the peak of a process")
     command = [sys.executable, "-c", MEASURE, str(path)]
     return json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
 
@@ -144,7 +147,7 @@ def test_an_image_within_the_limits_needs_less_than_600_mb(tmp_path, name):
     Image.new(mode, (side, side)).save(tmp_path / "x", form, **options)
     megabytes, seconds = measure(tmp_path / "x")
     print(name, round(megabytes), "MB", round(seconds, 1), "s")
-    assert megabytes < 600 and seconds < 12
+    assert 20 < megabytes < 600 and seconds < 12
 
 
 @pytest.mark.parametrize(
