@@ -12,7 +12,8 @@ if it has domains. Only names and texts are kept in memory.
                                               numbers if all names are integers
     root/<domain>/<class>/*                   classes and domains, in DomainBed's order; with <split> above
                                               or below <domain> too
-    shards/{00000..00010}.tar::more.tar       pairs, see shards.py
+    shards/{00000..00010}.tar::more.tar       pairs or classes, see shards.py; a folder of tars works too
+    root/*.jpg or root/00000/*.jpg            pairs, with a .txt beside each image
     scenes, objects                           the embedded data sets, see scenes.py
 
 A list may come from a stranger. Its names, and links among its images, may therefore not lead out of the
@@ -30,7 +31,7 @@ from pathlib import Path
 from PIL import Image
 
 from readers import scenes
-from readers.folders import folders_in, natural, read_folder
+from readers.folders import folders_in, natural, read_captioned, read_folder
 from readers.images import IMAGE_SUFFIXES, open_image
 from readers.lists import Listing, read_list
 from readers.shards import Shards, clean_captions
@@ -215,7 +216,9 @@ def build(listing: Listing, path: Path, split, default, image_root, allow_outsid
 def list_in(folder: Path) -> Path:
     """The only list in a folder without class folders, or the first of its shards."""
     suffixes = (".csv", ".tsv", ".json", ".jsonl", ".tar")
-    inside = sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes)
+    # img2dataset writes 00000_stats.json and 00000.parquet beside 00000.tar
+    files = [p for p in folder.iterdir() if not p.name.endswith("_stats.json")]
+    inside = sorted(p for p in files if p.suffix.lower() in suffixes)
     if len(inside) == 1 or (inside and all(p.suffix == ".tar" for p in inside)):
         return inside[0]
     looked_for = f"class/*, domain/class/*, split/class/* ({' '.join(IMAGE_SUFFIXES)}), *.tar"
@@ -253,7 +256,7 @@ def open_dataset(
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
-    listing = read_folder(path) if path.is_dir() else None
+    listing = read_captioned(path) or read_folder(path) if path.is_dir() else None
     if listing is None:
         path = list_in(path) if path.is_dir() else path
         if path.suffix == ".tar":

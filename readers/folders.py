@@ -1,5 +1,6 @@
 """Folders of images: class/*, split/class/*, domain/class/*, domain/split/class/* ... become rows."""
 
+import itertools
 import os
 import re
 from pathlib import Path
@@ -51,6 +52,31 @@ def has_images(folder: Path, depth: int = 5) -> bool:
     return is_flat(folder) or (
         depth > 0 and any(has_images(folder / f, depth - 1) for f in folders_in(folder))
     )
+
+
+def read_captioned(root: Path) -> Listing | None:
+    """Rows of images with a caption in a .txt beside each, as img2dataset writes; None without such files.
+
+    Nine tenths of the first 100 images must have one. The images are in the folder or in folders in it.
+    """
+    folders = ["", *folders_in(root)]
+    files = (
+        os.path.join(f, name) for f in folders for name in sorted(os.listdir(root / f)) if is_image(name)
+    )
+    first = list(itertools.islice(files, 100))
+    if not first or sum((root / f).with_suffix(".txt").is_file() for f in first) < 0.9 * len(first):
+        return None
+    say(printable(f"{root}: read as images with a caption in the .txt of the same name"))
+    return Listing("files .jpg .txt", [Row(f, [text_of(root / f)]) for f in itertools.chain(first, files)])
+
+
+def text_of(image: Path) -> str:
+    """The text beside an image, at most 1 MiB; empty without one."""
+    try:
+        with open(image.with_suffix(".txt"), "rb") as file:
+            return file.read(1 << 20).decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
 def is_split(folder: str) -> bool:

@@ -14,7 +14,7 @@ from util.text import printable, warn
 
 IMAGE_KEYS = "filepath image path file filename file_name image_path image_name img".split()
 CAPTION_KEYS = "title caption captions text comment sentence".split()
-LABEL_KEYS = "label class classname category".split()
+LABEL_KEYS = "label class classname class_name category".split()
 
 
 class Row(NamedTuple):
@@ -63,7 +63,8 @@ def choose_keys(columns: list, where, image_key, caption_key, label_key) -> tupl
                 return key
         wanted = repr(requested) if requested else "any of " + ", ".join(usual)
         there = printable(", ".join(map(str, columns))[:200])
-        raise ValueError(f"{where}: no {what} column ({wanted}); there are: {there}; --{what}-key names it")
+        flag = "--caption-key or --label-key" if what == "caption" else f"--{what}-key"
+        raise ValueError(f"{where}: no {what} column ({wanted}); there are: {there}; {flag} names it")
 
     image = find("image", image_key, IMAGE_KEYS)
     only_labels = set(columns) & set(LABEL_KEYS) and not set(columns) & set(CAPTION_KEYS)
@@ -85,6 +86,9 @@ def table_layout(first: str, image_key: str | None) -> tuple:
     data = re.match(r"[^\t,;|]+?\.(?:jpe?g|png|webp)(?:#\d+)?([\t,;|])", first, re.IGNORECASE)
     if data:
         return data[1], ["image", "caption"], True
+    # DomainNet's lists: `domain/class/img.jpg 12`
+    if re.fullmatch(r"\S+\.(?:jpe?g|png|webp) \d+\s*", first, re.IGNORECASE):
+        return " ", ["image", "label"], True
     separator = max(split, key=lambda s: len(split[s]))
     return separator, split[separator], False
 

@@ -602,6 +602,36 @@ def test_other_names_of_splits(tmp_path, train, test, more, capsys):
     assert f"{tmp_path}: read as split/class; " in capsys.readouterr().out
 
 
+def test_folders_of_img2dataset(tmp_path, capsys):
+    """Its two formats: tars beside other files, and images with texts beside them in numbered folders."""
+    shard_files(tmp_path, 2)
+    for k in range(2):
+        (tmp_path / f"0000{k}.parquet").write_bytes(b"PAR1")
+        (tmp_path / f"0000{k}_stats.json").write_text("{}")
+    assert len(data.open_dataset(tmp_path)) == 10
+    names = [f"0000{s}/{s}{k:02d}.jpg" for s in range(2) for k in range(10)]
+    write_images(tmp_path / "files", names)
+    for name in names[:-1]:
+        (tmp_path / "files" / name).with_suffix(".txt").write_text(f"of {name}\n")
+        (tmp_path / "files" / name).with_suffix(".json").write_text("{}")
+    dataset = data.open_dataset(tmp_path / "files", default_split="train")
+    assert opened(dataset) == {name: [f"of {name}"] for name in names[:-1]}
+    said = capsys.readouterr()
+    assert "a caption in the .txt of the same name" in said.out and "1 empty captions skipped" in said.err
+    assert len(data.open_dataset(tmp_path / "files" / "00000")) == 10
+    for name in names[:3]:
+        (tmp_path / "files" / name).with_suffix(".txt").unlink()
+    assert data.open_dataset(tmp_path / "files").classes == ["00000", "00001"]  # too few texts
+
+
+def test_image_lists_with_numbers(tmp_path):
+    """DomainNet and Office-Home come with lists of lines `file number`."""
+    write_images(tmp_path, ["d/a.jpg", "d/b.jpg"])
+    (tmp_path / "t.txt").write_text("d/a.jpg 10\nd/b.jpg 2\n")
+    dataset = data.open_dataset(tmp_path / "t.txt")
+    assert dataset.classes == ["2", "10"] and dataset.labels == [1, 0]
+
+
 def test_linked_class_folders_are_followed(tmp_path):
     write_images(tmp_path, [f"store/{c}/1.png" for c in "xy"])
     (tmp_path / "d" / "p").mkdir(parents=True)
