@@ -55,14 +55,9 @@ def has_images(folder: Path, depth: int = 5) -> bool:
 
 
 def read_captioned(root: Path) -> Listing | None:
-    """Rows of images with a caption in a .txt beside each, as img2dataset writes; None without such files.
-
-    Nine tenths of the first 100 images must have one. The images are in the folder or in folders in it.
-    """
+    """Rows of images with a .txt beside nine tenths of the first 100, as img2dataset writes; or None."""
     folders = ["", *folders_in(root)]
-    files = (
-        os.path.join(f, name) for f in folders for name in sorted(os.listdir(root / f)) if is_image(name)
-    )
+    files = (os.path.join(f, n) for f in folders for n in sorted(os.listdir(root / f)) if is_image(n))
     first = list(itertools.islice(files, 100))
     if not first or sum((root / f).with_suffix(".txt").is_file() for f in first) < 0.9 * len(first):
         return None
@@ -72,11 +67,8 @@ def read_captioned(root: Path) -> Listing | None:
 
 def text_of(image: Path) -> str:
     """The text beside an image, at most 1 MiB; empty without one."""
-    try:
-        with open(image.with_suffix(".txt"), "rb") as file:
-            return file.read(1 << 20).decode("utf-8", errors="replace")
-    except FileNotFoundError:
-        return ""
+    path = image.with_suffix(".txt")
+    return path.read_bytes()[: 1 << 20].decode("utf-8", errors="replace") if path.is_file() else ""
 
 
 def is_split(folder: str) -> bool:
@@ -111,17 +103,17 @@ def levels(root: Path, tops: list) -> tuple[str, dict]:
         split, domain = (split_name(top) or top, None) if by_split else (None, top)
         if nested and not by_split and any(map(is_split, names)):
             places |= {f"{place}/{name}": (split_name(name) or name, domain) for name in names}
-        elif nested and by_split and len(names) > 1 and same_folders(root, place, names):
+        elif (
+            nested
+            and by_split
+            and len({tuple(folders_in(root / place / n)) for n in names}) == 1 < len(names)
+        ):
             places |= {f"{place}/{name}": (split, name) for name in names}
         else:
             places[place] = split, domain
     splits, domains = (any(value) for value in zip(*places.values()))
     layout = "/".join(["domain"] * domains + ["split"] * splits + ["class"])
     return layout, {place: (*value, folders_in(root / place)) for place, value in places.items()}
-
-
-def same_folders(root: Path, top: str, names: list) -> bool:
-    return len({tuple(folders_in(root / top / name)) for name in names}) == 1
 
 
 def read_folder(root: Path) -> Listing | None:
@@ -147,10 +139,8 @@ def read_folder(root: Path) -> Listing | None:
         tops, flat = deep, []
     if flat and deep:
         raise ValueError(f"{root}: {deep[0]!r} holds folders and {flat[0]!r} images; which are the classes?")
-    layout, places = "class", {top: (None, None, [top]) for top in tops}
-    if deep:
-        layout, places = levels(above, tops)
-        places = choose_places(places, notes)
+    layout, places = levels(above, tops) if deep else ("class", {top: (None, None, [top]) for top in tops})
+    places = choose_places(places, notes)
     check_classes(root, places)
     rows = []
     for place, (split, domain, names) in places.items():
@@ -177,10 +167,8 @@ def choose_places(places: dict, notes: list) -> dict:
             notes.append(f"{place!r} has no class folders and is left out")
         else:
             chosen[place] = split, domain, names
-            if split and folder != split:
+            if split and (folder != split or not split_name(split)):
                 notes.append(f"{folder!r} is taken for the split {split}")
-            elif split and not split_name(split):
-                notes.append(f"{split!r} is taken for a further split")
     return chosen
 
 

@@ -46,21 +46,16 @@ def expand_shards(spec: str) -> list:
         return [spec]
     braces = re.findall(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}", spec)
     sizes = [int(last) - int(first) + 1 if first else names.count(",") + 1 for first, last, names in braces]
-    if min(sizes, default=1) < 1:
-        first, last, _ = braces[sizes.index(min(sizes))]
-        raise ValueError(f"{spec}: the range {{{first}..{last}}} is empty")
-    if math.prod(sizes) > MAX_SHARDS:
-        raise ValueError(f"{spec}: {math.prod(sizes)} shards, more than {MAX_SHARDS}; correct the range")
+    if min(sizes, default=1) < 1 or math.prod(sizes) > MAX_SHARDS:
+        raise ValueError(f"{spec}: a range is empty, or there are more than {MAX_SHARDS} shards; correct it")
     if braces:
         first, last, names = braces[0]
-        numbers = range(int(first), int(last) + 1) if first else []
+        numbers = range(int(first or 0), int(last or -1) + 1)
         parts = [f"{number:0{len(first)}d}" for number in numbers] or names.split(",")
-        whole = f"{{{first}..{last}}}" if first else f"{{{names}}}"
-        paths = [path for part in parts for path in expand_shards(spec.replace(whole, part, 1))]
+        whole = f"{first}..{last}" if first else names
+        paths = [path for part in parts for path in expand_shards(spec.replace(f"{{{whole}}}", part, 1))]
         return list(dict.fromkeys(paths))
-    if re.search(r"[*?[]", spec):
-        return sorted(glob.glob(spec)) or [spec]
-    return [spec]
+    return sorted(glob.glob(spec)) or [spec]
 
 
 def member_captions(text: bytes, is_json: bool, by_line: bool = False) -> list:
@@ -219,11 +214,11 @@ class Shards:
             )
             warn(f"{spec}: {skipped} images without a {what} skipped")
         if not len(self.table):
-            looked_for = "NAME.jpg .jpeg .png .webp .gif with NAME.txt .json .cls"
-            raise ValueError(f"{spec}: no samples; looked for {looked_for}")
+            raise ValueError(
+                f"{spec}: no samples; looked for NAME.jpg .png .gif ... with NAME.txt .json .cls"
+            )
         if has_captions:
-            self.by_line = self.lines_are_captions(spec)
-            self.captions = ShardCaptions(self)
+            self.captions, self.by_line = ShardCaptions(self), self.lines_are_captions(spec)
         if has_labels:
             labels = [label for label, keep in zip(labels, kept) if keep]
             number = {label: k for k, label in enumerate(natural(set(labels)))}

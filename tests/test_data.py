@@ -715,7 +715,7 @@ def shard_files(folder, count=3, each=5):
 def test_shard_names_expand():
     assert shards.expand_shards("a/{08..10}.tar::b.tar") == ["a/08.tar", "a/09.tar", "a/10.tar", "b.tar"]
     assert shards.expand_shards("{0..1}{2..3}") == ["02", "03", "12", "13"]
-    with pytest.raises(ValueError, match=r"range \{3\.\.1\} is empty"):
+    with pytest.raises(ValueError, match="a range is empty"):
         shards.expand_shards("{3..1}.tar")
 
 
@@ -729,7 +729,7 @@ def test_shard_names_with_lists_and_globs(tmp_path):
     with pytest.raises(ValueError, match=r"x\*\.tar: no such tar shard"):
         data.open_dataset(f"{tmp_path}/x*.tar")
     for spec in ("{0..999999999}.tar", "{0..9999}{0..9999}.tar"):
-        with pytest.raises(ValueError, match="shards, more than 1000000; correct the range"):
+        with pytest.raises(ValueError, match="more than 1000000 shards; correct it"):
             data.open_dataset(spec)
 
 
@@ -850,7 +850,7 @@ def test_damaged_shards_name_file_and_member(tmp_path, cut):
 
 def test_shards_without_samples_or_missing(tmp_path):
     path = write_tar(tmp_path / "a.tar", [("a.cls", b"1")])
-    with pytest.raises(ValueError, match=r"no samples; looked for NAME\.jpg"):
+    with pytest.raises(ValueError, match=r"a.tar: no samples; looked for NAME\.jpg"):
         data.open_dataset(path)
     with pytest.raises(ValueError, match="b.tar: no such tar shard"):
         data.open_dataset(str(tmp_path / "{a..b}.tar").replace("{a..b}", "b"))
