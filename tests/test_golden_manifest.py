@@ -17,6 +17,7 @@ from torch import nn
 
 import pretrained
 from alignclip import cls_attention, guidance
+from attention import KINDS, attend
 from llip import Llip
 from losses import attention_alignment, info_nce, siglip
 from model import Config
@@ -24,9 +25,17 @@ from model import Config
 FOLDER = ROOT / "tests" / "golden"
 MANIFEST = json.loads((FOLDER / "manifest.json").read_text())
 FILES = MANIFEST["files"]
-SPEC = importlib.util.spec_from_file_location("golden_check", FOLDER / "check.py")
-golden_check = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(golden_check)
+
+
+def program(name):
+    """A program of tests/golden as a module."""
+    spec = importlib.util.spec_from_file_location(f"golden_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+golden_check, record = program("check"), program("record")
 
 
 def arrays_of(path):
@@ -337,3 +346,67 @@ def test_check_finds_wrong_losses(wrong, changes):
     compared = [line.split() for line in lines if line.startswith(("ok", "WRONG"))]
     assert len(compared) == 7
     assert {name.split("/")[0] for word, _, name, *_ in compared if word == "WRONG"} == {wrong} - {""}
+
+
+def mixed_by(attention):
+    """Outputs of attention_kinds from a function of (q, k, v, kind) that returns mixed values and weights."""
+    g = load_golden("attention_kinds.npz")
+    found = {}
+    for kind in KINDS:
+        mixed, weights = attention(g["in.q"], g["in.k"], g["in.v"], kind)
+        found |= {f"attention_kinds/{kind}.mixed": mixed, f"attention_kinds/{kind}.weights": weights}
+    return {name: value.numpy() for name, value in found.items()}
+
+
+def weighted(q, k, v, kind):
+    return attend(q, k, v, kind, need_weights=True)
+
+
+def no_root(q, k, v, kind):
+    """K is 4, so q, k and v times the square root of 2 remove the division by 2."""
+    mixed, weights = weighted(*(2**0.5 * x for x in (q, k, v)), kind)
+    return mixed / 2**0.5, weights
+
+
+def swapped(q, k, v, kind):
+    return weighted(q, k, v, {"qqv": "kkv", "kkv": "qqv"}.get(kind, kind))
+
+
+def mixes_queries(q, k, v, kind):
+    mixed, weights = weighted(q, k, v, kind)
+    return (weights @ q if kind == "vvv" else mixed), weights
+
+
+def mean_of_values(q, k, v, kind):
+    mixed, weights = weighted(q, k, v, kind)
+    return (v.mean(2, keepdim=True).expand_as(v) if kind == "dv" else mixed), weights
+
+
+def keys_for_dv(q, k, v, kind):
+    mixed, weights = weighted(q, k, v, kind)
+    return (k if kind == "dv" else mixed), weights
+
+
+def test_attention_kinds_equal_the_loops():
+    g = load_golden("attention_kinds.npz")
+    for kind in KINDS:
+        assert (f"out.{kind}.mixed" in g) and (f"out.{kind}.weights" in g)
+        close = {"rtol": 1e-5, "atol": 2e-6}
+        mixed, weights = attend(g["in.q"], g["in.k"], g["in.v"], kind, need_weights=True)
+        torch.testing.assert_close(mixed, g[f"out.{kind}.mixed"], **close)
+        torch.testing.assert_close(weights, g[f"out.{kind}.weights"], **close)
+        fused = attend(g["in.q"], g["in.k"], g["in.v"], kind)
+        torch.testing.assert_close(fused, g[f"out.{kind}.mixed"], **close)
+    recorded = dict(np.load(FOLDER / "attention_kinds.npz"))
+    assert recorded.keys() == record.attention_kinds().keys()
+    for name, value in record.attention_kinds().items():
+        np.testing.assert_allclose(recorded[name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_check_accepts_the_attention_kinds():
+    assert golden_check.check(mixed_by(weighted))[1] == 0
+
+
+@pytest.mark.parametrize("attention", [no_root, swapped, mixes_queries, mean_of_values, keys_for_dv])
+def test_check_finds_wrong_attention(attention):
+    assert golden_check.check(mixed_by(attention))[1] > 0
