@@ -182,6 +182,9 @@ class Shards:
     Raises: ValueError for a missing, damaged or compressed archive, or if there are no samples.
     """
 
+    domains = domain_names = None
+    splits = {}
+
     def __init__(self, spec: str, window: int = 16, cache: str | Path | None = None):
         user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         self.cache = Path(cache) if cache else user / "alignclip_llip"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 from dataclasses import replace
 
 import numpy as np
@@ -202,6 +203,19 @@ def test_shots(coop, folder):
     assert names(p.train) != names(protocol(coop, "open-class", shots=2, seed=4).train)
     assert len(protocol(coop, "open-class", shots=99).train) == 12
     assert protocol(folder, "domain-shift", "art", shots=3).train.domains
+
+
+def test_shards_with_labels_have_base_and_new_classes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for k in range(40):
+            Image.new("RGB", (8, 8), (k, 0, 0)).save(tmp_path / "a.png")
+            (tmp_path / "a.cls").write_text(str(k % 4))
+            for suffix in ("png", "cls"):
+                archive.add(tmp_path / f"a.{suffix}", f"{k}.{suffix}")
+    found = protocol(tmp_path / "a.tar", "open-class")
+    assert found.train.classes == ["0", "1"] and found.tests["new"].classes == ["2", "3"]
+    assert len(found.train) + len(found.tests["base"]) == 20 and found.train.image(0).size == (8, 8)
 
 
 def test_mistakes_are_named(folder, coop, tmp_path):
