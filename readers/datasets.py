@@ -222,7 +222,7 @@ def list_in(folder: Path) -> Path:
     if len(inside) == 1 or (inside and all(p.suffix == ".tar" for p in inside)):
         return inside[0]
     looked_for = f"class/*, domain/class/*, split/class/* ({' '.join(IMAGE_SUFFIXES)}), *.tar"
-    one = f"one list ({len(inside)} of {' '.join(suffixes[:4])} there)"
+    one = f"one list ({len(inside)} of {' '.join(suffixes[:4])} there; docs/data.md converts parquet)"
     raise ValueError(f"{folder}: no images found; looked for {looked_for}, or {one}")
 
 

@@ -656,6 +656,10 @@ def test_unknown_paths_say_what_was_looked_for(tmp_path):
     (tmp_path / "x.xlsx").write_text("")
     with pytest.raises(ValueError, match="unknown format '.xlsx'; known: .csv"):
         data.open_dataset(tmp_path / "x.xlsx")
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "train-00000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="no images found; .*docs/data.md converts parquet"):
+        data.open_dataset(tmp_path / "p")
     for path in (tmp_path / "x.parquet", "pipe:cat x.tar", "a.tar::s3://b/{0..3}.tar", "https://h/a.csv"):
         with pytest.raises(ValueError, match="not a list or folder on this disk; docs/data.md converts"):
             data.open_dataset(path)
