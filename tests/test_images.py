@@ -139,7 +139,10 @@ LARGE = {  # name: (mode, side, format, options)
 }
 
 
-@pytest.mark.parametrize("name", LARGE)
+FAST = ("progressive", "tiff")
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in LARGE])
 def test_an_image_within_the_limits_needs_less_than_600_mb(tmp_path, name):
     mode, side, form, options = LARGE[name]
     if form not in images.formats():
@@ -201,6 +204,7 @@ def test_a_jpeg_with_very_many_scans_is_refused():
         images.open_image(file.removesuffix(b"\xff\xd9") + last * 500 + b"\xff\xd9")
 
 
+@pytest.mark.slow
 def test_the_most_scans_take_bounded_time(tmp_path):
     file = file_of(Image.new("RGB", (4890, 4890)), "JPEG", progressive=True, subsampling=0)
     parts = scans_in(file)

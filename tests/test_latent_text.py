@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from test_llip import SIZES
 
@@ -41,6 +42,7 @@ def test_latent_text_logits_are_the_mean_over_the_tokens():
     assert model.pair_logits(side, classes).shape == (4, 2)
 
 
+@pytest.mark.slow
 def test_the_method_trains_and_its_flag_belongs_to_it_alone(tmp_path, capsys):
     assert [name for name, method in METHODS.items() if "text_tokens" in method.flags()] == ["latent"]
     flags = ["--method", "latent", "--text-tokens", "2", "--train-size", "24", "--batch-size", "8"]

@@ -238,6 +238,7 @@ def test_claims_on_pairs_compare_the_same_arms_by_recall():
     assert ladder.arms["text query (Llip)"] == "llip" and len(ladder.parts) == 8
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_parent_that_was_killed(tmp_path):
     script = tmp_path / "pool.py"
     script.write_text(
@@ -382,6 +383,7 @@ def test_measurements_are_kept_by_the_runs_they_are_of(tmp_path):
     assert lab.table(claim) == ({"llip": {"x": [3000.0]}}, [None])
 
 
+@pytest.mark.slow
 def test_timings_come_from_the_bench(monkeypatch, tmp_path):
     """Each section runs once, and a claim has one value for each of its rounds."""
     tower = dict(image_size=224, patch_size=56, context_length=77)

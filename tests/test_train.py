@@ -627,7 +627,10 @@ def test_a_failing_evaluation_loses_no_step(tmp_path, monkeypatch, capsys):
     assert "zeroshot" in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
 
 
-@pytest.mark.parametrize("stream", ["closed", "full", "pipe"])
+SLOW = [pytest.param(stream, marks=pytest.mark.slow) for stream in ("closed", "pipe")]
+
+
+@pytest.mark.parametrize("stream", ["full", *SLOW])
 def test_a_run_goes_on_when_its_output_is_gone(tmp_path, stream):
     flags = " ".join([*QUICK, "--steps", "3", "--log-every", "1", "--out", str(tmp_path / "run")])
     code = "import tasks, train; tasks.PairTask.evaluate = lambda *a: {}; train.leave(train.main())"
