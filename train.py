@@ -116,9 +116,6 @@ class LabelConfig(TrainConfig):
 CONFIG = {"pairs": PairConfig, "labels": LabelConfig}
 
 
-# ---- model, optimizer, schedule ------------------------------------------------------------------------
-
-
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Decay on matrices only. PAPER: embeddings, positions and projections are matrices and decay."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -151,9 +148,6 @@ def wrap(model: nn.Module, c: TrainConfig, device: torch.device) -> nn.Module:
         return model
     devices = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
-
-
-# ---- the loop ------------------------------------------------------------------------------------------
 
 
 def train(c: TrainConfig, s) -> dict:
@@ -339,14 +333,8 @@ def finish(run: Run, task: tasks.Task, c: TrainConfig, results: dict, seconds: f
     say(f"{trained}model, metrics and pictures in {run.path}")
 
 
-# ---- command line --------------------------------------------------------------------------------------
-
-
 def configure(**flags) -> tuple[TrainConfig, object]:
-    """The configuration of a run from its flags: a TrainConfig and the method's Settings.
-
-    Raises: ValueError for a flag that the method does not have, and for values that cannot be.
-    """
+    """A TrainConfig and the method's Settings.   Raises: ValueError for a flag or a value that cannot be."""
     return resolve(CONFIG, flags)
 
 
