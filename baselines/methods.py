@@ -35,11 +35,10 @@ class Method:
     def published(self, task: str, data: str) -> tuple[dict, str]:
         """Published changes to DEFAULTS for a task and a data set, and their name; or nothing."""
         table, name = getattr(self.module, "PUBLISHED", {}), re.sub(r"[^a-z0-9]", "", str(data).lower())
-        for (known_task, known), values in table.items():
-            if known and known_task == task and known.lower() in name:
-                return values, f"{known}, {task}"
-        values = table.get((task, ""), {})
-        return values, task if values else ""
+        known = next((k for t, k in table if k and t == task and k.lower() in name), "")
+        # finetune and labelsmooth keep their own margin and average: these are not CLIPood's
+        values = {k: v for k, v in table.get((task, known), {}).items() if k not in self.changes}
+        return values, f"{known}, {task}" if known else task
 
 
 METHODS = {

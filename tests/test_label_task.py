@@ -148,6 +148,9 @@ def test_published_settings_follow_the_task_and_the_data(clip, tmp_path, capsys)
     assert capsys.readouterr().out == ""
     assert found("clipood", "OfficeHome", "in-the-wild") == (3e-6, 5000, 36, 0.1, 0.1)
     assert found("clipood", "split_zhou_SUN397.json", "open-class") == (5e-6, 2500, 36, 0.3, 0.1)
+    for method in ("finetune", "labelsmooth"):  # CLIPood's steps and rates, without its margin and average
+        assert found(method, "split_zhou_SUN397.json", "open-class") == (5e-6, 2500, 36, 0.0, 0.0)
+        assert found(method, "OfficeHome", "in-the-wild") == (3e-6, 5000, 36, 0.0, 0.0)
     assert found("alignclip", "domain_net", "domain-shift") == (1e-5, 10000, 180, 0.1, 0.5)
     assert found("alignclip", "VLCS", "domain-shift")[2] == 108
     assert found("alignclip", "VLCS", "domain-shift", batch_size=9)[2] == 9
