@@ -25,7 +25,8 @@ their training loop, zhyhan/AlignCLIP@bb8c449. Its vision tower was never publis
     REF: the released code ignores --layer and fixes five layers and 196 patches; here both vary.
     REF: CLIP Surgery converts its blocks at the first forward, after the optimiser and the moving average
     took their copies. Here nothing is converted: the attention structure is an argument of the call.
-    PAPER: G is nearly uniform at temperature 1, because cosines of patches differ by about 0.03.
+    PAPER: G is nearly uniform at temperature 1, because cosines of patches differ by about 0.03. As released,
+    the loss therefore mostly flattens the attention of the first blocks; 0.01 to 0.1 makes G pointed.
     PAPER: the rebuttal's "1549 times fewer GFLOPs" compares projections with mixing, see attention.flops.
     PAPER: the shaded band of Fig. 3c (aligned layers) is random.uniform(0.5, 1) in the authors' notebook.
 """
@@ -51,7 +52,7 @@ BRANCHES = ("dv", "vvv", "qqv", "kkv")
 def default_blocks(depth: int) -> tuple[int, int]:
     """Index of the second branch's first block, and the number of aligned blocks, for a tower of any depth.
 
-    The branch has the last six blocks, at most two thirds of all. Up to five blocks before it are aligned.
+    The branch has the last six blocks, but at most two thirds (rounded up). Up to five before it are aligned.
     """
     first_dual_block = depth - min(6, depth - depth // 3)
     return first_dual_block, max(1, min(5, first_dual_block))
@@ -231,7 +232,8 @@ class Settings(clipood.Classification):
 
 
 DEFAULTS, TINY = clipood.DEFAULTS, clipood.TINY
-# zhyhan/AlignCLIP@bb8c449, by (task, data set): changes to DEFAULTS. The batch is 36 of each source domain
+# zhyhan/AlignCLIP@bb8c449, by (task, data set): changes to DEFAULTS. The batch is 36 of each source domain.
+# REF: with open classes its scripts pass no number of shots: all images train; CLIPood takes 16 of each class
 PUBLISHED = {("domain-shift", name): dict(batch_size=108) for name in ("PACS", "VLCS", "TerraIncognita")}
 PUBLISHED |= clipood.OPEN_CLASS | {
     ("domain-shift", "OfficeHome"): dict(batch_size=108, lr=1e-5),

@@ -14,6 +14,7 @@ LabelMethod and Classes are the protocol of all fine-tuning methods.
     REF: thuml/CLIPood@bc0d874 holds the weights in fp16 between steps, without a master copy. At its learning
     rate of 5e-6 many updates round away. Weights are fp32 here.
     REF: its "batch 36" is 12 images from each of 3 source domains; AlignCLIP's code takes 36 from each.
+    REF: its weight decay also acts on norms and biases; here it acts on matrices only.
 
     python clipood.py wise-ft ZERO_SHOT FINE_TUNED --alpha 0.5 --out CHECKPOINT
 """
@@ -218,6 +219,7 @@ class BetaMovingAverage:
     REF: only parameters are averaged, buffers stay those of the start; the official code averages in fp16.
     Args: module: its present weights are step 0;  total_steps T;  beta: 0.5, in CLIPood's few-shot runs 0.1
     Use:  update(module) after every optimiser step; average is a module of the same structure and names.
+    Raises: ValueError unless beta is positive and total_steps at least 1.
     """
 
     def __init__(self, module: nn.Module, total_steps: int, beta: float = 0.5):
@@ -289,7 +291,7 @@ class Classification:
     bma_beta: float = 0.5  # Beta moving average of the weights, which is the reported model; 0: off
 
     def arguments(self) -> dict:
-        """Of FineTune."""
+        """The arguments of FineTune that are flags."""
         names = ("margin", "smoothing", "epsilon")
         return {name: getattr(self, name) for name in names} | {"scale": self.smoothing_scale}
 

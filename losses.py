@@ -98,7 +98,7 @@ def smoothing_targets(
         uniform    eps * onehot + (1 - eps) / C       label smoothing, Szegedy et al. 2016
         none       onehot
     REF: in engine.py@bb8c449 ("released") eps = 1 still smooths. The rebuttal's Table 2 calls eps = 1
-    "none", which is true for the mixture only.
+    "none", which is true for the mixture only; the mixture is inferred from this.
     Args:    text T (C, E) unit norm;  epsilon in [0, 1].   Raises: ValueError for another form or epsilon
     Returns: (C, C), row y is the target of label y.   Cost: 2 C^2 E FLOPs and 4 C^2 bytes, once
     """
