@@ -53,7 +53,7 @@ class Llip(DualEncoder):
     """CLIP whose image embedding depends on the caption (Lavoie et al. 2024, section 3; equations above).
 
     mixture_tokens  M, the number of learned tokens in front of the patches
-    heads           H, the heads of the pooling; must divide the embedding E
+    heads           H, the heads of the pooling. Raises: ValueError if H does not divide the embedding E
     temperature     tau of eq. 1, fixed. The released models use 5 (B, H, G) and 1 (L); on B/32 all from 1 to
                     8 work equally well. sqrt(head width) is ordinary attention scaling.
     norm            LayerNorm on keys, values and queries, as in the released H/14 and G/14
@@ -143,7 +143,7 @@ class Llip(DualEncoder):
 
 
 def plain_bytes(model: Llip, images: int, texts: int) -> int:
-    """Bytes that the plain form holds for these pairs: scores and weights (H M), y, z and their unit (E)."""
+    """Bytes of the plain form: scores and weights (H M each), y, y with joined heads, z, unit z (E each)."""
     return 4 * images * texts * (2 * model.heads * len(model.k_proj) + 4 * model.config.embed_dim)
 
 
@@ -155,7 +155,7 @@ class PooledTokens(CLIP):
         average    the mean over the tokens
         learned    cross-attention over the tokens with one learned query for all images
     Cost: FLOPs of an image, after the tower of M tokens: register 2 D E, average 2 M D E, learned
-    4 M D E + 4 M E + 2 E^2. A pair takes 2 E, as CLIP's.
+    4 M D E + 4 M E + 2 E^2. A pair takes 2 E, as CLIP's.   Raises: ValueError for another pooling.
     """
 
     def __init__(
@@ -305,7 +305,7 @@ def _preset(model: str, tokens: int, tau: float, lr: float, **changes) -> dict:
 _BIG = dict(mixture_norm=True, grad_checkpointing=True, compile=False)
 DEFAULTS, TINY = {}, {}
 # Lavoie et al. 2024, Table 1: MetaCLIP's 2.5 billion pairs on 128 V100 (B) or A100 (L). Zero-shot ImageNet
-# top-1 at the end: 70.4, 75.3, 80.9, 82.7, 83.5. REF: the paper has 64 tokens for B/16, the released model 32
+# top-1 at the end: 70.4, 75.3, 80.9, 82.7, 83.5. REF: 75.3 is with 64 tokens, the released B/16 has 32
 PRESETS = {
     "llip-B-32": _preset("ViT-B-32", 64, 5.0, 5e-4),
     "llip-B-16": _preset("ViT-B-16", 32, 5.0, 5e-4),

@@ -280,6 +280,7 @@ class CLIP(DualEncoder):
         """Averages the prompts of each class: (N, E) and the class of each prompt (N,) -> (C, E) unit norm.
 
         Radford et al. 2021, section 3.1.4: normalise, average over the prompts of a class, normalise.
+        Raises: ValueError for a class without a prompt.
         """
         return F.normalize(group_mean(F.normalize(text_side, dim=-1), group), dim=-1)
 

@@ -13,7 +13,7 @@ token and this rest:
     CoOp(clip, t(["dog.", "cat."]), 4, words=t.encode("a photo of a"))    starts as "a photo of a dog."
 
     REF: the official code runs in fp16 and spends the first epoch at lr 1e-5. Both belong to the loop, which
-    trains in fp32 or bf16 and warms up with --warmup.
+    trains in fp32 or bf16 and warms up only with --warmup.
 """
 
 from dataclasses import dataclass
@@ -214,7 +214,7 @@ class Settings:
 DEFAULTS = clipood.DEFAULTS | dict(optimizer="sgd", lr=2e-3, batch_size=32, epochs=50.0)
 DEFAULTS |= dict(weight_decay=5e-4, shots=16, crop_scale=0.08)
 TINY = clipood.TINY | dict(optimizer="adamw", lr=5e-3, batch_size=36, epochs=0.0, shots=0, context=4)
-EPOCHS = {1: 50.0, 2: 100.0, 4: 100.0, 8: 200.0, 16: 200.0}  # of the official scripts, by shots
+EPOCHS = {1: 50.0, 2: 100.0, 4: 100.0, 8: 200.0, 16: 200.0}  # of the scripts, by shots; 50 on ImageNet
 PRESETS = {f"coop-{shots}-shot": dict(shots=shots, epochs=epochs) for shots, epochs in EPOCHS.items()}
 # base-to-new runs of CoCoOp's paper, by (task, data set): changes to DEFAULTS
 PUBLISHED = {("open-class", ""): dict(context=4, epochs=200.0), ("open-class", "ImageNet"): dict(context=4)}

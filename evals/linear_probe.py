@@ -2,7 +2,7 @@
 
     python -m evals.linear_probe --model runs/llip --data scenes
 
-The features are the output of ln_post before any projection, as in CLIP's own probes. Lavoie et al. 2024 do
+The features are the output of ln_post before any projection, as in CLIP's own probes. Llip's rebuttal does
 not say how the M mixture tokens become one feature. Their mean and their concatenation are evaluated.
 """
 

@@ -1,8 +1,8 @@
 """Metrics of retrieval, ranking, classification and maps.
 
 recall_at_k, average_precision and classification_metrics define the numbers on whole matrices. Recall and
-Relevance compute the same numbers from batches of images. Ties count against the model: an item with the
-score of the right answer is ranked before it, and NaN is the lowest score. Equal scores therefore give 0.
+Relevance compute the same numbers from batches of images. In retrieval, ties count against the model: an item
+with the score of the right answer is ranked before it. NaN is the lowest score.
 """
 
 import math
