@@ -71,13 +71,8 @@ def ablation(found: dict, captions) -> list[dict]:
         if lead > 0.01:
             parts = torch.stack([own[yes].mean(), own[no].mean(), other[yes].mean() - other[no].mean()])
             on, off, another = (100 * parts / lead).tolist()
-            row |= {
-                "lead": lead,
-                "true, %": on,
-                "false, %": off,
-                "lead lost, %": on - off,
-                "another, %": another,
-            }
+            row |= {"lead": lead, "true, %": on, "false, %": off}
+            row |= {"lead lost, %": on - off, "another, %": another}
         rows.append(row)
     return rows
 

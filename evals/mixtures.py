@@ -101,10 +101,9 @@ def scene_captions(dataset: scenes.Scenes) -> Captions:
 def plain_captions(own: list[list[str]]) -> Captions:
     """The distinct captions of the images, at most MAX_TEXTS, evenly spaced."""
     texts = list(dict.fromkeys(text for some in own for text in some))
-    texts = (
-        [texts[k * len(texts) // MAX_TEXTS] for k in range(MAX_TEXTS)] if len(texts) > MAX_TEXTS else texts
-    )
-    number, T = {text: j for j, text in enumerate(texts)}, len(texts)
+    T = min(len(texts), MAX_TEXTS)
+    texts = [texts[k * len(texts) // T] for k in range(T)]
+    number = {text: j for j, text in enumerate(texts)}
     numbers = [[number[text] for text in dict.fromkeys(some) if text in number] for some in own]
     return Captions(texts, ["captions"] * T, [""] * T, {"": list(range(0, T, -(-T // 40)))}, numbers)
 
