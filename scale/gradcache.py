@@ -32,6 +32,8 @@ def contrastive_loss(model: nn.Module, image_side, text_side, objective: str) ->
 
     Only text is sent, and for InfoNCE the other half of the logits. The mean over ranks is the global loss.
     """
+    # TRAP: torch.compile returns a module of another class, which would miss the faster form below
+    model = getattr(model, "_orig_mod", model)
     rows, texts = len(parts_of(image_side)[0]), distributed.gather(text_side)
     offset = distributed.rank() * rows
     if objective == "siglip" and isinstance(model, TiledLlip):

@@ -8,6 +8,8 @@ from alignclip import AlignCLIP
 from clipood import FineTune
 from llip import Llip
 from model import CLIP, Config
+from scale.gradcache import training_step
+from scale.llip_tiles import TiledLlip
 
 SIZES = Config(16, 16, 8, 16, 2, 2, 32, 8, 50, 16, 1, 2, 32)
 
@@ -59,3 +61,14 @@ def test_the_counter_sees_a_break():
     torch._dynamo.reset()
     with pytest.raises(Exception, match="(?i)data-dependent|control flow"):
         torch.compile(Broken(SIZES), fullgraph=True, backend="eager")(*pairs())
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_compiled_llip_computes_its_loss_tile_by_tile(monkeypatch, chunks):
+    torch._dynamo.reset()
+    model, calls, pair_loss = TiledLlip(SIZES, 3, 2), [], TiledLlip.pair_loss
+    monkeypatch.setattr(TiledLlip, "pair_loss", lambda *a: calls.append(1) or pair_loss(*a))
+    expected = training_step(model, *pairs(), "siglip", chunks)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(training_step(compiled, *pairs(), "siglip", chunks), expected)
+    assert len(calls) == 2
