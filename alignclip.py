@@ -213,9 +213,6 @@ class AlignCLIP(FineTune):
         return losses
 
 
-# The method's flags and published settings -----------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Settings(clipood.Classification):
     """Flags of alignclip."""

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import pretrained
 from losses import at_least_fp32, margin_metric_logits, smoothing_targets, soft_cross_entropy
-from model import CLIP
+from model import CLIP, VisionTransformer
 from util.flags import parse
 from util.program import leave, program
 
@@ -50,9 +50,6 @@ def require_clip(clip: nn.Module) -> None:
     """Raises ValueError for Llip and PooledTokens: they have no single class token with one projection."""
     if not isinstance(clip, CLIP) or clip.visual.class_embedding.dim() != 1:
         raise ValueError(f"fine-tuning needs a CLIP, not a {type(clip).__name__}")
-
-
-# The protocol of fine-tuning methods ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -101,37 +98,24 @@ class LabelMethod(nn.Module):
 
     def load_learned(self, state: dict[str, Tensor]) -> None:
         """Takes up learned().   Raises: ValueError if names or shapes are not those of this module."""
-        own, saved = ({k: tuple(v.shape) for k, v in s.items()} for s in (self.learned(), state))
-        if own != saved:
-            name = min(k for k, _ in own.items() ^ saved.items())
-            found, expected = saved.get(name, "absent"), own.get(name, "absent")
-            raise ValueError(f"{name}: {found} in the state, {expected} in this {type(self).__name__}")
+        require_same_shapes(state, self.learned(), "in the state", f"in this {type(self).__name__}")
         self.load_state_dict(self.state_dict() | state)
 
 
-# The methods ----------------------------------------------------------------------------------------------
+def require_same_shapes(one: dict, other: dict, place: str, other_place: str) -> None:
+    """Raises ValueError that names the first tensor with different shapes in two state dicts, and both."""
+    shapes = [{k: tuple(v.shape) for k, v in state.items()} for state in (one, other)]
+    if differing := sorted(k for k, _ in shapes[0].items() ^ shapes[1].items()):
+        first, second = (found.get(differing[0], "absent") for found in shapes)
+        raise ValueError(f"{differing[0]}: {first} {place}, {second} {other_place}")
 
 
-def average_of_patches(visual: nn.Module, images: Tensor) -> Tensor:
-    """Average pooling, (B, 3, S, S) -> (B, E): the mean over the patches after the projection."""
-    tokens = visual.head(visual.transformer(visual.embed(images)))  # (B, 1 + P, E)
-    return tokens[:, visual.tokens :].mean(1)  # (B, E)
+class AveragePooled(VisionTransformer):
+    """Embeds an image as the mean over its patches after the projection, for --image-pooling average."""
 
-
-class AveragePooled(nn.Module):
-    """A CLIP that embeds an image as the average of its patches, for --image-pooling average."""
-
-    conditional, takes_captions = False, True
-
-    def __init__(self, clip: CLIP):
-        super().__init__()
-        self.clip, self.config = clip, clip.config
-        self.encode_text, self.ensemble_text = clip.encode_text, clip.ensemble_text
-        self.pair_logits, self.class_templates = clip.pair_logits, clip.class_templates
-        self.train(clip.training)
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        return average_of_patches(self.clip.visual, images)  # (B, E)
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, E)"""
+        return self.head(self.transformer(self.embed(images)))[:, self.tokens :].mean(1)
 
 
 class FineTune(LabelMethod):
@@ -154,11 +138,11 @@ class FineTune(LabelMethod):
         clip: CLIP,
         text: Tensor,
         *,
-        smoothing: str = "none",
-        epsilon: float = 0.9,
-        scale: float = 35.0,
-        margin: float = 0.0,
-        pooling: str = "cls",
+        smoothing="none",
+        epsilon=0.9,
+        scale=35.0,
+        margin=0.0,
+        pooling="cls",
     ):
         super().__init__()
         require_clip(clip)
@@ -174,15 +158,15 @@ class FineTune(LabelMethod):
         self.clip = clip.requires_grad_(False)
         clip.visual.requires_grad_(True)
         self.margin, self.pooling = margin, pooling
+        # gives the image tower its pooling
+        self.dual_encoder()
         targets = smoothing_targets(text.detach(), epsilon, scale, smoothing)
         self.register_buffer("text", text.detach(), persistent=False)  # (C, E)
         self.register_buffer("targets", targets, persistent=False)  # (C, C)
 
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, E) unit norm."""
-        if self.pooling == "cls":
-            return unit(self.clip.encode_image(images))
-        return unit(average_of_patches(self.clip.visual, images))
+        return unit(self.clip.encode_image(images))
 
     def classification(self, image: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of unit features (B, E) under labels (B,), and the accuracy.
@@ -207,7 +191,9 @@ class FineTune(LabelMethod):
 
     def dual_encoder(self, clip: CLIP | None = None) -> nn.Module:
         clip = self.clip if clip is None else clip
-        return AveragePooled(clip) if self.pooling == "average" else clip
+        # AveragePooled has no state of its own
+        clip.visual.__class__ = AveragePooled if self.pooling == "average" else VisionTransformer
+        return clip
 
 
 class BetaMovingAverage:
@@ -268,15 +254,8 @@ def wise_ft(zero_shot: dict, fine_tuned: dict, alpha: float = 0.5) -> dict[str, 
     Args:   two state dicts of one architecture;  alpha: 0 is exactly zero-shot, 1 exactly fine-tuned
     Raises: ValueError if names or shapes differ.
     """
-    shapes = [{k: tuple(v.shape) for k, v in state.items()} for state in (zero_shot, fine_tuned)]
-    if shapes[0] != shapes[1]:
-        name = sorted(k for k, _ in shapes[0].items() ^ shapes[1].items())[0]
-        first, second = (found.get(name, "absent") for found in shapes)
-        raise ValueError(f"{name}: {first} in the zero-shot weights, {second} in the fine-tuned ones")
+    require_same_shapes(zero_shot, fine_tuned, "in the zero-shot weights", "in the fine-tuned ones")
     return {k: torch.lerp(v, fine_tuned[k].to(v), alpha) for k, v in zero_shot.items()}
-
-
-# The method's flags and published settings -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)

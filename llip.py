@@ -260,9 +260,6 @@ def flops(config: Config, tokens: int, prompts: int = 0, all_tokens: bool = Fals
     }
 
 
-# The method's flags and published settings -----------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Settings:
     """Flags of llip."""
