@@ -1,14 +1,8 @@
 """Checkpoints of OpenAI, open_clip, Hugging Face, Llip's release, and ours: load, save, convert.
 
-    layout        recognised by                           activation and heads come from
-    OpenAI        a TorchScript archive                   QuickGELU; heads of width 64
-    ours          a "model" entry beside "state_dict"     that entry, exactly
-    Hugging Face  names (layouts.py)                      config.json in the same folder
-    Llip          names                                   QuickGELU; tau of the released shapes
-    open_clip     OpenAI's names, nothing else            open_clip_config.json there, or arguments
-
 The content tells the format, never the suffix, and sizes are read from the shapes. Activation and heads are
-not in the shapes, and a wrong one loads silently and costs several points. No weight may be missing or left.
+not in the shapes, and a wrong one loads silently and costs several points: docs/checkpoints.md says where
+they come from. No weight may be missing or left.
 """
 
 import inspect
@@ -129,11 +123,8 @@ def weights(checkpoint: archive.Checkpoint) -> tuple[dict[str, archive.Array], d
         if "state_dict" in content and isinstance(entry, dict) and "class" in entry:
             description = entry
         content = next((content[k] for k in WRAPPERS if isinstance(content.get(k), dict)), content)
-    arrays = {
-        name: value
-        for name, value in content.items()
-        if type(name) is str and isinstance(value, archive.Array) and name.split(".")[-1] not in NOT_WEIGHTS
-    }
+    arrays = {name: a for name, a in content.items() if type(name) is str and isinstance(a, archive.Array)}
+    arrays = {name: a for name, a in arrays.items() if name.split(".")[-1] not in NOT_WEIGHTS}
     if not arrays:
         raise ValueError("no state dict in it: save model.state_dict()")
     return arrays, description
@@ -155,21 +146,16 @@ def more_than_clip(task: object, config: dict) -> str:
     return "" if pooling == "cls" else f"it was trained with --image-pooling {pooling}"
 
 
-def infer(state: dict[str, Tensor], known: dict) -> dict:
+def infer(state: dict[str, Tensor], known: dict, config: Config | None = None) -> dict:
     """The description of a model from its shapes and known properties.   Raises: ValueError."""
-    config = read_config(state, known)
+    config = config or read_config(state, known)
     found = {"class": "CLIP", "config": asdict(config)}
-    if "k_proj" in state and "q_proj" in state:
-        tokens, k_proj = len(state["visual.class_embedding"]), state["k_proj"]
+    if {"k_proj", "q_proj"} <= state.keys():
+        tokens = len(state["visual.class_embedding"])
         released = LLIP_TEMPERATURE.get((config.vision_width, config.embed_dim))
-        found |= {
-            "class": "Llip",
-            "mixture_tokens": tokens,
-            "heads": known.get("heads", released and 8),
-            "temperature": known.get("temperature", released),
-            "norm": "K_norm.weight" in state,
-            "all_tokens": k_proj.shape[:1] == (tokens + config.patches,),
-        }
+        found |= {"class": "Llip", "mixture_tokens": tokens, "heads": known.get("heads", released and 8)}
+        found |= {"temperature": known.get("temperature", released), "norm": "K_norm.weight" in state}
+        found["all_tokens"] = state["k_proj"].shape[:1] == (tokens + config.patches,)
     elif state["visual.proj"].dim() == 3:
         found |= {"class": "PooledTokens", "mixture_tokens": len(state["visual.proj"])}
         found["pooling"] = known.get("pooling", "learned" if "query" in state else None)
@@ -210,10 +196,9 @@ def read_config(state: dict[str, Tensor], known: dict) -> Config:
     if side == 0 or side**2 != positions[0] - tokens:
         raise ValueError(f"{positions[0]} image positions: not {tokens} tokens and a square of patches")
     if "activation" not in known:
-        text = (
-            "quick_gelu=True, --quick-gelu (OpenAI, MetaCLIP, DFN), or False, --no-quick-gelu (most others)"
-        )
-        raise ValueError(f"the activation is not in the weights, and a wrong one costs accuracy: {text}")
+        text = "the activation is not in the weights, and a wrong one costs accuracy: quick_gelu=True, "
+        text += "--quick-gelu (OpenAI, MetaCLIP, DFN), or False, --no-quick-gelu (most others)"
+        raise ValueError(text)
     return Config(
         embed_dim=shape("text_projection", 2)[1],
         image_size=side * conv1[-1],
@@ -239,18 +224,10 @@ def agree(description: dict, explicit: dict) -> dict:
 
 def describe(model: DualEncoder) -> dict:
     """The "model" entry of our checkpoints: plain values, for torch.load(weights_only=True)."""
-    names = [name for name, cls in reversed(CLASSES.items()) if isinstance(model, cls)]
-    if not names:
+    if not isinstance(model, tuple(CLASSES.values())):
         raise ValueError(f"{type(model).__name__} is none of {', '.join(CLASSES)}")
-    name, found = names[0], {"class": names[0], "config": asdict(model.config)}
-    if name != "CLIP":
-        found |= {"mixture_tokens": model.visual.tokens, "heads": model.heads}
-        found["temperature"] = model.temperature
-    if name == "Llip":
-        return found | {"norm": isinstance(model.K_norm, nn.LayerNorm), "all_tokens": model.all_tokens}
-    if name == "PooledTokens":
-        found["pooling"] = model.pooling
-    return found | {"bias": None if model.logit_bias is None else -10.0}
+    known = {key: getattr(model, key) for key in ("heads", "temperature", "pooling") if hasattr(model, key)}
+    return infer(model.state_dict(), known, model.config)
 
 
 def build(description: dict) -> DualEncoder:
@@ -310,12 +287,11 @@ class NoStart(TorchFunctionMode):
 def fill(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Puts the tensors into a model on the meta device. None may be missing or unused."""
     wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in state.items()}
-    other = [name for name in wanted if found.get(name, wanted[name]) != wanted[name]]
+    shapes = {name: (tuple(t.shape), wanted[name]) for name, t in state.items() if name in wanted}
     problems = {
-        "missing": [name for name in wanted if name not in found],
-        "unused": [name for name in found if name not in wanted],
-        "of another shape": [f"{name} {found[name]} for {wanted[name]}" for name in other],
+        "missing": [name for name in wanted if name not in shapes],
+        "unused": [name for name in state if name not in shapes],
+        "of another shape": [f"{name} {a} for {b}" for name, (a, b) in shapes.items() if a != b],
     }
     texts = [f"{len(some)} {problem} ({', '.join(some[:3])})" for problem, some in problems.items() if some]
     if texts:
@@ -333,11 +309,8 @@ def save(model: DualEncoder, path: str | Path, layout: str = "openai") -> Path:
     state = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in model.state_dict().items()}
     if layout == "openai":
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with replacing(path) as file:
-                torch.save({"state_dict": state, "model": description}, file)
-        except RuntimeError as error:  # TRAP: of torch, after a write that failed on a full disk
-            raise OSError(f"cannot write {path}: {error.__context__ or error!s:.100}") from error
+        with replacing(path) as file:
+            torch.save({"state_dict": state, "model": description}, file)
     elif layout == "huggingface":
         if description["class"] != "CLIP" or "logit_bias" in state:
             raise ValueError(f"{path}: Hugging Face's layout holds a CLIP without logit_bias only")

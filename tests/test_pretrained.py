@@ -184,6 +184,16 @@ def test_wrappers_and_prefixes(tmp_path, prefix):
         same(model, pretrained.load(saved(tmp_path, wrap), **KNOWN))
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_parameters_with_attributes(tmp_path, legacy):
+    """torch pickles an nn.Parameter that has attributes of its own in another way."""
+    model = make()
+    state = {k: nn.Parameter(v) for k, v in model.state_dict().items()}
+    state["ln_final.bias"].weight_decay = [0.0, {"table": torch.zeros(3)}]
+    torch.save(state, tmp_path / "x", _use_new_zipfile_serialization=not legacy)
+    same(model, pretrained.load(tmp_path / "x", **KNOWN))
+
+
 def test_averaged_models_of_torch(tmp_path):
     model = make()
     averaged = torch.optim.swa_utils.AveragedModel(model)

@@ -30,9 +30,11 @@ def replacing(path: str | Path):
             os.fsync(file.fileno())
         os.replace(part, path)
         sync_folder(path.parent)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        # TRAP: torch.save closes its zip after a failed write, fails again, and reports only that
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
         # the message of a full disk does not name a file
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+        raise OSError(f"cannot write {path}: {getattr(reason, 'strerror', None) or reason}") from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink()

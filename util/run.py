@@ -87,12 +87,7 @@ class Run:
         if not self.writes:
             return
         with self.writing(), replacing(self.checkpoint) as file:
-            try:
-                torch.save(state, file)
-            except RuntimeError as error:
-                # TRAP: torch.save closes its zip after a failed write, fails again, and reports only that
-                reason = error.__context__ if isinstance(error.__context__, OSError) else error
-                raise OSError(getattr(reason, "strerror", None) or one_line(reason)) from error
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
             if self.checkpoint.exists():

@@ -371,7 +371,7 @@ def put(target: object, items: list) -> object:
 
 
 def called(function: object, arguments: tuple | list) -> object:
-    """The value of a recorded call. Nothing is called: four names are known, all others give a Stub."""
+    """The value of a recorded call. Nothing is called: five names are known, all others give a Stub."""
     if type(function) is not Name:
         return Stub("?")
     if function in ("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor"):
@@ -379,7 +379,7 @@ def called(function: object, arguments: tuple | list) -> object:
         if type(storage) is not Storage or type(shape) is not tuple or type(stride) is not tuple:
             raise ValueError("a tensor without a storage, a shape or strides")
         return Array(storage, shape, stride, offset)
-    if function == "torch._utils _rebuild_parameter":
+    if function in ("torch._utils _rebuild_parameter", "torch._utils _rebuild_parameter_with_state"):
         return arguments[0]
     if function == "collections OrderedDict":
         pairs = arguments[0] if arguments and type(arguments[0]) is list else []

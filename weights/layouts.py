@@ -99,12 +99,12 @@ def from_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
     found = {}
     for key, tensor in state.items():
         name = translate(key, 1)
-        part = re.fullmatch(r"(.+)\.self_attn\.([qkv])_proj\.(weight|bias)", name)
-        if part and part[2] == "q":
+        if ".self_attn.q_proj." in name:
             keys = [key.replace(".q_proj.", f".{x}_proj.") for x in "qkv"]
-            if keys[1] in state and keys[2] in state:
-                found[f"{part[1]}.attn.in_proj_{part[3]}"] = torch.cat([state[k] for k in keys])
-        elif not part:
+            if state.keys() >= set(keys):
+                name = name.replace("self_attn.q_proj.", "attn.in_proj_")
+                found[name] = torch.cat([state[k] for k in keys])
+        elif not re.search(r"\.self_attn\.[kv]_proj\.", name):
             found[name] = tensor.t().contiguous() if name in TRANSPOSED else tensor
     return found
 
