@@ -1,0 +1,80 @@
+"""README, docs/ and the notebook: every link to a file, a picture or a heading leads somewhere."""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKDOWN = [ROOT / "README.md", ROOT / "tests" / "golden" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+DOCUMENTS = [*MARKDOWN, *sorted(ROOT.glob("docs/*.ipynb"))]
+LINK = re.compile(r"\]\(([^()\s]+)\)|(?:src|href)=\"([^\"]+)\"")
+
+
+@cache
+def prose(path: Path) -> str:
+    """The text of a document outside of code."""
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    return re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.M | re.S)
+
+
+def links(path: Path) -> list[str]:
+    """Targets without those on the web."""
+    targets = (a or b for a, b in LINK.findall(prose(path)))
+    return [target for target in targets if not re.match(r"https?:|mailto:", target)]
+
+
+def anchors(path: Path) -> list[str]:
+    """The anchors of the headings, as GitHub forms them."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.M)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_leads_to_a_file_or_a_heading(path):
+    for target in links(path):
+        name, _, anchor = target.partition("#")
+        other = path.parent / name if name else path
+        assert other.exists(), f"{path.name} links to {target}"
+        assert ROOT in other.resolve().parents, f"{target} leads out of the project"
+        if anchor:
+            assert anchors(other).count(anchor) == 1, f"{path.name} links to {target}, no heading or several"
+
+
+def test_every_document_and_picture_is_linked():
+    """From README, or from a document that README links."""
+    seen, todo = set(), [ROOT / "README.md"]
+    while todo:
+        path = todo.pop()
+        seen.add(path)
+        if path in DOCUMENTS:
+            found = {(path.parent / t.partition("#")[0]).resolve() for t in links(path) if t[0] != "#"}
+            todo += sorted(found - seen)
+    wanted = {*DOCUMENTS, *ROOT.glob("docs/*.png")}
+    assert not {path.name for path in wanted - seen}
+
+
+def test_pictures_are_small():
+    """A clone should stay small: all pictures together below 600 kB."""
+    assert sum(path.stat().st_size for path in ROOT.glob("docs/*.png")) < 600_000
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: path.name)
+def test_formulas_and_code_are_closed(path):
+    text = path.read_text()
+    assert len(re.findall(r"^```", text, flags=re.M)) % 2 == 0
+    assert text.count("$$") % 2 == 0
+    # GitHub reads $...$ as a formula: a shell variable in prose must be code
+    outside = re.sub(
+        r"^\$\$\n.*?^\$\$\n",
+        "",
+        re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.M | re.S),
+        flags=re.M | re.S,
+    )
+    assert "$" not in outside
