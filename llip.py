@@ -156,22 +156,16 @@ class PooledTokens(CLIP):
         learned    cross-attention over the tokens with one learned query for all images
     Cost: FLOPs of an image, after the tower of M tokens: register 2 D E, average 2 M D E, learned
     4 M D E + 4 M E + 2 E^2. A pair takes 2 E, as CLIP's.   Raises: ValueError for another pooling.
+    heads and temperature are those of "learned"; scale and bias start as in Llip.
     """
 
     def __init__(
-        self,
-        config: Config,
-        mixture_tokens: int,
-        pooling: str = "average",
-        heads: int = 8,
-        temperature: float = 5.0,
-        scale: float = 10.0,
-        bias: float | None = -10.0,
+        self, config: Config, mixture_tokens: int, pooling="average", heads=8, temperature=5.0, **start
     ):
         if pooling not in ("register", "average", "learned"):
             raise ValueError(f"pooling {pooling!r}: expected register, average or learned")
         self.pooling, self.mixture_tokens = pooling, mixture_tokens
-        super().__init__(config, scale, bias)
+        super().__init__(config, **dict(scale=10.0, bias=-10.0) | start)
         D, E = config.vision_width, config.embed_dim
         self.heads, self.temperature = heads, float(temperature)
         if pooling == "learned":
@@ -202,15 +196,7 @@ class PooledTokens(CLIP):
 
 @torch.no_grad()
 def warm_start_llip(
-    clip: CLIP,
-    mixture_tokens: int,
-    heads: int,
-    temperature: float = 5.0,
-    norm: bool = False,
-    scale: float | None = None,
-    bias: float = -10.0,
-    noise: float = 0.1,
-    seed: int = 0,
+    clip: CLIP, mixture_tokens: int, heads: int, temperature=5.0, norm=False, scale=None, bias=-10, noise=0.1
 ) -> Llip:
     """A Llip that starts from the towers of a CLIP, with every mixture token near the class token.
 
@@ -223,7 +209,7 @@ def warm_start_llip(
         raise ValueError(f"a warm start takes a CLIP, not a {type(clip).__name__}")
     with torch.device("meta"):
         model = Llip(clip.config, mixture_tokens, heads, temperature, norm)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     state = {name: tensor.float().cpu().clone() for name, tensor in clip.state_dict().items()}
     first, proj = state["visual.class_embedding"], state.pop("visual.proj")  # (D,), (D, E)
     positions = state["visual.positional_embedding"]  # (1 + P, D)
@@ -237,7 +223,7 @@ def warm_start_llip(
         state[name] = torch.randn(shape, generator=generator) * shape[-2] ** -0.5
     state["pred.out_proj"] = torch.eye(proj.shape[1])
     for name in ("K_norm", "V_norm", "Q_norm") if norm else ():
-        state |= {f"{name}.weight": torch.ones(len(proj[0])), f"{name}.bias": torch.zeros(len(proj[0]))}
+        state |= {f"{name}.weight": torch.ones(proj.shape[1]), f"{name}.bias": torch.zeros(proj.shape[1])}
     if scale is not None:
         state["logit_scale"] = torch.tensor(math.log(scale))
     state["logit_bias"] = torch.tensor(float(bias))
@@ -324,16 +310,14 @@ def build(settings: Settings, start: Config | nn.Module, batch_size: int) -> Dua
         raise ValueError("--all-tokens: only with --pooling text")
     numbers = dict(scale=start_of_scale(s.objective, s.logit_scale))
     numbers |= dict(bias=start_of_bias(s.logit_bias, batch_size), temperature=s.temperature)
-    if not isinstance(start, Config):
-        if s.pooling != "text" or s.all_tokens:
-            raise ValueError("--pooling and --all-tokens train from scratch: leave out --init")
-        if isinstance(start, Llip):
-            return start
-        return warm_start_llip(start, s.mixture_tokens, s.mixture_heads, norm=s.mixture_norm, **numbers)
-    if s.pooling != "text":
+    if isinstance(start, Config) and s.pooling != "text":
         return PooledTokens(start, s.mixture_tokens, s.pooling, s.mixture_heads, **numbers)
-    variant = dict(norm=s.mixture_norm, all_tokens=s.all_tokens)
-    return Llip(start, s.mixture_tokens, s.mixture_heads, **variant, **numbers)
+    numbers |= dict(heads=s.mixture_heads, norm=s.mixture_norm)
+    if isinstance(start, Config):
+        return Llip(start, s.mixture_tokens, all_tokens=s.all_tokens, **numbers)
+    if s.pooling != "text" or s.all_tokens:
+        raise ValueError("--pooling and --all-tokens train from scratch: leave out --init")
+    return start if isinstance(start, Llip) else warm_start_llip(start, s.mixture_tokens, **numbers)
 
 
 if __name__ == "__main__":

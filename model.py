@@ -117,8 +117,12 @@ class Transformer(nn.Module):
         self.width, self.grad_checkpointing = width, False
         self.resblocks = nn.ModuleList(Block(width, heads, mlp, activation) for _ in range(layers))
 
-    def forward(self, x: Tensor, mask: Mask = None, keep_tokens: KeepTokens = None) -> Tensor:
-        for block in self.resblocks:
+    def forward(
+        self, x: Tensor, mask: Mask = None, keep_tokens: KeepTokens = None, before: Callable | None = None
+    ) -> Tensor:
+        """before(block number, x) -> x changes the input of a block."""
+        for number, block in enumerate(self.resblocks):
+            x = before(number, x) if before else x
             last = keep_tokens if block is self.resblocks[-1] else None
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, "qkv", mask, False, last, use_reentrant=False)

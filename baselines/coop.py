@@ -23,9 +23,52 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clipood
-from baselines.prompted import Prompted
 from clipood import Classes, LabelMethod, full_precision, require_clip, unit
 from model import CLIP
+
+
+class Prompted(nn.Module):
+    """The dual encoder that answers for a method with learned prompts, and for TeS.
+
+    CoCoOp's prompts depend on the image and MaPLe's image features on the prompts, so features cannot be
+    computed apart. Both features are the inputs themselves: scores are computed from images and token ids.
+    """
+
+    conditional = takes_captions = False
+
+    def __init__(self, method: LabelMethod):
+        super().__init__()
+        self.method, self.config = method, method.clip.config
+        self.train(method.training)
+
+    def class_templates(self, templates: tuple[str, ...]) -> tuple[str, ...]:
+        """The words between the learned context and the class name replace every template."""
+        return (self.method.template,)
+
+    def trained_classes(self) -> Tensor:
+        """What encode_text and ensemble_text return for the classes of training: (C, context length)."""
+        return self.encode_text(self.method.class_tokens)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return images
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """(N, L) -> (N, context length), padded with zeros."""
+        return F.pad(tokens, (0, self.config.context_length - tokens.shape[1]))
+
+    def ensemble_text(self, tokens: Tensor, group: Tensor) -> Tensor:
+        """(C, L), unchanged.   Raises: ValueError for a class with several prompts."""
+        if len(group) != (classes := int(group.max()) + 1):
+            message = "a learned prompt takes one template and one name for each class"
+            raise ValueError(f"{len(group)} prompts for {classes} classes: {message}")
+        return tokens
+
+    def pair_logits(self, images: Tensor, classes: Tensor) -> Tensor:
+        """Scores (B, C). A method may know more about the classes of training, so these are recognised."""
+        trained = self.trained_classes()  # (C, L), or (C, E) for TeS
+        classes = classes.to(trained.dtype)
+        same = classes.shape == trained.shape and torch.allclose(classes, trained, atol=1e-5)
+        return self.method.predict(images, None if same else classes)
 
 
 class PromptLearner(LabelMethod):
@@ -40,13 +83,7 @@ class PromptLearner(LabelMethod):
     """
 
     def __init__(
-        self,
-        clip: CLIP,
-        class_tokens: Tensor,
-        context: int,
-        words: list | None = None,
-        template="{}.",
-        rows=(),
+        self, clip: CLIP, class_tokens: Tensor, context: int, *, words=None, template="{}.", rows=()
     ):
         super().__init__()
         require_clip(clip)
@@ -75,11 +112,11 @@ class PromptLearner(LabelMethod):
             raise ValueError(f"class_tokens {tuple(class_tokens.shape)}: expected (classes, length)")
         limit = min(class_tokens.shape[1], self.clip.config.context_length)
         used = class_tokens.argmax(-1) + 1  # (C,) tokens up to the end token, which has the highest id
-        if len(long := (used + self.context > limit).nonzero()):
-            both = f"class {int(long[0])}: {int(used[long[0]])} tokens and a context of {self.context}"
+        if (longest := int(used.max())) + self.context > limit:
+            both = f"class {int(used.argmax())}: {longest} tokens and a context of {self.context}"
             raise ValueError(f"{both} do not fit into {limit}: shorten the name or the context")
         # SPEED: no token attends to a later one, so padding changes nothing. A step takes a fifth of the time
-        return class_tokens[:, : int(used.max())]
+        return class_tokens[:, :longest]
 
     def prompts(self, ctx: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Context (C, n, D) and tokens (C, L) to embeddings (C, n + L, D) and end positions (C,)."""
@@ -198,8 +235,8 @@ def start_words(words: str, default: str, context: int, tokenizer) -> tuple[list
 
 def prompts(settings, clip: CLIP, classes: Classes) -> tuple[Tensor, dict]:
     """Class tokens (C, L), and the words and template of a PromptLearner; settings of any of the three."""
-    s = settings
-    words, rest = start_words(s.context_words, type(s).context_words, s.context, classes.tokenizer)
+    default = type(settings).context_words
+    words, rest = start_words(settings.context_words, default, settings.context, classes.tokenizer)
     return classes.tokens(rest, clip.config.context_length), dict(words=words, template=rest)
 
 
@@ -223,5 +260,5 @@ TASK = "labels"
 
 def build(settings: Settings, clip: CLIP, classes: Classes) -> CoOp:
     tokens, start = prompts(settings, clip, classes)
-    position = settings.context_position
-    return CoOp(clip, tokens, settings.context, settings.class_context, position=position, **start)
+    start["position"] = settings.context_position
+    return CoOp(clip, tokens, settings.context, settings.class_context, **start)

@@ -10,18 +10,16 @@ Before block j < J the n prompt tokens are set to
     REF: for a J deeper than a tower, the official code keeps prompts that are never used; here J is checked.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from attention import Mask
 from baselines import coop
 from baselines.coop import PromptLearner
 from clipood import Classes, unit
-from model import CLIP, Transformer
+from model import CLIP
 
 
 class MaPLe(PromptLearner):
@@ -51,8 +49,8 @@ class MaPLe(PromptLearner):
         clip, (x, end) = self.clip, self.prompts(ctx, tokens)
         # the deeper prompts replace P_0 together with its positions
         x = x + clip.positional_embedding[: x.shape[1]].to(x.dtype)  # (C, n + L, D)
-        deeper, row = list(self.compound_prompts_text), torch.arange(len(x), device=x.device)
-        x = run_blocks(clip.transformer, x, deeper, 1, lambda x: x[row, end], "causal")  # (C, D)
+        before, row = partial(replace, self.compound_prompts_text, 1), torch.arange(len(x), device=x.device)
+        x = clip.transformer(x, "causal", lambda x: x[row, end], before)  # (C, D)
         return unit(clip.ln_final(x) @ clip.text_projection.to(x.dtype))  # (C, E)
 
     def image_features(self, images: Tensor) -> Tensor:
@@ -63,24 +61,17 @@ class MaPLe(PromptLearner):
         pairs = zip(self.compound_prompt_projections, self.compound_prompts_text)
         deeper = [project(p) for project, p in pairs]  # (n, D') each
         both = torch.cat([x, first.expand(len(x), -1, -1)], 1)  # (B, 1 + P + n, D')
-        x = run_blocks(visual.transformer, both, deeper, x.shape[1], lambda x: x[:, 0])  # (B, D')
+        before = partial(replace, deeper, x.shape[1])
+        x = visual.transformer(both, keep_tokens=lambda x: x[:, 0], before=before)  # (B, D')
         return unit(visual.head(x))  # (B, E)
 
 
-def run_blocks(
-    transformer: Transformer, x: Tensor, prompts: list, place: int, keep_tokens: Callable, mask: Mask = None
-) -> Tensor:
-    """As model.Transformer; before block j the tokens of x (B, L, D) from place on become prompts[j - 1]."""
-    for j, block in enumerate(transformer.resblocks):
-        if 1 <= j <= len(prompts):
-            new = prompts[j - 1].to(x.dtype).expand(len(x), -1, -1)  # (B, n, D)
-            x = torch.cat([x[:, :place], new, x[:, place + new.shape[1] :]], 1)  # (B, L, D)
-        last = keep_tokens if block is transformer.resblocks[-1] else None
-        if transformer.grad_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(block, x, "qkv", mask, False, last, use_reentrant=False)
-        else:
-            x = block(x, mask=mask, keep_tokens=last)
-    return x  # the tokens that keep_tokens selected
+def replace(prompts, place: int, block: int, x: Tensor) -> Tensor:
+    """Before block j the tokens of x (B, L, D) from place on become prompts[j - 1] (n, D)."""
+    if not 1 <= block <= len(prompts):
+        return x
+    new = prompts[block - 1].to(x.dtype).expand(len(x), -1, -1)  # (B, n, D)
+    return torch.cat([x[:, :place], new, x[:, place + new.shape[1] :]], 1)  # (B, L, D)
 
 
 @dataclass(frozen=True)

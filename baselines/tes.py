@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clipood
-from baselines.prompted import Prompted
+from baselines.coop import Prompted
 from clipood import Classes, LabelMethod, full_precision, require_clip, unit
 from losses import at_least_fp32, soft_cross_entropy
 from model import CLIP

@@ -1,4 +1,4 @@
-"""baselines/prompted.py, and the flags of coop, cocoop and maple: start words, defaults, the dual encoder."""
+"""The dual encoder of prompt methods, and the flags of coop, cocoop and maple: start words, defaults."""
 
 from dataclasses import replace
 
