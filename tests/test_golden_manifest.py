@@ -2,7 +2,6 @@
 
 import ast
 import hashlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, SHARED, load_golden
+from golden_files import FOLDER, MANIFEST
+from golden_files import check as golden_check
 from torch import nn
 
 import pretrained
@@ -22,20 +23,7 @@ from llip import Llip
 from losses import attention_alignment, info_nce, siglip
 from model import Config
 
-FOLDER = ROOT / "tests" / "golden"
-MANIFEST = json.loads((FOLDER / "manifest.json").read_text())
 FILES = MANIFEST["files"]
-
-
-def program(name):
-    """A program of tests/golden as a module."""
-    spec = importlib.util.spec_from_file_location(f"golden_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-golden_check, record = program("check"), program("record")
 
 
 def arrays_of(path):
@@ -94,7 +82,7 @@ def test_the_named_tests_exist(name):
 @pytest.mark.slow
 @pytest.mark.skipif(SHARED is None, reason="some of the tests need recordings of ../shared/golden")
 def test_tests_read_every_array(tmp_path):
-    """Runs the named tests. An array that they do not read must be informational, and no other may be."""
+    """Runs the named tests, which must read every input and every output of every .npz file."""
     path = tmp_path / "reads.json"
     tests = sorted({test for entry in FILES.values() for test in entry["tests"] if "::" in test})
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
@@ -104,10 +92,8 @@ def test_tests_read_every_array(tmp_path):
     for name, entry in FILES.items():
         if not name.endswith(".npz") or name == "preprocess_small.npz":  # its test reads the file itself
             continue
-        recorded = [key for key in entry["arrays"] if not key.startswith("w.")]
-        unread = {key for key in recorded if (name, key) not in read}
-        named = {key for key in recorded if entry["arrays"][key].get("informational")}
-        assert unread == named, name
+        recorded = {key for key in entry["arrays"] if not key.startswith("w.")}
+        assert not {key for key in recorded if (name, key) not in read}, name
 
 
 # check.py
@@ -164,8 +150,8 @@ def test_check_accepts_every_recording_and_no_changed_one(tmp_path):
     for name, entry in FILES.items():
         if name.endswith(".npz"):
             recorded = np.load(FOLDER / name)
-            for key, described in entry["arrays"].items():
-                if key.startswith("out.") and not described.get("informational"):
+            for key in entry["arrays"]:
+                if key.startswith("out."):
                     arrays[f"{name[:-4]}/{key}"] = recorded[key]
     np.savez(tmp_path / "all.npz", **arrays)
     done = check(tmp_path / "all.npz")
@@ -397,10 +383,6 @@ def test_attention_kinds_equal_the_loops():
         torch.testing.assert_close(weights, g[f"out.{kind}.weights"], **close)
         fused = attend(g["in.q"], g["in.k"], g["in.v"], kind)
         torch.testing.assert_close(fused, g[f"out.{kind}.mixed"], **close)
-    recorded = dict(np.load(FOLDER / "attention_kinds.npz"))
-    assert recorded.keys() == record.attention_kinds().keys()
-    for name, value in record.attention_kinds().items():
-        np.testing.assert_allclose(recorded[name], value, rtol=1e-6, atol=1e-7)
 
 
 def test_check_accepts_the_attention_kinds():

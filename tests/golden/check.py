@@ -26,13 +26,13 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def expected_arrays(only: str = "") -> dict[str, dict]:
-    """Case -> {key: description}, for the outputs of every .npz file that are not informational."""
+    """Case -> {key: description}, for the outputs of every .npz file."""
     files = json.loads((FOLDER / "manifest.json").read_text(encoding="utf-8"))["files"]
     return {
         name.removesuffix(".npz"): {
             key: array
             for key, array in entry["arrays"].items()
-            if key.startswith("out.") and not array.get("informational")
+            if key.startswith("out.")
             if f"{name.removesuffix('.npz')}/{key}".startswith(only)
         }
         for name, entry in files.items()
