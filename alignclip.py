@@ -215,8 +215,6 @@ class AlignCLIP(FineTune):
 
 @dataclass(frozen=True)
 class Settings(clipood.Classification):
-    """Flags of alignclip."""
-
     smoothing: str = "mixture"  # none, uniform, mixture or released
     # alignment
     align_attention: bool = True  # attention alignment (AAL)
@@ -250,7 +248,6 @@ TASK = "labels"
 
 
 def build(settings: Settings, clip: CLIP, classes: Classes) -> AlignCLIP:
-    """The module that is trained."""
     s = settings
     branch = dict(branch=s.branch, layers=s.align_layers or None, guidance_temperature=s.guidance_temperature)
     terms = dict(attention=s.align_attention, similarity=s.similarity, weight=s.align_weight)

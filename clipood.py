@@ -278,8 +278,6 @@ class Classification:
 
 @dataclass(frozen=True)
 class Settings(Classification):
-    """Flags of finetune, labelsmooth and clipood."""
-
     # classification loss
     image_pooling: str = "cls"  # cls, or average of the patches
 
@@ -302,7 +300,6 @@ PUBLISHED = {key: flags | dict(shots=16) for key, flags in OPEN_CLASS.items()} |
 
 
 def build(settings: Settings, clip: CLIP, classes: Classes) -> FineTune:
-    """The module that is trained."""
     return FineTune(clip, classes.text, **settings.arguments(), pooling=settings.image_pooling)
 
 

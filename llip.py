@@ -248,8 +248,6 @@ def flops(config: Config, tokens: int, prompts: int = 0, all_tokens: bool = Fals
 
 @dataclass(frozen=True)
 class Settings:
-    """Flags of llip."""
-
     # Llip
     mixture_tokens: int = 8  # mixture tokens M
     mixture_heads: int = 4  # heads of the pooling
