@@ -79,6 +79,11 @@ class Tokens:
         return torch.from_numpy(np.stack([self.cache[t] for t in texts])).long()  # (b, L)
 
 
+def preprocess_of(config, **changes) -> Preprocess:
+    """The transform of a model's images: OpenAI's, with what its checkpoint states and with the changes."""
+    return Preprocess(config.image_size, **config.preprocessing | changes)
+
+
 class Source:
     """source[t] is (the batch of step t, the broken images that it replaced, why there is no batch).
 
@@ -99,14 +104,14 @@ class Source:
 
     def images(self, ids: list, keys: list, broken: list) -> tuple[Tensor, list]:
         """(b, 3, S, S) and the samples that are in it; the crop of ids[k] depends on keys[k] alone."""
-        size = self.transform.image_size
+        size, mean, std = self.transform.image_size, self.transform.mean, self.transform.std
         in_memory = getattr(self.dataset, "pixels", None) if isinstance(self.transform, Preprocess) else None
         if in_memory is not None and in_memory.shape[1:3] == (size, size):
-            return normalise(in_memory[ids]), ids  # SPEED: nothing to decode or resize
+            return normalise(in_memory[ids], mean, std), ids  # SPEED: nothing to decode or resize
         pixels, used = np.empty((len(ids), size, size, 3), np.uint8), list(ids)
         for row, (index, key) in enumerate(zip(ids, keys)):
             pixels[row], used[row] = self.sample(index, key, broken)
-        return normalise(pixels), used
+        return normalise(pixels, mean, std), used
 
     def sample(self, index: int, key: tuple, broken: list) -> tuple[np.ndarray, int]:
         """((S, S, 3) uint8, index). A broken image is replaced by another one, drawn from its number."""

@@ -113,11 +113,11 @@ def score_rows(
 ) -> Iterator[tuple[int, Tensor]]:
     """Scores of this rank's images against all texts, one batch of images at a time.
 
-    Args:    text: features of T texts;  transform: default OpenAI's;  progress: a label, empty for no line
+    Args:    text: features of T texts;  transform: default the model's;  progress: a label, empty for no line
     Returns: iterator of (number of the first image, scores (b, T) fp32)
     """
     device = next(model.parameters()).device
-    transform = transform or data.preprocess(model.config.image_size)
+    transform = transform or data.preprocess_of(model.config)
     W, r = distributed.world_size(), distributed.rank()
     shown = Progress("" if r else progress, len(dataset) // W, "images" if W == 1 else "images of this rank")
     # SPEED: many pairs of an Llip are scored in tiles, by a copy that shares the weights

@@ -12,7 +12,7 @@ image_side and text_side are these features: one tensor each for CLIP, a tuple o
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,8 @@ class Config:
     text_heads: int = 8
     text_mlp: int = 2048
     activation: str = "quick_gelu"  # or "gelu". TRAP: a checkpoint loads with either one
+    # arguments of readers.images.Preprocess that differ from OpenAI's. TRAP: another mean costs accuracy
+    preprocessing: dict = field(default_factory=dict)
 
     @property
     def patches(self) -> int:

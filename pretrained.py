@@ -67,9 +67,10 @@ def load(
         layout = layouts.detect(arrays)
         state = layouts.to_openai(checkpoint.tensors(arrays))
         if description is None:
-            custom = checkpoint.kind == "TorchScript archive" or layout == "Llip"
-            known = {"activation": "quick_gelu"} if custom else {}
-            known |= explicit | ({} if custom else layouts.settings_beside(path, layout))
+            if checkpoint.kind == "TorchScript archive" or layout == "Llip":
+                known = {"activation": "quick_gelu"} | explicit
+            else:
+                known = explicit | layouts.settings_beside(path, layout)
             description = infer(state, known)
         description = agree(description, explicit)
         with torch.device("meta"), NoStart():
@@ -199,13 +200,17 @@ def read_config(state: dict[str, Tensor], known: dict) -> Config:
         text = "the activation is not in the weights, and a wrong one costs accuracy: quick_gelu=True, "
         text += "--quick-gelu (OpenAI, MetaCLIP, DFN), or False, --no-quick-gelu (most others)"
         raise ValueError(text)
+    size = side * conv1[-1]
+    if known.get("size") not in (None, size):
+        raise ValueError(f"images of {known['size']} pixels by the files beside it, {size} by its weights")
     return Config(
         embed_dim=shape("text_projection", 2)[1],
-        image_size=side * conv1[-1],
+        image_size=size,
         patch_size=conv1[-1],
         context_length=shape("positional_embedding", 2)[0],
         vocab_size=words[0],
         activation=known["activation"],
+        preprocessing=known.get("preprocessing", {}),
         **tower("vision", "visual.transformer.resblocks.", conv1[0]),
         **tower("text", "transformer.resblocks.", words[1]),
     )
@@ -242,11 +247,12 @@ def build(description: dict) -> DualEncoder:
         raise ValueError(f"model description: class {short(name)}, expected {', '.join(CLASSES)}")
 
     sizes = inspect.signature(Config).parameters
-    check("config's ", config, sizes, list(sizes))
+    check("config's ", config, sizes, [key for key in sizes if key != "preprocessing"])  # older files lack it
+    own = {"preprocessing": layouts.check_preprocessing(config.get("preprocessing", {}))}
     parameters = {k: p for k, p in inspect.signature(CLASSES[name]).parameters.items() if k != "config"}
     needed = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
     check("", arguments, parameters, needed)
-    return CLASSES[name](Config(**config), **arguments)
+    return CLASSES[name](Config(**config | own), **arguments)
 
 
 def check(place: str, values: dict, parameters: dict, needed: list[str]) -> None:
@@ -264,8 +270,8 @@ def plausible(key: str, value: object, kind: object) -> bool:
         return type(value) is int and 1 <= value <= (512 if key.endswith(("layers", "heads")) else 2**20)
     if kind in (bool, str):
         return type(value) is kind and (key != "activation" or value in ("quick_gelu", "gelu"))
-    if value is None:
-        return kind == float | None
+    if value is None or kind is dict:
+        return kind == float | None or isinstance(value, dict)
     return type(value) in (int, float) and abs(value) < 1e9 and (value > 0 or key == "bias")
 
 
@@ -341,7 +347,8 @@ def main(argv: list[str]) -> None:
     arrays, description = weights(checkpoint)
     found = {"file": checkpoint.path, "format": checkpoint.kind}
     found |= {"layout": "ours" if description else layouts.detect(arrays)} | describe(model)
-    found |= found.pop("config") | {"parameters": f"{sum(p.numel() for p in model.parameters()):,}"}
+    found |= found.pop("config") | {"preprocessing": model.config.preprocessing or "as OpenAI's"}
+    found |= {"parameters": f"{sum(p.numel() for p in model.parameters()):,}"}
     if to:
         if reason := more_than_clip(entries(checkpoint).get("task"), run_config(source)):
             raise ValueError(f"{source}: {reason}, so {to}'s layout cannot hold it: use evaluate.open_model")

@@ -57,12 +57,13 @@ class Task:
             self.prints = {flag: fingerprint(part) for flag, part in parts if part is not None}
         return self.prints
 
-    def loading(self, start: int, transform, fixed_transform) -> dict:
+    def loading(self, start: int, transform: data.Preprocess, flip: bool = False) -> dict:
         """Arguments of batches. Scenes are random already, and --overfit must see the same images again."""
-        fixed = self.c.overfit or hasattr(self.train, "pixels") or self.c.crop_scale == 1
+        if not (self.c.overfit or hasattr(self.train, "pixels") or self.c.crop_scale == 1):
+            transform = transform.random((self.c.crop_scale, 1.0), flip)
         place = dict(start_step=start, rank=distributed.rank(), world=distributed.world_size())
         place |= dict(seed=self.c.seed, workers=self.c.workers)
-        return place | dict(transform=fixed_transform if fixed else transform)
+        return place | dict(transform=transform)
 
     def begin(self, c) -> None:
         """Called before the first step and before load, when the number of steps is known."""
@@ -95,9 +96,8 @@ class PairTask(Task):
         self.plain = alone and not isinstance(self.model, TiledLlip)
 
     def batches(self, start: int) -> data.Batches:
-        size, length = self.config.image_size, self.config.context_length
-        how = self.loading(start, data.RandomCrop(size, (self.c.crop_scale, 1.0)), data.preprocess(size))
-        how |= dict(batch_size=self.c.batch_size, context_length=length)
+        how = self.loading(start, data.preprocess_of(self.config))
+        how |= dict(batch_size=self.c.batch_size, context_length=self.config.context_length)
         return data.train_batches(self.train, self.tokenizer, **how)
 
     def step(self, model: nn.Module, batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
@@ -305,9 +305,7 @@ class LabelTask(Task):
 
     def batches(self, start: int) -> data.Batches:
         # REF: CLIPood and AlignCLIP crop 0.7 to 1 of the area, flip, and resize bilinearly
-        size, scale = self.config.image_size, (self.c.crop_scale, 1.0)
-        crop = data.RandomCrop(size, scale, True, "bilinear")
-        how = self.loading(start, crop, data.preprocess(size, "bilinear"))
+        how = self.loading(start, data.preprocess_of(self.config, interpolation="bilinear"), flip=True)
         return data.domain_batches(self.train, batch_size=self.c.batch_size // self.domains, **how)
 
     def step(self, model: nn.Module, batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:

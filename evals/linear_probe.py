@@ -26,7 +26,7 @@ from util.text import warn
 
 def encode(model: nn.Module, dataset, batch_size=256, precision="fp32", workers=0, progress="") -> Tensor:
     """The output of ln_post for the class or mixture tokens of every image: (N, M, D) fp32 on the CPU."""
-    transform = data.preprocess(model.config.image_size)
+    transform = data.preprocess_of(model.config)
     shown, rows = Progress(progress, len(dataset), "images"), []
     with evaluate.evaluating(model) as device:
         for images, _ in data.eval_batches(dataset, transform, batch_size, workers=workers):

@@ -107,7 +107,7 @@ def measure(
     """
     figures, kept = {name: [] for name in names}, {i: [] for i in show}
     shown, S = Progress(progress, len(dataset), "images"), dataset.image_size
-    transform = data.preprocess(model.config.image_size)
+    transform = data.preprocess_of(model.config)
     with evaluate.evaluating(model) as device:
         text = names_as_text(model, tokenizer)
         for images, ids in data.eval_batches(dataset, transform, batch_size, workers=workers):

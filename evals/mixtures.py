@@ -149,7 +149,7 @@ def measure(model: Llip, tokenizer, dataset, captions: Captions, flags) -> dict[
     image, caption, _ = captions.pairs().unbind(1)
     tokens = tokenizer(captions.texts, model.config.context_length)
     size = min(flags.batch_size, max(1, PLAIN_BYTES // plain_bytes(model, 1, len(tokens))))
-    shown, transform = Progress("images", len(dataset), "images"), data.preprocess(model.config.image_size)
+    shown, transform = Progress("images", len(dataset), "images"), data.preprocess_of(model.config)
     with evaluate.evaluating(model) as device:
         text = evaluate.encode_text(model, tokens, flags.batch_size, flags.precision)
         for images, ids in data.eval_batches(dataset, transform, size, workers=flags.workers):

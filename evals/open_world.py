@@ -52,7 +52,7 @@ def evaluate_protocol(
              the same of a random answer; "images", the number of test images
     """
     val, result, chance = protocol.val, {}, {}
-    options["transform"] = data.preprocess(model.config.image_size, "bilinear")
+    options["transform"] = data.preprocess_of(model.config, interpolation="bilinear")
     parts = {} if val is None or not len(val) else {"val": val}
     for name, dataset in (parts | protocol.tests).items():
         place, _ = evaluate.classify(model, dataset, tokenizer, templates, **options)

@@ -36,11 +36,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+import data
 import evaluate
 from alignclip import default_blocks, two_paths
 from attention import KINDS, attend
 from model import DualEncoder, VisionTransformer
-from readers.images import IMAGE_ERRORS, decoding, normalise, open_image
+from readers.images import IMAGE_ERRORS, decoding, open_image
 from util.files import write_image
 from util.flags import parse
 from util.plots import heat, sheet
@@ -312,7 +313,9 @@ def main(argv: list[str]) -> None:
     # REF: CLIP Surgery resizes to a square and crops nothing: the map covers the whole picture
     square = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
     with torch.no_grad():
-        maps = heat_maps(model, normalise(square), tokens, flags.method, blank)
+        own = data.preprocess_of(model.config)
+        pixels = data.normalise(square, own.mean, own.std)  # (3, S, S)
+        maps = heat_maps(model, pixels, tokens, flags.method, blank)
     title = f"{method}, {Path(flags.model).name}, {size} pixels; in each map: dark blue least, yellow most"
     labels = [Path(flags.image).name, *flags.texts]
     write_image(out, sheet(with_maps(image, maps), labels, len(labels), TILE, title))

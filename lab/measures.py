@@ -58,7 +58,7 @@ def alignment_lifts(lab, seed: int) -> dict:
     temperature, dataset = lab.flags("alignclip", seed)["guidance_temperature"], things(lab, seed)
     text, found = class_texts(net, tokenizer), {"attention": [], "guidance": []}
     blocks = alignclip.default_blocks(len(net.visual.transformer.resblocks))
-    for images, ids in data.eval_batches(dataset, data.preprocess(net.config.image_size), 256):
+    for images, ids in data.eval_batches(dataset, data.preprocess_of(net.config), 256):
         masks = maps.masks_of(dataset, ids.tolist())  # (B, S, S)
         labels = torch.tensor(dataset.labels)[ids].to(lab.device)
         x = net.visual.embed(images.to(lab.device))
@@ -277,7 +277,7 @@ def two_captions(lab, seed: int) -> dict:
 @torch.no_grad()
 def own_caption(net: llip.Llip, tokenizer, dataset) -> dict[str, float]:
     """cos(z_i(a), t_a) less cos(z_i(b), t_a), for the first two captions a and b of every picture i."""
-    transform, device = data.preprocess(net.config.image_size), net.logit_scale.device
+    transform, device = data.preprocess_of(net.config), net.logit_scale.device
     images = torch.stack([transform(dataset.image(i)) for i in range(len(dataset))])
     keys, values = net.encode_image(images.to(device))
     encode = partial(tokenizer, context_length=net.config.context_length)

@@ -168,10 +168,10 @@ def open_image(source: str | bytes) -> Image.Image:
     return image
 
 
-def normalise(pixels: np.ndarray) -> Tensor:
+def normalise(pixels: np.ndarray, mean=MEAN, std=STD) -> Tensor:
     """(x / 255 - mean) / std in this order: (..., S, S, 3) uint8 -> (..., 3, S, S) float32."""
     x = torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, -3)))  # (..., 3, S, S)
-    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (MEAN, STD))
+    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (mean, std))
     return x.to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
@@ -180,11 +180,15 @@ class Preprocess:
     """OpenAI's transform: short side to S, centre crop, RGB, normalise.
 
     No equation; openai/CLIP clip/clip.py _transform @d05afc4: torchvision's Resize and CenterCrop. The
-    loaders of CLIPood and AlignCLIP resize with interpolation "bilinear".
+    loaders of CLIPood and AlignCLIP resize with interpolation "bilinear". Other checkpoints state other
+    values (docs/checkpoints.md).
     """
 
     image_size: int
     interpolation: str = "bicubic"
+    resize_mode: str = "shortest"  # or "squash": to S x S, without a crop
+    mean: tuple = MEAN
+    std: tuple = STD
 
     @decoding()
     def pixels(self, image: Image.Image, rng=None) -> np.ndarray:
@@ -192,6 +196,7 @@ class Preprocess:
         size, short = self.image_size, min(image.size)
         # TRAP: the long side is cut to an integer, not rounded
         target = tuple(size if side == short else int(size * side / short) for side in image.size)
+        target = (size, size) if self.resize_mode == "squash" else target
         if math.prod(target) + math.prod(image.size) > MAX_PIXELS + MAX_PIXELS_COSTLY:
             raise ValueError(f"{image.width}x{image.height} pixels are too long and thin to resize")
         if target != image.size:
@@ -203,7 +208,11 @@ class Preprocess:
         return np.asarray(image.convert("RGB"))
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return normalise(self.pixels(image))  # (3, S, S)
+        return normalise(self.pixels(image), self.mean, self.std)  # (3, S, S)
+
+    def random(self, scale: tuple, flip: bool = False) -> "RandomCrop":
+        """The transform of training with the same interpolation, mean and std."""
+        return RandomCrop(self.image_size, scale, flip, self.interpolation, mean=self.mean, std=self.std)
 
 
 preprocess = Preprocess  # the transform of evaluation under its public name: preprocess(S)(image)
@@ -237,6 +246,8 @@ class RandomCrop:
     flip: bool = False  # mirrors half of the pictures
     interpolation: str = "bicubic"
     ratio: tuple = (3 / 4, 4 / 3)  # width to height
+    mean: tuple = MEAN
+    std: tuple = STD
 
     @decoding()
     def pixels(self, image: Image.Image, rng) -> np.ndarray:

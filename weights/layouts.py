@@ -10,13 +10,14 @@ Llip          k_proj, q_proj, pred.out_proj          the names of the first rele
 import json
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from model import Config
+from readers.images import FILTERS, MEAN, STD
 from util.text import one_line
 from weights import archive
 
@@ -41,6 +42,9 @@ TRANSPOSED = ("visual.proj", "text_projection")  # nn.Linear holds the transpose
 # Options of open_clip that do not change what these towers compute
 OPEN_CLIP_OPTIONS = "width layers heads head_width mlp_ratio image_size patch_size patch_dropout "
 OPEN_CLIP_OPTIONS += "context_length vocab_size hf_tokenizer_name tokenizer_kwargs"
+# OpenAI's values of readers.images.Preprocess
+OPENAI = {"interpolation": "bicubic", "resize_mode": "shortest", "mean": [*MEAN], "std": [*STD]}
+HALF = "laion2b_s32b_b82k"  # in the name of LAION's ViT-L/14, which was trained with mean and std of 0.5
 
 
 def plain_name(name: str) -> str:
@@ -123,18 +127,24 @@ def to_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def settings_beside(path: Path, layout: str) -> dict:
-    """Activation and heads by the configuration in a checkpoint's folder.   Raises: ValueError."""
-    name = "config.json" if layout == "Hugging Face" else "open_clip_config.json"
-    if not (path.parent / name).exists():
-        return {}
+def read_settings(path: Path, convert: Callable) -> dict | None:
+    """A JSON file of settings, converted; None if there is no such file.   Raises: ValueError, one line."""
     try:
-        settings = json.loads((path.parent / name).read_text(encoding="utf-8"))
-        if layout == "Hugging Face":
-            return from_huggingface_config(settings)
-        return from_open_clip_config(settings["model_cfg"])
-    except archive.BROKEN as error:
-        raise ValueError(f"{path.parent / name} is not as expected: {one_line(error)}") from error
+        return convert(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    except (*archive.BROKEN, RecursionError) as error:
+        raise ValueError(f"{path} is not as expected: {one_line(error)}") from error
+
+
+def settings_beside(path: Path, layout: str) -> dict:
+    """Activation, heads and preprocessing by the files in a checkpoint's folder.   Raises: ValueError."""
+    if layout == "Hugging Face":
+        found, names = read_settings(path.parent / "config.json", from_huggingface_config), [*STATED]
+    else:
+        found = read_settings(path.parent / "open_clip_config.json", from_open_clip_config)
+        names = [*reversed(STATED)]
+    half = {"mean": [0.5] * 3, "std": [0.5] * 3} if HALF in path.name.lower().replace("-", "_") else {}
+    stated = (read_settings(path.parent / name, STATED[name]) for name in names)
+    return (found or {}) | next(filter(None, stated), {"preprocessing": half})
 
 
 def from_huggingface_config(settings: dict) -> dict:
@@ -155,13 +165,84 @@ def from_huggingface_config(settings: dict) -> dict:
 
 
 def from_open_clip_config(settings: dict) -> dict:
-    """open_clip's model_cfg."""
+    """The model_cfg of open_clip_config.json."""
+    settings = settings["model_cfg"]
     vision, text = settings["vision_cfg"], settings["text_cfg"]
     if unknown := [key for key in (*vision, *text) if key not in OPEN_CLIP_OPTIONS.split()]:
         raise ValueError(f"{', '.join(unknown[:3])!a:.80}: not supported by this implementation")
     heads = {"vision_heads": vision.get("width", 768) // vision.get("head_width", 64)}
     heads["text_heads"] = text.get("heads", 8)
     return heads | {"activation": "quick_gelu" if settings.get("quick_gelu", False) else "gelu"}
+
+
+def from_open_clip_preprocessing(settings: dict) -> dict | None:
+    """The preprocess_cfg of open_clip_config.json; missing values are OpenAI's."""
+    if (own := settings.get("preprocess_cfg")) is None:
+        return None
+    size, mode, _ = own.pop("size", None), own.pop("mode", "RGB"), own.pop("fill_color", 0)
+    if mode != "RGB":
+        raise ValueError(f"mode {mode!a:.40} is not supported, only RGB")
+    return {"size": one_size(size), "preprocessing": check_preprocessing(own)}
+
+
+def from_huggingface_preprocessing(settings: dict) -> dict | None:
+    """transformers' CLIPImageProcessor; missing values have its defaults, which are OpenAI's."""
+    settings = settings.get("image_processor", settings)
+    if settings.keys() <= {"processor_class", "auto_map"}:
+        return None  # an older processor_config.json
+    kind = settings.get("image_processor_type", settings.get("feature_extractor_type", "CLIP"))
+    if not str(kind).startswith("CLIP"):
+        raise ValueError(f"image processor {kind!a:.40} is not supported, only CLIPImageProcessor")
+    size, crop = settings.get("size", 224), settings.get("crop_size", 224)
+    squash = isinstance(size, dict) and "height" in size
+    if isinstance(size, dict) and not squash and [*size] != ["shortest_edge"]:
+        raise ValueError(f"size {[*size]!a:.60} is not supported, only shortest_edge, or height and width")
+    for flag in ("do_resize", "do_rescale") if squash else ("do_resize", "do_rescale", "do_center_crop"):
+        if not settings.get(flag, True):
+            raise ValueError(f"{flag} {settings[flag]!a:.20} is not supported")
+    if abs(255 * settings.get("rescale_factor", 1 / 255) - 1) > 1e-6:
+        raise ValueError(f"rescale_factor {settings['rescale_factor']!a:.20} is not supported, only 1 / 255")
+    own = {"resize_mode": "squash" if squash else "shortest"}
+    own |= {"mean": settings.get("image_mean"), "std": settings.get("image_std")}
+    if not settings.get("do_normalize", True):
+        own |= {"mean": [0, 0, 0], "std": [1, 1, 1]}
+    resample = settings.get("resample", FILTERS["bicubic"])
+    own["interpolation"] = next((name for name, number in FILTERS.items() if number == resample), resample)
+    sizes = (size, crop) if settings.get("do_center_crop", True) else (size,)
+    return {"size": one_size(*sizes), "preprocessing": check_preprocessing(own)}
+
+
+def one_size(*sizes) -> int | None:
+    """The side of the square that these sizes have in common; None if no size is given."""
+    sides = set()
+    for size in sizes:
+        sides |= {*size.values()} if isinstance(size, dict) else {*size} if isinstance(size, list) else {size}
+    if len(sides) != 1:
+        raise ValueError(f"{' and '.join(map(str, sides)):.60} pixels: only one square size is supported")
+    return sides.pop()
+
+
+def check_preprocessing(values: dict) -> dict:
+    """Those arguments of Preprocess that differ from OpenAI's.   Raises: ValueError for unsupported ones."""
+    if unknown := [str(name)[:40] for name in values if name not in OPENAI]:
+        raise ValueError(f"preprocessing {', '.join(unknown[:3])!a} is not supported by this implementation")
+    found = {name: x for name, x in values.items() if x not in (None, OPENAI[name])}
+    for name in ("mean", "std"):
+        x = found.get(name, OPENAI[name])
+        if not isinstance(x, list) or [type(number) in (int, float) for number in x] != [True] * 3:
+            raise ValueError(f"{name} is not a list of three numbers")
+        if not all(abs(number) < 1e3 for number in x) or (name == "std" and min(x) <= 0):
+            raise ValueError(f"{name} {x!a:.80} cannot normalise an image")
+    for name, choices in (("interpolation", [*FILTERS]), ("resize_mode", ["shortest", "squash"])):
+        if (value := found.get(name, choices[0])) not in choices:
+            shown = value if isinstance(value, (str, int)) else type(value).__name__
+            raise ValueError(f"{name} {shown!a:.40} is not supported, only {' and '.join(choices)}")
+    return found
+
+
+# The files that state the preprocessing; beside Hugging Face's weights the first one counts, else the last
+STATED = dict.fromkeys(("preprocessor_config.json", "processor_config.json"), from_huggingface_preprocessing)
+STATED["open_clip_config.json"] = from_open_clip_preprocessing
 
 
 def to_huggingface_config(c: Config) -> dict:
