@@ -176,14 +176,16 @@ def machine(device: torch.device) -> str:
 # Cases: functions of a device that build their inputs and return what is timed ------------------------------
 
 
-def objective_case(form: str, rows: int, columns: int, tokens: int, device, heads=8, width=512) -> Callable:
+def objective_case(
+    form: str, rows: int, columns: int, tokens: int, device, heads=8, width=512, dtype=torch.float32
+) -> Callable:
     """Pair logits, sigmoid loss and backward of random pairs: as published, or in tiles."""
     g, K = torch.Generator().manual_seed(0), width // heads
     shapes = [(rows, heads, tokens, K)] * 2 + [(columns, heads, K), (columns, width), (width, width)]
     # keys, values, queries, text, W_O
     inputs = [torch.randn(shape, generator=g) for shape in shapes]
     inputs[-1] *= width**-0.5
-    inputs = [x.to(device).requires_grad_() for x in inputs]
+    inputs = [x.to(device, dtype).requires_grad_() for x in inputs]
 
     def part(cosines: Tensor, row: int, column: int) -> Tensor:
         return losses.siglip_sum(10 * cosines - 10, row - column)

@@ -14,7 +14,7 @@ import data
 import evaluate
 from alignclip import AlignCLIP
 from clipood import FineTune
-from lab import bench, peers
+from lab import bench, gpu, peers
 from model import CLIP, Config
 from readers import scenes
 from readers import templates as prompts
@@ -176,3 +176,37 @@ def test_a_step_never_waits_for_the_device(tiny, name):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         torch.ones(3).sum().item()
     assert "aten::_local_scalar_dense" in {event.key for event in profile.key_averages()}
+
+
+# lab/gpu.py
+
+
+@pytest.mark.slow
+def test_the_rehearsal_of_the_gpu_runs_every_part(tmp_path):
+    out = tmp_path / "gpu"
+    assert gpu.main(["--rehearse", "--minutes", "5", "--out", str(out)]) == 0
+    found = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+    assert found.keys() == {"gpu", *gpu.PARTS}
+    assert all(row["status"] == 0 and row["rows"] for row in found["gpu"]["parts"])
+    assert all(row["error"] < 1e-5 for row in found["objective"] if "error" in row)
+
+
+def test_a_part_keeps_its_rows_and_stops_at_its_end(tmp_path):
+    part = gpu.Part(gpu.GpuConfig(("steps",), out=str(tmp_path), rehearse=True))
+    part.add(what="first", ms=1.0)
+    part.end = 0.0
+    part.compare("late", {"arm": lambda device: pytest.fail("started after its end")})
+    assert [row["what"] for row in json.loads((tmp_path / "steps.json").read_text())] == ["first", "late"]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [(["speed"], "part 'speed': there are"), ([], "cuda:0 does not exist"), (["--rehearse"], "is not empty")],
+)
+def test_what_lab_gpu_refuses(tmp_path, capsys, flags, message):
+    if message == "cuda:0 does not exist" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    (tmp_path / "mine.json").write_text("{}")
+    assert gpu.main([*flags, "--out", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.json"]

@@ -1,4 +1,6 @@
-"""--compile: the forward pass of every model is one graph without a break, with the same results."""
+"""What a GPU needs, checked without one: one graph without a break, and a step that never waits for it."""
+
+import contextlib
 
 import pytest
 import torch
@@ -72,3 +74,35 @@ def test_a_compiled_llip_computes_its_loss_tile_by_tile(monkeypatch, chunks):
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(training_step(compiled, *pairs(), "siglip", chunks), expected)
     assert len(calls) == 2
+
+
+@pytest.fixture
+def no_autocast(monkeypatch):
+    """The meta device has none."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
+
+
+@pytest.mark.usefixtures("no_autocast")
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("objective", ["siglip", "infonce"])
+@pytest.mark.parametrize("cls", [CLIP, Llip, TiledLlip])
+def test_a_step_on_pairs_never_reads_a_value(cls, objective, chunks):
+    """On the meta device .item(), .cpu() and a truth test of a tensor are errors."""
+    with torch.device("meta"):
+        model = cls(SIZES) if cls is CLIP else cls(SIZES, 3, 2)
+    training_step(model, *(x.to("meta") for x in pairs()), objective, chunks)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+
+@pytest.mark.usefixtures("no_autocast")
+@pytest.mark.parametrize("cls", [FineTune, AlignCLIP])
+def test_a_step_on_labels_never_reads_a_value(cls):
+    model = fine_tuned(cls).to("meta")
+    loss, logs = model.loss(pairs()[0].to("meta"), torch.tensor([0, 3, 1]).to("meta"))
+    loss.backward()
+    assert all(isinstance(x, torch.Tensor) for x in logs.values())
+
+
+def test_reading_a_value_is_noticed():
+    with pytest.raises(RuntimeError, match="meta"):
+        torch.ones(1, device="meta").sum().item()

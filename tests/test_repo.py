@@ -138,7 +138,7 @@ def test_line_budgets():
     sizes = {
         "reading core": (lines(ROOT / f"{name}.py" for name in CORE), 3100),
         "code outside tests and lab": (lines(p for p in CODE if p.parent.name != "lab"), 11_500),
-        "lab": (lines(python_files("lab")), 2000),
+        "lab": (lines(python_files("lab")), 2300),
     }
     assert not {what: size for what, size in sizes.items() if size[0] > size[1]}
 
