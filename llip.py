@@ -156,16 +156,22 @@ class PooledTokens(CLIP):
         learned    cross-attention over the tokens with one learned query for all images
     Cost: FLOPs of an image, after the tower of M tokens: register 2 D E, average 2 M D E, learned
     4 M D E + 4 M E + 2 E^2. A pair takes 2 E, as CLIP's.   Raises: ValueError for another pooling.
-    heads and temperature are those of "learned"; scale and bias start as in Llip.
     """
 
     def __init__(
-        self, config: Config, mixture_tokens: int, pooling="average", heads=8, temperature=5.0, **start
+        self,
+        config: Config,
+        mixture_tokens: int,
+        pooling: str = "average",
+        heads: int = 8,
+        temperature: float = 5.0,
+        scale: float = 10.0,
+        bias: float | None = -10.0,
     ):
         if pooling not in ("register", "average", "learned"):
             raise ValueError(f"pooling {pooling!r}: expected register, average or learned")
         self.pooling, self.mixture_tokens = pooling, mixture_tokens
-        super().__init__(config, **dict(scale=10.0, bias=-10.0) | start)
+        super().__init__(config, scale, bias)
         D, E = config.vision_width, config.embed_dim
         self.heads, self.temperature = heads, float(temperature)
         if pooling == "learned":
