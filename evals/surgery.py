@@ -26,7 +26,9 @@ Llip's patch features are not in the space of the texts. Its maps show the atten
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -40,29 +42,38 @@ import data
 import evaluate
 from alignclip import default_blocks, two_paths
 from attention import KINDS, attend
-from model import DualEncoder, VisionTransformer
+from model import Block, DualEncoder, VisionTransformer
 from readers.images import IMAGE_ERRORS, decoding, open_image
 from util.files import write_image
 from util.flags import parse
 from util.plots import heat, sheet
 from util.program import leave, program
 
-TWO_PATHS = ("surgery", "alignclip", "gem")
-METHODS = (*TWO_PATHS, "maskclip", "sclip", "clearclip")
 TILE = 256  # pixels of a picture's longer side
 
 
-def embed(visual: VisionTransformer, images: Tensor, method: str) -> Tensor:
-    """Images to the first residual stream (B, 1 + P, D).
+@dataclass(frozen=True)
+class Recipe:
+    """A method: what it does with the positions of an image of another size, and how its last blocks mix.
 
-    Official codes resize the positions: bilinear (surgery, alignclip), bicubic with antialias (gem), bicubic
-    (maskclip), bicubic by a factor (sclip, clearclip).
+    embed      (visual, images) -> the first residual stream (B, 1 + P, D)
+    branch     attention of the second path, for alignclip.two_paths
+    last       without a second path: (block, x) -> (B, 1 + P, D), in place of the last block
+    own_class  the class token is that of the second path
     """
+
+    embed: Callable
+    branch: str | Callable | None = None
+    last: Callable | None = None
+    own_class: bool = False
+
+
+def embed_by_factor(visual: VisionTransformer, images: Tensor) -> Tensor:
+    """visual.embed, with positions that are resized by a factor."""
     side = math.isqrt(len(visual.positional_embedding) - 1)
     size = [pixels // visual.patch_size for pixels in images.shape[-2:]]  # rows, columns
-    if method not in ("sclip", "clearclip") or size == [side, side]:
-        bilinear = method in ("surgery", "alignclip")
-        return visual.embed(images, "bilinear" if bilinear else "bicubic", method == "gem")
+    if size == [side, side]:
+        return visual.embed(images)
     # REF: 0.1 patches more, so that the size is not rounded down (as in DINO). TRAP: size=(rows, columns)
     # gives other numbers, because the factor sets the distance of the samples
     positions = visual.positional_embedding[1:].t().view(1, -1, side, side)  # (1, D, side, side)
@@ -90,19 +101,26 @@ def gem_attention(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
     return y / 3
 
 
-def last_block(visual: VisionTransformer, x: Tensor, method: str) -> Tensor:
-    """CLIP's own path with the method's attention in the last block: (B, 1 + P, D)."""
-    *stack, block = visual.transformer.resblocks
-    for ordinary in stack:
-        x = ordinary(x)
-    if method == "maskclip":
-        return block(x, "dv")
-    if method == "clearclip":
-        return block.attn(block.ln_1(x), "qqv")
+def sclip_block(block: Block, x: Tensor) -> Tensor:
+    """Q-Q and K-K attention in a block: (B, 1 + P, D)."""
     q, k, v = block.attn.project(block.ln_1(x), "qkv")
     # REF: SCLIP adds the two softmaxes and does not average them: the rows sum to 2
     x = x + block.attn.merge(attend(q, k, v, "qqv") + attend(q, k, v, "kkv"))
     return x + block.mlp(block.ln_2(x))
+
+
+# REF: each official code resizes the positions in another way
+bilinear = partial(VisionTransformer.embed, mode="bilinear", antialias=False)
+bicubic = partial(VisionTransformer.embed, antialias=False)
+METHODS = {
+    "surgery": Recipe(bilinear, branch="vvv"),
+    "alignclip": Recipe(bilinear, branch="dv"),
+    # REF: CLIP Surgery takes the class token from the Q-K-V path, GEM from the second path
+    "gem": Recipe(VisionTransformer.embed, branch=gem_attention, own_class=True),
+    "maskclip": Recipe(bicubic, last=lambda block, x: block(x, "dv")),
+    "sclip": Recipe(embed_by_factor, last=sclip_block),
+    "clearclip": Recipe(embed_by_factor, last=lambda block, x: block.attn(block.ln_1(x), "qqv")),
+}
 
 
 def dense_features(
@@ -120,19 +138,21 @@ def dense_features(
     blocks = depth - default_blocks(depth)[0] if blocks is None else blocks
     if method not in METHODS:
         raise ValueError(f"method {method!r}: expected one of {', '.join(METHODS)}")
-    if kind is not None and (method != "surgery" or kind not in KINDS):
+    recipe = METHODS[method]
+    if kind is not None and (recipe.branch not in KINDS or kind not in KINDS):
         raise ValueError(f"kind {kind!r} of {method!r}: surgery takes one of {', '.join(KINDS)}, others none")
     if not 1 <= blocks <= depth:
         raise ValueError(f"{blocks} blocks with two paths: the tower has 1 to {depth}")
     if visual.tokens != 1 or visual.proj is None:
         raise ValueError(f"a tower of {visual.tokens} mixture tokens has no projection: use llip_caption_map")
-    x = embed(visual, images, method)
-    if method not in TWO_PATHS:
-        return visual.head(last_block(visual, x, method))
-    branch = kind or {"surgery": "vvv", "alignclip": "dv", "gem": gem_attention}[method]
-    x, z, _ = two_paths(visual, x, branch, depth - blocks, 0)
-    # REF: CLIP Surgery takes the class token from the Q-K-V path, GEM from the second path
-    return visual.head(z if method == "gem" else torch.cat([x[:, :1], z[:, 1:]], 1))
+    x = recipe.embed(visual, images)
+    if recipe.last:
+        *stack, block = visual.transformer.resblocks
+        for ordinary in stack:
+            x = ordinary(x)
+        return visual.head(recipe.last(block, x))
+    x, z, _ = two_paths(visual, x, kind or recipe.branch, depth - blocks, 0)
+    return visual.head(z if recipe.own_class else torch.cat([x[:, :1], z[:, 1:]], 1))
 
 
 def as_grid(x: Tensor) -> Tensor:
@@ -163,6 +183,7 @@ def similarity_map(tokens: Tensor, text: Tensor, size: int | tuple[int, int] | N
     Args:    tokens (B, 1 + P, E) from dense_features, the class token is dropped;  text (C, E)
              size in pixels: None for one value per patch, an int, or (height, width)
     Returns: (B, rows, columns, C), or (B, height, width, C).
+    Raises:  ValueError if the patches are not a square.
     """
     cosines = F.normalize(tokens[:, 1:], dim=-1) @ F.normalize(text, dim=-1).t()  # (B, P, C)
     return stretch(as_grid(cosines), size)
@@ -251,7 +272,7 @@ class Flags:
     texts: tuple[str, ...]  # what to look for, as "a dog"
     model: str  # a run directory of train.py, a checkpoint, or a name
     out: str  # the picture to write, a .png
-    method: Literal[METHODS] = "surgery"  # of a CLIP; for an Llip there is one kind of map
+    method: Literal[tuple(METHODS)] = "surgery"  # of a CLIP; for an Llip there is one kind of map
     size: int | None = None  # images are resized to a square of so many pixels (default: the model's)
     subtract_shared: bool = False  # feature surgery: subtract what all texts share
     vocab: str = ""  # vocabulary (default: the run's own, else OpenAI's)

@@ -122,7 +122,7 @@ def test_dense_features(clip, batch, method):
         "maskclip": -2 * square - mix,
         "clearclip": -square - 4 * L * WIDE * F_,
     }
-    blocks = {"blocks": two} if method in surgery.TWO_PATHS else {}
+    blocks = {"blocks": two} if surgery.METHODS[method].branch else {}
     found = []
     cost = counted(lambda: found.append(surgery.dense_features(clip.visual, batch[0], method, **blocks)))
     assert cost == B * (plain + more[method])

@@ -252,7 +252,7 @@ def bare_positions(method, rows, columns, positions):
     for parameter in (visual.conv1.weight, visual.class_embedding):
         parameter.zero_()
     visual.positional_embedding.copy_(positions)
-    x = surgery.embed(visual, torch.zeros(1, 3, 8 * rows, 8 * columns).double(), method)
+    x = METHODS[method].embed(visual, torch.zeros(1, 3, 8 * rows, 8 * columns).double())
     assert torch.equal(x[0, 0], visual.positional_embedding[0])
     return x[0, 1:, 0].view(rows, columns)
 
@@ -300,7 +300,7 @@ def test_position_interpolation_of_the_others(method, mode, antialias):
 @pytest.mark.parametrize("method", METHODS)
 def test_at_its_own_size_positions_are_untouched(method, images):
     visual = clip().visual
-    assert torch.equal(surgery.embed(visual, images, method), visual.embed(images))
+    assert torch.equal(METHODS[method].embed(visual, images), visual.embed(images))
 
 
 def test_what_dense_features_refuses(images):
