@@ -28,11 +28,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import losses
 import model as models
 import train
-from alignclip import AlignCLIP
-from baselines.cocoop import CoCoOp
-from baselines.coop import CoOp
-from baselines.maple import MaPLe
-from clipood import FineTune, unit
+from baselines.methods import METHODS
+from clipood import Classes, unit
+from evaluate import map_features
 from lab import peers
 from model import CONFIGS
 from scale import distributed
@@ -212,14 +210,14 @@ def random_batch(config: models.Config, batch: int, device) -> tuple[Tensor, Ten
 
 
 def build(kind: str, config: models.Config, device) -> nn.Module:
-    """clip, siglip, llip (32 tokens, 8 heads), or the CLIP of another package."""
+    """A method's model, with 32 tokens and 8 heads if it mixes, or the CLIP of another package."""
     torch.manual_seed(0)
     if kind in peers.PEERS:
         return peers.PEERS[kind][0](config).to(device)
+    method, published = METHODS[kind], dict(mixture_tokens=32, mixture_heads=8)
+    settings = method.settings(**{flag: published[flag] for flag in published.keys() & method.flags()})
     with torch.device(device):
-        if kind == "llip":
-            return tiles.TiledLlip(config, 32, 8)
-        return models.CLIP(config, 10.0, -10.0 if kind == "siglip" else None)
+        return tiles.select(method.module.build(settings, config, 32768), "tiled", 1, 1)
 
 
 def step_of(module: nn.Module, forward_backward: Callable, device, update: bool) -> Callable:
@@ -242,7 +240,7 @@ def autocast(precision: str, device) -> Callable:
 def step_case(kind: str, name: str, batch: int, precision: str, device, update: bool = True) -> Callable:
     """A training step of pre-training; other packages with InfoNCE over their own logits."""
     model, batches = build(kind, CONFIGS[name], device).train(), random_batch(CONFIGS[name], batch, device)
-    objective, cast = "siglip" if kind in ("siglip", "llip") else "infonce", autocast(precision, device)
+    cast = autocast(precision, device)
 
     def forward_backward() -> None:
         if kind in peers.PEERS:
@@ -250,7 +248,7 @@ def step_case(kind: str, name: str, batch: int, precision: str, device, update: 
                 logits = peers.PEERS[kind][1](model, *batches)
             losses.info_nce(logits).backward()
         else:
-            training_step(model, *batches, objective, autocast=cast)
+            training_step(model, *batches, METHODS[kind].settings().objective, autocast=cast)
 
     return step_of(model, forward_backward, device, update)
 
@@ -259,36 +257,35 @@ def prompts_case(kind: str, name: str, batch: int, prompts: int, precision: str,
     """Images against the features of so many prompts, which were computed before."""
     model, pictures = build(kind, CONFIGS[name], device), random_batch(CONFIGS[name], batch, device)[0]
     text, cast = torch.randn(prompts, CONFIGS[name].embed_dim).to(device), autocast(precision, device)
-    if kind == "llip":
+    if model.conditional:
         text = (model.split(torch.randn_like(text)), text)
 
     def run() -> Tensor:
         with torch.no_grad():
             with cast():
                 image = model.encode_image(pictures)
-            image = tuple(x.float() for x in image) if kind == "llip" else image.float()
-            return model.pair_logits(image, text)
+            return model.pair_logits(map_features(Tensor.float, image), text)
 
     return run
 
 
-def finetune_case(kind: str, name: str, batch: int, device, classes=10, update=True) -> Callable:
-    """A step of fine-tuning: clipood, published (last MLP on all tokens), dv, vvv, or a prompt method."""
+def finetune_case(
+    kind: str, name: str, batch: int, device, classes=10, update=True, published=False, **flags
+) -> Callable:
+    """A step of fine-tuning by a method with these flags; published: the last MLP runs on all tokens."""
     config, g = CONFIGS[name], torch.Generator().manual_seed(0)
     clip = build("clip", config, device)
     text = unit(torch.randn(classes, config.embed_dim, generator=g)).to(device)
-    prompts = {"CoOp": (CoOp, 4), "CoCoOp": (CoCoOp, 4)}
-    prompts["MaPLe"] = (MaPLe, 2, min(9, config.vision_layers, config.text_layers))
-    if kind in prompts:
-        tokens = torch.zeros(classes, config.context_length, dtype=torch.long)
-        end = min(8, config.context_length - 5)
-        tokens[:, 0], tokens[:, 1:end], tokens[:, end] = config.vocab_size - 2, 7, config.vocab_size - 1
-        module = prompts[kind][0](clip, tokens.to(device), *prompts[kind][1:])
-    elif kind in ("dv", "vvv"):
-        module = AlignCLIP(clip, text, branch=kind)
-    else:
-        module = FineTune(clip, text, margin=0.3)
-    if kind == "published":
+
+    def tokenizer(texts: list[str], length: int) -> Tensor:
+        """Prompts of at most eight tokens, whatever they say: start, words, end, zeros."""
+        ids, end = torch.zeros(len(texts), length, dtype=torch.long), min(8, length - 5)
+        ids[:, 0], ids[:, 1:end], ids[:, end] = config.vocab_size - 2, 7, config.vocab_size - 1
+        return ids
+
+    names, method = [f"class {c}" for c in range(classes)], METHODS[kind]
+    module = method.module.build(method.settings(**flags), clip, Classes(names, ("{}",), tokenizer, text))
+    if published:
         clip.encode_image = partial(peers.published_tower, clip.visual)
     pictures = random_batch(config, batch, device)[0]
     labels = torch.arange(batch).remainder(classes).to(device)
@@ -323,17 +320,20 @@ def alignclip(b: Bench) -> None:
     CLIPood here leaves out the last MLP of the patches, which AlignCLIP's L_sim needs.
     """
     name = "ViT-B-32" if b.c.quick else "ViT-B-16"
-    kinds = {"CLIPood as published": "published", "CLIPood": "clipood"}
-    kinds |= {"AlignCLIP dv": "dv", "AlignCLIP vvv": "vvv"}
-    cases = {arm: partial(finetune_case, kind, name, b.batch) for arm, kind in kinds.items()}
+    cases = {"CLIPood as published": partial(finetune_case, "clipood", name, b.batch, published=True)}
+    cases["CLIPood"] = partial(finetune_case, "clipood", name, b.batch)
+    for branch in ("dv", "vvv"):
+        cases[f"AlignCLIP {branch}"] = partial(finetune_case, "alignclip", name, b.batch, branch=branch)
     b.compare(f"{name} step, batch {b.batch}", cases, flops=True)
 
 
 def prompts(b: Bench) -> None:
     """A step of the prompt methods over CLIPood's, its memory, and the parameters that learn."""
-    name, kinds = "ViT-B-32" if b.c.quick else "ViT-S-16", {"CLIPood": "clipood", "AlignCLIP": "dv"}
-    kinds |= {kind: kind for kind in ("CoOp", "CoCoOp", "MaPLe")}
-    cases = {arm: partial(finetune_case, kind, name, 4, classes=7) for arm, kind in kinds.items()}
+    name, kinds = "ViT-B-32" if b.c.quick else "ViT-S-16", {"CLIPood": {}, "AlignCLIP": {}}
+    kinds |= {"CoOp": dict(context=4), "CoCoOp": dict(context_words=""), "MaPLe": dict(context_words="")}
+    cases = {
+        arm: partial(finetune_case, arm.lower(), name, 4, classes=7, **flags) for arm, flags in kinds.items()
+    }
     b.compare(f"{name} step, batch 4, 7 classes", cases, memory=True)
 
 

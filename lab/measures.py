@@ -152,11 +152,11 @@ def inference(lab, seed: int) -> dict:
 
 def sls_and_tes(lab, seed: int) -> dict:
     """Target accuracy of SLS and TeS at the same steps and at four times as many, and parameters added."""
-    rows = {}
-    for name, arm in (("sls", "plain sls"), ("tes", "tes")):
+    rows, kinds = {}, {"sls": ("plain sls", partial(FineTune, smoothing="mixture")), "tes": ("tes", TeS)}
+    for name, (arm, build) in kinds.items():
         net, tokenizer = lab.model("start", seed)
         text, before = class_texts(net, tokenizer), sum(p.numel() for p in net.parameters())
-        method = TeS(net, text) if name == "tes" else FineTune(net, text, smoothing="mixture")
+        method = build(net, text)
         rows[name] = {
             "target": lab.figure(arm, seed, "target"),
             "target, 4 times the steps": lab.figure(f"{arm} longer", seed, "target"),
@@ -197,11 +197,11 @@ def prompt_cost(lab, seed: int) -> dict:
 
 def llip_cost(lab, seed: int) -> dict:
     """A training step and an inference of Llip over CLIP's, and FLOPs of a step of 32,768 pairs of L/14."""
-    rows = {"CLIP": {}, "Llip": {}}
+    rows, names = {"CLIP": {}, "Llip": {}}, {"clip": "CLIP", "siglip": "CLIP", "llip": "Llip"}
     for row in lab.timings("llip"):
-        if row["arm"] in ("clip", "siglip", "llip"):
+        if name := names.get(row["arm"]):
             figure = "inference over CLIP's" if row["what"].startswith("inference") else "step over CLIP's"
-            rows["Llip" if row["arm"] == "llip" else "CLIP"][figure] = row["ratios"]
+            rows[name][figure] = row["ratios"]
     c, pairs = CONFIGS["ViT-L-14"], 32768
     own, plain = llip.flops(c, 32, pairs), tower_flops(c)
     clip = 3 * (plain["image"] + plain["text"] + 2 * pairs * c.embed_dim)

@@ -164,7 +164,7 @@ def test_each_prompt_of_a_class_is_encoded_once(monkeypatch):
 def test_a_step_never_waits_for_the_device(tiny, name):
     """No number is read back between log lines: each .item() would stop a GPU's queue."""
     if name == "AlignCLIP":
-        run = bench.finetune_case("dv", "ViT-B-32", 2, CPU, update=False)
+        run = bench.finetune_case("alignclip", "ViT-B-32", 2, CPU, update=False)
     else:
         run = bench.step_case(name, "ViT-B-32", 4, "fp32", CPU, update=False)
     run()
