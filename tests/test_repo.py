@@ -161,6 +161,72 @@ def test_only_four_tags_in_comments():
             assert tag in ("PAPER", "REF", "TRAP", "SPEED"), (path, tag)
 
 
+# Names of methods
+
+# strings that are names of other things too, by a word of what they are compared with
+OTHER_MEANINGS = {"siglip": "objective", "clip": "model_type"}
+METHOD_NAMES = {
+    name
+    for module in ("baselines.methods", "evals.surgery")
+    for name in importlib.import_module(module).METHODS
+}
+
+
+def compared_names(code: str) -> list[str]:
+    """Expressions that compare with the name of a method: == != in, match, startswith, and {...}[name]."""
+    tree, found = ast.parse(code), []
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
+    constants = {target.id: n.value for n in assigned for target in n.targets if isinstance(target, ast.Name)}
+
+    def names(side) -> set[str]:
+        """In a string, in a collection of strings, and in a constant of the file that is one of these."""
+        side = constants.get(side.id, side) if isinstance(side, ast.Name) else side
+        parts = [side, *getattr(side, "elts", [])]
+        return METHOD_NAMES & {part.value for part in parts if isinstance(part, ast.Constant)}
+
+    for node in ast.walk(tree):
+        sides = []
+        if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq | ast.NotEq | ast.In | ast.NotIn):
+            sides = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            sides = [node.value]
+        elif isinstance(node, ast.Subscript) and isinstance(node.value, ast.Dict):
+            sides = node.value.keys
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith((".startswith", ".endswith")):
+            sides = node.args
+        text = ast.unparse(node) if sides else ""
+        meant = {name for side in sides for name in names(side)}
+        if any(OTHER_MEANINGS.get(name, "\n") not in text for name in meant):
+            found.append(text)
+    return found
+
+
+@pytest.mark.parametrize("module", sorted({*MODULES} - {"baselines.methods"}))
+def test_no_code_compares_a_methods_name(module):
+    assert not compared_names(MODULES[module].read_text())
+
+
+@pytest.mark.parametrize(
+    "code, found",
+    [
+        ("if c.method == 'llip': pass", 1),
+        ("steps = 5 if 'coop' != method else 6", 1),
+        ("two = method in ('surgery', 'gem') or method not in ['x', 'sclip']", 2),
+        ("PROMPTS = ('coop', 'maple')\nif name in PROMPTS: pass", 1),
+        ("match method:\n    case 'tes' | 'x': pass", 1),
+        ("mode = {'gem': 'bicubic', 'surgery': 'bilinear'}[method]", 1),
+        ("if name.startswith('alignclip'): pass", 1),
+        ("objective = 'siglip' if kind == 'siglip' else 'infonce'", 1),
+        # the loss of this name, the kind of model in a config.json, and no comparison
+        ("if settings.objective == 'siglip' or config.get('model_type', 'clip') != 'clip': pass", 0),
+        ("for name in ('clip', 'llip'): run(method=name, branch={'dv': 1}[kind])", 0),
+        ("if method not in METHODS: raise ValueError('norm' in name)", 0),
+    ],
+)
+def test_a_compared_name_would_be_found(code, found):
+    assert len(compared_names(code)) == found
+
+
 # Commands
 
 README = (ROOT / "README.md").read_text()
