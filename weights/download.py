@@ -32,10 +32,6 @@ NAMES = {
 }
 
 
-class Useless(ValueError):
-    """The partial file cannot become the right one."""
-
-
 def canonical_name(name: str) -> str:
     """OpenAI's spelling ViT-L/14@336px to ViT-L-14-336."""
     return name.replace("/", "-").replace("@", "-").removesuffix("px")
@@ -75,7 +71,7 @@ class SameScheme(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         if newurl.split(":", 1)[0].lower() not in SCHEMES:
-            raise ValueError(f"{newurl!a:.200}: only {', '.join(SCHEMES)} is followed")
+            raise OSError(f"{newurl!a:.200}: only {', '.join(SCHEMES)} is followed")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -103,13 +99,13 @@ def complete(url: str, path: Path, sha256: str | None) -> None:
             total = request(url, file, LARGEST_WITH_HASH if sha256 else LARGEST)
             size = file.seek(0, os.SEEK_END)
             if size < total:
-                raise ValueError(f"ended at {size:,} of {total:,} bytes")
+                raise OSError(f"ended at {size:,} of {total:,} bytes")
             found = hash_of(file) if sha256 else None
             if found != sha256 or 0 <= total < size:
-                raise Useless(f"{size:,} bytes with sha256 {found}, expected {sha256}")
+                raise ValueError(f"{size:,} bytes with sha256 {found}, expected {sha256}")
         except (OSError, http.client.HTTPException, ValueError) as error:
-            # 416: the partial file is longer than the server's file
-            useless = isinstance(error, Useless) or getattr(error, "code", 0) == 416
+            # a ValueError, or status 416: the partial file cannot become the right one
+            useless = isinstance(error, ValueError) or getattr(error, "code", 0) == 416
             keep = os.fstat(file.fileno()).st_size and not useless
             if not keep:
                 part.unlink()
@@ -131,17 +127,17 @@ def request(url: str, file, limit: int) -> int:
             file.truncate(0)
             have = 0
         elif not (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
-            raise ValueError(f"the server sent another range than bytes {have}-")
+            raise OSError(f"the server sent another range than bytes {have}-")
         length = response.headers.get("Content-Length") or ""
         total = have + int(length) if length.isdecimal() else -1
         if total > limit:
-            raise Useless(f"{total:,} bytes; at most {limit:,} are accepted")
+            raise ValueError(f"{total:,} bytes; at most {limit:,} are accepted")
         shown = 0.0
         # TRAP: read() would wait for a whole block, and an interruption would lose up to one
         while block := response.read1(CHUNK):
             have += len(block)
             if have > limit:
-                raise Useless(f"more than {limit:,} bytes")
+                raise ValueError(f"more than {limit:,} bytes")
             while block:
                 block = block[file.write(block) :]
             if time.monotonic() - shown > 5:
