@@ -1,21 +1,22 @@
 """Compares arrays of a port with the recordings of this folder. It needs numpy only.
 
-    python tests/golden/check.py MINE.npz [--only PREFIX]
+    python tests/golden/check.py MINE.npz [--only PREFIX] [--values]
 
-PREFIX selects arrays, for example llip_k4 or llip_k4/out.pred.
+PREFIX selects arrays, for example llip_k4 or llip_k4/out.pred. With --values gradients may be missing.
 
 MINE.npz holds arrays named case/key. The case is the name of a golden file without .npz. The key is the
-name of its array with or without "out.", for example "llip_k4/out.K" or "llip_k4/K". Every framework can
-write such a file:
+name of its array or an alias of manifest.json, with or without "out.": llip_k4/out.pred_ws5, llip_k4/pred_ws5
+and llip_k4/z_tau5 are the same array. Every framework can write such a file:
 
-    np.savez("MINE.npz", **{"llip_k4/K": np.asarray(keys), "llip_k4/loss_ws5": np.asarray(loss)})
+    np.savez("MINE.npz", **{"llip_k4/K": np.asarray(keys), "llip_k4/loss_tau5": np.asarray(loss)})
 
 Each line has the largest error divided by its tolerance; 1 is the limit. Cases that MINE.npz does not
 mention are listed and do not fail. Arrays that need a file outside this folder may be missing. The exit
 status is 1 if an array is wrong, unknown, or missing in a case that MINE.npz mentions, and 2 if the
-arguments are wrong.
+arguments are wrong. A Python program can read a case with check.load.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -40,6 +41,20 @@ def expected_arrays(only: str = "") -> dict[str, dict]:
     }
 
 
+def load(case: str) -> dict[str, np.ndarray]:
+    """The arrays of a file under their names and aliases; float16 is only a storage format here."""
+    arrays = json.loads((FOLDER / "manifest.json").read_text(encoding="utf-8"))["files"][f"{case}.npz"][
+        "arrays"
+    ]
+    found = {}
+    with np.load(FOLDER / f"{case}.npz") as file:
+        for key, array in arrays.items():
+            value = file[key]
+            value = value.astype(np.float32) if value.dtype == np.float16 else value
+            found |= dict.fromkeys([key, *array.get("aliases", [])], value)
+    return found
+
+
 def compare(got: np.ndarray, expected: np.ndarray, array: dict) -> tuple[float, str]:
     """Largest error divided by the tolerance, and a remark where the arrays cannot be compared."""
     if got.shape != expected.shape:
@@ -56,17 +71,24 @@ def compare(got: np.ndarray, expected: np.ndarray, array: dict) -> tuple[float, 
     return float(ratio.max(initial=0)), ""
 
 
-def check(mine: dict[str, np.ndarray], only: str = "") -> tuple[list[str], int]:
+def check(mine: dict[str, np.ndarray], only: str = "", values: bool = False) -> tuple[list[str], int]:
     """Lines of the report, and the number of arrays that are wrong, missing or unknown."""
     wanted, lines, bad, checked = expected_arrays(only), [], 0, 0
+    aliases = {
+        (case, alias): key
+        for case, arrays in wanted.items()
+        for key, array in arrays.items()
+        for alias in array.get("aliases", [])
+    }
     names = {}
     for name in mine:
         case, _, key = name.partition("/")
-        names[case, key if key.startswith("out.") else "out." + key] = name
+        key = key if key.startswith("out.") else "out." + key
+        names[case, aliases.get((case, key), key)] = name
     for case in sorted({case for case, _ in names} & set(wanted)):
         recorded = np.load(FOLDER / f"{case}.npz")
         for key, array in wanted[case].items():
-            if (case, key) not in names and "needs" in array:
+            if (case, key) not in names and ("needs" in array or (values and "grad" in key)):
                 continue
             if (case, key) not in names:
                 lines.append(f"MISSING        {case}/{key}")
@@ -89,20 +111,19 @@ def check(mine: dict[str, np.ndarray], only: str = "") -> tuple[list[str], int]:
 
 
 def main(argv: list[str]) -> int:
-    only = ""
-    if len(argv) == 3 and argv[1] == "--only":
-        only = argv[2]
-        argv = argv[:1]
-    if len(argv) != 1 or argv[0].startswith("-"):
-        print(__doc__, file=sys.stderr)
-        return 2
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("mine", metavar="MINE.npz")
+    parser.add_argument("--only", metavar="PREFIX", default="")
+    parser.add_argument("--values", action="store_true", help="gradients may be missing")
+    options = parser.parse_args(argv)
     try:
-        with np.load(argv[0]) as file:
+        with np.load(options.mine) as file:
             mine = dict(file)
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        print(f"{argv[0]}: not an .npz file that can be read: {error}", file=sys.stderr)
+        print(f"{options.mine}: not an .npz file that can be read: {error}", file=sys.stderr)
         return 2
-    lines, bad = check(mine, only)
+    lines, bad = check(mine, options.only, options.values)
     print("\n".join(lines))
     return 1 if bad else 0
 
