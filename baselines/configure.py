@@ -29,7 +29,7 @@ LIMITS |= {"epochs": (0, 1e6, "must lie in [0, 1e6]"), "logit_bias": (-500, 500,
 LIMITS |= {"bias": (0, 1, "must lie in [0, 1]"), "crop_scale": (1e-300, 1, "must lie in (0, 1]")}
 CHOICES = {"model": tuple(CONFIGS), "objective": ("infonce", "siglip"), "precision": ("auto", "fp32", "bf16")}
 CHOICES |= {"optimizer": ("adamw", "sgd", "nesterov"), "pooling": ("text", "register", "average", "learned")}
-CHOICES |= {"open_task": ("domain-shift", "open-class", "in-the-wild")}
+CHOICES |= {"open_task": ("domain-shift", "open-class", "in-the-wild", "all-classes")}
 
 
 def resolve(configs: dict[str, type], flags: dict) -> tuple:

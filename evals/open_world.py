@@ -6,6 +6,7 @@
                                                    among its own names
     in-the-wild    base classes of all domains     base and new images of the target,        base, new, H
                    but the target                  among all names
+    all-classes    all classes                     the test images                           test
 
 H = 2 base new / (base + new). The protocol is that of CLIPood (Shu et al. 2023, section 5) and AlignCLIP (Han
 et al. 2025), which share their loaders: thuml/CLIPood@bc0d874 converter_domainbed.py. protocol.py builds it.
@@ -33,7 +34,7 @@ from util.program import leave, program
 from util.report import format_table, plus_minus
 from util.run import read_config
 
-FIGURES = ("val", "target", "base", "new", "H")
+FIGURES = ("val", "target", "test", "base", "new", "H")
 
 
 def harmonic(base: float, new: float) -> float:
@@ -48,8 +49,8 @@ def evaluate_protocol(
 
     REF: images are resized bilinearly, as in the loaders of CLIPood and AlignCLIP; CLIP's resize is bicubic.
     Args:    options: of evaluate.score_rows
-    Returns: top-1 in [0, 1] of "val" and of "target", or "base", "new" and their harmonic mean "H"; "chance",
-             the same of a random answer; "images", the number of test images
+    Returns: top-1 in [0, 1] of "val" and of "target", "test", or "base", "new" and their harmonic mean "H";
+             "chance", the same of a random answer; "images", the number of test images
     """
     val, result, chance = protocol.val, {}, {}
     options["transform"] = data.preprocess_of(model.config, interpolation="bilinear")

@@ -6,8 +6,8 @@ images with labels, and the embedded scenes.
     REF: under domain shift only the hold-out of DomainBed, 20 % of the target, is evaluated; whole=True takes
     all of it. In the wild the whole target is evaluated.
     REF: in the wild the base classes are the first floor(C/2) classes, for open-class the first ceil(C/2).
-    Folders with domains under open-class are not in the papers: here all domains train, and their hold-outs
-    are evaluated.
+    Folders with domains under open-class and all-classes are not in the papers: here all domains train, and
+    their hold-outs are evaluated.
 """
 
 import functools
@@ -18,7 +18,9 @@ import data
 from readers import scenes
 from readers import templates as prompts
 
-TASKS = ("domain-shift", "open-class", "in-the-wild")
+TASKS = ("domain-shift", "open-class", "in-the-wild", "all-classes")
+NEW_CLASSES = ("open-class", "in-the-wild")  # tasks that evaluate classes without training images
+NO_TARGET = ("open-class", "all-classes")  # tasks that train on all domains
 HELD_OUT = 960  # scenes for validation, and for each test
 
 
@@ -26,7 +28,7 @@ HELD_OUT = 960  # scenes for validation, and for each test
 class Protocol:
     """Labelled data sets, perhaps with domains, to train on and to evaluate on, each among its classes.
 
-    val is None if the data have no third part;  tests: {"target" | "base" | "new": data set}
+    val is None if the data have no third part;  tests: {"target" | "test" | "base" | "new": data set}
     """
 
     train: object
@@ -40,7 +42,7 @@ def protocol(
     """The protocol of a task on a data set.
 
     Args:    source: "scenes", or labelled data for data.open_dataset;  task: one of TASKS;  target: the
-             domain left out, empty for open-class;  whole: evaluate all of the target under domain shift;
+             domain left out, empty for NO_TARGET;  whole: evaluate all of the target under domain shift;
              shots: training images of each class, drawn by seed, 0 for all;  scene: of scenes_protocol;
              where: of data.open_dataset
     Raises:  ValueError for an unknown target, and for data without labels, domains or images.
@@ -49,10 +51,10 @@ def protocol(
         check_target("scenes", task, target, scenes.DOMAINS)
         result = scenes_protocol(task, target, seed, **(scene or {}))
     else:
-        dataset = open_labelled(source, None, where)
+        dataset = data.open_dataset(source, kind="labels", **where)
         check_target(source, task, target, dataset.domain_names or ())
         if dataset.domains is None and "train" in dataset.splits:
-            result = split_protocol(source, dataset.splits, where)
+            result = split_protocol(source, task, dataset.splits, where)
         else:
             result = domain_protocol(dataset, task, target, whole)
     if empty := [name for name, part in {"train": result.train, **result.tests}.items() if not len(part)]:
@@ -66,11 +68,12 @@ def protocol(
 def check_target(source, task: str, target: str, names) -> None:
     """Raises: ValueError if the task and the domains do not fit."""
     listed = ", ".join(names)
-    if task == "open-class":
+    if task in NO_TARGET:
         if target:
-            raise ValueError(f"open-class has no target domain, {target!r} was given: leave it out")
+            raise ValueError(f"{task} has no target domain, {target!r} was given: leave it out")
     elif len(names) < 2:
-        raise ValueError(f"{source}: {task} needs two domains or more, there are {len(names)}")
+        problem = f"{task} needs two domains or more, there are {len(names)}"
+        raise ValueError(f"{source}: {problem}; open-class and all-classes need none")
     elif not target:
         raise ValueError(f"{source}: {task} needs a target domain, one of: {listed}")
     elif target not in names:
@@ -81,11 +84,13 @@ def check_target(source, task: str, target: str, names) -> None:
 def scenes_protocol(task, target, seed, image_size=32, size=2048, bias=0.0, test_seed=0) -> Protocol:
     """`size` embedded scenes to train on; the test images are the same for every seed and have no bias."""
     domains = tuple(name for name in scenes.DOMAINS if name != target)
-    kinds = scenes.KINDS if task == "domain-shift" else scenes.BASE
+    kinds = scenes.BASE if task in NEW_CLASSES else scenes.KINDS
     test = "test", HELD_OUT, test_seed, image_size
     if task == "open-class":
         halves_of = {"base": scenes.BASE, "new": scenes.NEW}
         tests = {name: scenes.Objects(*test, domains, half) for name, half in halves_of.items()}
+    elif task == "all-classes":
+        tests = {"test": scenes.Objects(*test, domains)}
     else:
         tests = {"target": scenes.Objects(*test, (target,), scenes.KINDS)}
     if task == "in-the-wild":
@@ -107,7 +112,7 @@ def domain_protocol(dataset, task: str, target: str, whole: bool) -> Protocol:
     labels, names = dataset.labels, dataset.domain_names or ["all"]
     domains = dataset.domains or [0] * len(dataset)
     base, new, part = list(range(len(dataset.classes))), [], None
-    if task != "domain-shift":
+    if task in NEW_CLASSES:
         base, new = data.base_new_classes(len(base), "up" if task == "open-class" else "down")
         part = "base"
     images = [[i for i, d in enumerate(domains) if d == env] for env in range(len(names))]
@@ -123,6 +128,8 @@ def domain_protocol(dataset, task: str, target: str, whole: bool) -> Protocol:
     if task == "open-class":
         ids = [i for env in sources for i in split(env, new, "open")[1]]
         tests, held = {"base": held, "new": data.Subset(dataset, ids, new)}, None
+    elif task == "all-classes":
+        tests, held = {"test": held}, None
     else:
         env = names.index(target)
         ids = images[env] if whole else split(env, base, part)[1]
@@ -132,24 +139,19 @@ def domain_protocol(dataset, task: str, target: str, whole: bool) -> Protocol:
     return Protocol(train, held, tests)
 
 
-def split_protocol(source, splits: dict, where: dict) -> Protocol:
-    """Open classes on data with splits, such as CoOp's: base and new halves of the test images."""
+def split_protocol(source, task: str, splits: dict, where: dict) -> Protocol:
+    """Data with splits, such as CoOp's: all of the test images, or their base and new halves."""
     test = "test" if "test" in splits else "val"
-    parts = {name: open_labelled(source, name, where) for name in splits}
+    parts = {name: data.open_dataset(source, name, kind="labels", **where) for name in splits}
     base, new = data.base_new_classes(len(parts["train"].classes))
+    chosen = {"base": base, "new": new}
+    if task == "all-classes":
+        base, chosen = None, {"test": None}
     if test not in parts:
         raise ValueError(f"{source}: neither test nor val images; there are: {', '.join(splits)}")
-    tests = {name: data.Subset(parts[test], None, half) for name, half in (("base", base), ("new", new))}
+    tests = {name: data.Subset(parts[test], None, classes) for name, classes in chosen.items()}
     val = data.Subset(parts["val"], None, base) if test == "test" and "val" in parts else None
     return Protocol(data.Subset(parts["train"], None, base), val, tests)
-
-
-def open_labelled(source, split: str | None, where: dict):
-    """A data set with labels.   Raises: ValueError without labels."""
-    dataset = data.open_dataset(source, split, **where)
-    if not hasattr(dataset, "labels"):
-        raise ValueError(f"{source}: no classes in it, which open-world tasks need")
-    return dataset
 
 
 def few(dataset, shots: int, seed: int):
@@ -162,11 +164,11 @@ def few(dataset, shots: int, seed: int):
 
 def domains_of(source: str | Path, task: str, **where) -> list[str]:
     """The domains to leave out in turn; [""] if the task has no target."""
-    if task == "open-class":
+    if task in NO_TARGET:
         return [""]
     if str(source) == "scenes":
         return list(scenes.DOMAINS)
-    names = data.open_dataset(source, **where).domain_names
+    names = data.open_dataset(source, kind="labels", **where).domain_names
     check_target(source, task, (names or [""])[0], names or ())
     return list(names)
 

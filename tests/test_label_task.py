@@ -212,6 +212,26 @@ def test_average_pooling_trains_and_asks_the_mean_of_the_patches(clip):
         task_of(clip, "alignclip", image_pooling="average")
 
 
+@pytest.mark.parametrize("method", (*TUNED, *PROMPTED))
+def test_every_method_trains_on_all_classes_of_one_data_set(tmp_path, clip, method, capsys):
+    for k, split in enumerate(("Training", "Test")):
+        for c, name in enumerate(("bird", "cat", "dog", "fish")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for n in range(3 - k):
+                Image.new("RGB", (20, 20), (50 * c, 90 * k, 40 * n)).save(
+                    tmp_path / split / name / f"{n}.png"
+                )
+    flags = ["--train-data", tmp_path, "--open-task", "all-classes", "--target-domain", "", "--steps", 1]
+    assert run(tmp_path / "run", clip, method, *flags) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert all(r["images"] == 8 and r["chance"] == {"test": 0.25} for r in results.values())
+    assert checkpoint(tmp_path / "run")["task"]["classes"] == ["bird", "cat", "dog", "fish"]
+    capsys.readouterr()
+    data = ["--model", str(tmp_path / "run"), "--data", str(tmp_path), "--device", "cpu"]
+    assert openworld.main(data) == 0
+    assert f"| {method} " in capsys.readouterr().out
+
+
 # Learning ------------------------------------------------------------------------------------------------
 
 

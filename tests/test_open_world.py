@@ -144,6 +144,17 @@ def test_open_class_has_two_label_spaces(folder, coop):
     assert protocol(folder, "open-class").val is None  # two parts are all that DomainBed's split has
 
 
+def test_all_classes_are_trained_on_and_evaluated(folder, coop):
+    for source, images in ((coop, 15), (folder, 18)):
+        p = protocol(source, "all-classes")
+        assert list(p.tests) == ["test"] and p.train.classes == p.tests["test"].classes == list(CLASSES)
+        assert set(p.train.labels) == set(p.tests["test"].labels) == set(range(5))
+        assert len(p.tests["test"]) == images and (p.val is None) == (source == folder)
+    assert protocol("scenes", "all-classes", scene=dict(size=64)).tests["test"].classes == list(scenes.KINDS)
+    with pytest.raises(ValueError, match="all-classes has no target domain, 'art' was given: leave it out"):
+        protocol(folder, "all-classes", "art")
+
+
 def test_in_the_wild_asks_all_names(folder):
     p = protocol(folder, "in-the-wild", "sketch")
     assert p.train.classes == ["cat", "dog"] == p.val.classes  # floor(5 / 2)
@@ -157,8 +168,8 @@ def test_in_the_wild_asks_all_names(folder):
 
 @pytest.mark.parametrize("task", protocols.TASKS)
 def test_nothing_asked_is_trained_on(folder, coop, task):
-    target = "" if task == "open-class" else "sketch"
-    for source in [folder, "scenes"] + ([coop] if task == "open-class" else []):
+    target = "" if task in protocols.NO_TARGET else "sketch"
+    for source in [folder, "scenes"] + ([coop] if task in protocols.NO_TARGET else []):
         p = protocol(source, task, target, scene=dict(size=400))
         trained = names(p.train) | (names(p.val) if p.val else set())
         for asked in p.tests.values():
@@ -166,8 +177,8 @@ def test_nothing_asked_is_trained_on(folder, coop, task):
             assert len(asked) and not trained & names(asked)
             assert set(asked.labels) <= set(range(len(classes)))
         used = {p.train.domain_names[d] for d in getattr(p.train, "domains", [])}
-        assert "sketch" not in used or task == "open-class"
-        if task != "domain-shift":
+        assert "sketch" not in used or task in protocols.NO_TARGET
+        if task in protocols.NEW_CLASSES:
             asked = p.tests["new"]
             classes = asked.classes
             assert not {classes[y] for y in asked.labels} & set(p.train.classes)
@@ -230,7 +241,8 @@ def test_mistakes_are_named(folder, coop, tmp_path):
         assert "no domain 'Sketch'" in message and known in message and str(source) in message
         assert known in said(source, "in-the-wild")
     assert "leave it out" in said(folder, "open-class", "art")
-    assert "needs two domains or more, there are 0" in said(coop, "domain-shift", "art")
+    message = said(coop, "domain-shift", "art")
+    assert "needs two domains or more, there are 0; open-class and all-classes need none" in message
     content = json.loads(coop.read_text())
     content["test"][4][0] = "gone.png"
     broken = coop.parent / "broken.json"
@@ -245,7 +257,7 @@ def test_mistakes_are_named(folder, coop, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "b" / "dog" / "0.png")
     assert "class 'dog' is not in both" in said(tmp_path, "domain-shift", "a")
     (tmp_path / "list.csv").write_text("filepath,title\na/cat/0.png,a cat\n")
-    assert "no classes in it" in said(tmp_path / "list.csv", "open-class")
+    assert "has no labels, which are needed" in said(tmp_path / "list.csv", "open-class")
 
 
 def test_harmonic():
