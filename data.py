@@ -26,7 +26,7 @@ from readers.benchmarks import base_new_classes, domainbed_split
 from readers.datasets import Labelled, Pairs, Subset, open_dataset
 from readers.images import IMAGE_ERRORS, MEAN, STD, Preprocess, RandomCrop, normalise, preprocess
 from readers.shards import Shards
-from util.evaluation import where_of
+from util.evaluation import WhereFlags, where_of
 from util.files import write_image
 from util.flags import parse
 from util.plots import sheet
@@ -322,17 +322,12 @@ def contact_sheet(dataset, size: int = 128, count: int = 50) -> Image.Image:
     return sheet(pictures, texts, 10, size)
 
 
-@dataclass(frozen=True)
-class Flags:
+@dataclass(frozen=True, kw_only=True)
+class Flags(WhereFlags):
     path: str  # folder, list, 'shards/{00..10}.tar', or scenes
     show: bool = True  # draw a contact sheet
     split: str = ""  # only this split
     out: str = "sheet.png"  # where to write the contact sheet
-    image_root: str = ""  # folder that names in a list are relative to
-    image_key: str = ""  # column of a list that has the image
-    caption_key: str = ""  # column of a list that has the caption
-    label_key: str = ""  # column of a list that has the label
-    allow_outside: bool = False  # read names that leave the image root
 
 
 @program

@@ -283,9 +283,8 @@ def open_data(flags, model: nn.Module, kind: str):
     if flags.data == "scenes":
         drawn = scenes.Objects if kind == "labels" else scenes.Scenes
         return drawn(flags.split or "test", flags.limit or 1024, image_size=model.config.image_size)
-    dataset = data.open_dataset(flags.data, flags.split or None, default_split="test", **where_of(flags))
-    if not hasattr(dataset, kind):
-        raise ValueError(f"{flags.data} has no {kind}, which this evaluation needs")
+    where = where_of(flags) | {"kind": kind, "default_split": "test"}
+    dataset = data.open_dataset(flags.data, flags.split or None, **where)
     if flags.limit:
         N, n = len(dataset), min(flags.limit, len(dataset))
         dataset = data.Subset(dataset, [k * N // n for k in range(n)])  # folders are sorted by class

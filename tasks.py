@@ -27,6 +27,7 @@ from scale import distributed, llip_tiles
 from scale.gradcache import float_features, training_step
 from scale.llip_tiles import TiledLlip
 from tokenizer import Tokenizer
+from util.evaluation import where_of
 from util.run import fingerprint
 
 
@@ -176,8 +177,9 @@ class PairData:
 
 def pair_data(c) -> PairData:
     """Raises: ValueError for training data without captions."""
-    keys = dict(image_root=c.image_root or None, allow_outside=c.allow_outside)
-    keys |= dict(image_key=c.image_key or None, caption_key=c.caption_key or None)
+    where = where_of(c) | {"kind": "captions"}
+    of_val = where | {"image_root": c.val_image_root or where["image_root"]}
+    of_zeroshot = where | {"image_root": c.zeroshot_image_root or None, "kind": "labels"}
     size = c.image_size or CONFIGS[c.model].image_size
     if c.train_data == "scenes":
         look = dict(image_size=size, domains=("photo",))
@@ -189,19 +191,19 @@ def pair_data(c) -> PairData:
         found = PairData(scenes.Broad("train", c.train_size, c.seed, size, c.bias))
         found.objects, found.templates = scenes.Objects("test", 960, c.test_seed, size), scenes.TEMPLATES
     else:
-        found = PairData(data.open_dataset(c.train_data, default_split="train", **keys))
-        if not hasattr(found.train, "captions"):
-            raise ValueError(f"{c.train_data}: no captions in it; --method {c.method} learns from pairs")
+        found = PairData(data.open_dataset(c.train_data, default_split="train", **where))
     if c.val_data:
-        found.val = data.open_dataset(c.val_data, default_split="test", **keys)
+        found.val = data.open_dataset(c.val_data, default_split="test", **of_val)
     elif found.val is None and c.train_data != "broad" and ".tar" not in c.train_data:
         held_out = [split for split in ("test", "val") if split in getattr(found.train, "splits", {})]
-        found.val = data.open_dataset(c.train_data, held_out[0], **keys) if held_out else None
+        found.val = data.open_dataset(c.train_data, held_out[0], **where) if held_out else None
     if c.zeroshot_data == "scenes" and found.objects is None:
         found.objects, found.templates = scenes.Objects("test", 960, image_size=size), scenes.TEMPLATES
     elif c.zeroshot_data and c.zeroshot_data != "scenes":
-        found.objects = data.open_dataset(c.zeroshot_data, default_split="test")
+        found.objects = data.open_dataset(c.zeroshot_data, default_split="test", **of_zeroshot)
         found.templates = templates.PHOTO
+    elif found.objects is None and hasattr(found.val, "labels"):
+        found.objects = found.val
     if not c.overfit:
         return found
     first = data.Subset(found.train, range(min(c.overfit, len(found.train))))
@@ -268,10 +270,9 @@ class LabelTask(Task):
             raise ValueError(f"{c.init}: {error}") from None
         self.clip, self.config = clip, clip.config
         check_image_size(c, self.config.image_size)
-        where = dict(image_root=c.image_root or None, allow_outside=c.allow_outside)
         scene = dict(image_size=self.config.image_size, size=c.train_size, bias=c.bias, test_seed=c.test_seed)
         parts = dict(whole=c.whole_target, shots=c.shots, seed=c.seed, scene=scene)
-        self.protocol = protocol.protocol(c.train_data, c.open_task, c.target_domain, **parts, **where)
+        self.protocol = protocol.protocol(c.train_data, c.open_task, c.target_domain, **parts, **where_of(c))
         self.train = self.protocol.train
         self.templates = protocol.templates_of([c.template] if c.template else [], c.train_data)
         names = self.train.classes
@@ -293,7 +294,7 @@ class LabelTask(Task):
             raise ValueError(f"{wrong}: try {max(c.batch_size // self.domains, 1) * self.domains}")
         if model.whole_batch and c.accumulate > 1:
             raise ValueError(f"--accumulate {c.accumulate}: the loss of {c.method} needs the whole batch")
-        if not model.new_classes and c.open_task != "domain-shift":
+        if not model.new_classes and c.open_task in protocol.NEW_CLASSES:
             raise ValueError(f"--open-task {c.open_task}: this {c.method} cannot score new classes")
         if model.one_process and distributed.world_size() > 1:
             raise ValueError(f"{c.method} has a BatchNorm, which must see the whole batch: use one process")

@@ -31,6 +31,7 @@ from baselines.configure import parse, resolve
 from model import CONFIGS
 from scale import costs, distributed
 from util import text
+from util.evaluation import WhereFlags
 from util.files import write_json
 from util.program import leave, program
 from util.report import format_table
@@ -40,7 +41,7 @@ from util.text import duration, one_line
 
 # fmt: off
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(WhereFlags):
     """The flags of every run. The parser and its help are generated from these lines."""
 
     # what is trained
@@ -51,8 +52,6 @@ class TrainConfig:
     image_size: int = 0  # pixels; 0: the model's own
     # data
     train_data: str = "scenes"  # scenes, broad, a CSV/TSV/JSON/JSONL list, a folder, shards a{00..99}.tar
-    image_root: str = ""  # where the images of a list are; empty: beside the list
-    allow_outside: bool = False  # read images that a list names, or links to, outside of their folder
     vocab: str = ""  # learn, openai, or a vocabulary file; empty: learn for models under 49,408 tokens
     train_size: int = 12288  # scenes to draw
     test_seed: int = 0  # scenes: of the test images, which are the same for every --seed
@@ -95,9 +94,9 @@ class PairConfig(TrainConfig):
 
     # pairs
     val_data: str = ""  # for retrieval; empty: the training data's own test or val split
-    zeroshot_data: str = ""  # a folder of classes, or scenes; empty: scenes for scenes, otherwise none
-    image_key: str = ""  # column or field of the image path; empty: guessed
-    caption_key: str = ""  # column or field of the caption; empty: guessed
+    zeroshot_data: str = ""  # classes, or scenes; empty: the labels of the validation data, or scenes
+    val_image_root: str = ""  # as --image-root, for --val-data; empty: --image-root
+    zeroshot_image_root: str = ""  # as --image-root, for --zeroshot-data
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class LabelConfig(TrainConfig):
     """The flags of methods that fine-tune on classes."""
 
     # classes
-    open_task: str = "domain-shift"  # what is held out: domain-shift, open-class or in-the-wild
+    open_task: str = "domain-shift"  # what is held out: domain-shift, open-class, in-the-wild or all-classes
     target_domain: str = ""  # the domain left out of training
     whole_target: bool = False  # domain-shift: test on all of the target, not on DomainBed's 20 %
     shots: int = 0  # images per class to train on; 0: all

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from evals.open_world import FIGURES, TASKS, domains_of, summarise, table
 from lab.reproduce import run_training
+from util.evaluation import WhereFlags, where_of
 from util.files import output_folder, write_json
 from util.flags import parse
 from util.program import leave, program
@@ -22,14 +23,14 @@ ON_REQUEST = ("coop", "cocoop", "maple", "tes")
 
 # fmt: off
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(WhereFlags):
     """Flags of this program."""
 
     # what is compared
     scenes: bool = False  # the embedded data, on which a small CLIP is pre-trained first
     data: str = ""  # a DomainBed folder, a CoOp split, or a list with labels
     init: str = ""  # the CLIP to fine-tune; for --scenes instead of pre-training
-    tasks: str = ",".join(TASKS)  # separated by commas
+    tasks: str = ",".join(TASKS[:3])  # separated by commas
     methods: str = ",".join(METHODS)  # separated by commas; zero-shot is always included
     targets: str = ""  # domains, separated by commas; empty: every one in turn, for scenes cartoon
     seeds: int = 3  # runs of each: seeds 0, 1, ...
@@ -44,8 +45,6 @@ class Comparison:
     device: str = "auto"  # cpu, cuda or auto
     threads: int = 0  # CPU threads; 0: torch's choice
     workers: int = 0  # loader processes
-    image_root: str = ""  # folder of a list's images; empty: that of the list
-    allow_outside: bool = False  # read images outside of that folder
     out: str = ""  # empty: runs/open-world-SCENES_OR_DATA
 # fmt: on
 
@@ -62,7 +61,8 @@ def choose(what: str, wanted: str, known) -> list[str]:
 def plan(c: Comparison, init: str, out: Path) -> list[dict]:
     """The flags of every run of train.py."""
     source = "scenes" if c.scenes else c.data
-    passed = ("lr", "batch_size", "bias", "threads", "image_root", "allow_outside")
+    where = where_of(c)
+    passed = ("lr", "batch_size", "bias", "threads", *where)
     common = {k: getattr(c, k) for k in passed if getattr(c, k)} | {"device": c.device, "workers": c.workers}
     steps = c.steps or (150 if c.scenes else 0)
     if c.quick:
@@ -70,9 +70,8 @@ def plan(c: Comparison, init: str, out: Path) -> list[dict]:
     common |= {"steps": steps} if steps else {}
     runs = []
     for task in choose("task", c.tasks, TASKS):
-        where = dict(image_root=c.image_root or None, allow_outside=c.allow_outside)
         targets = domains_of(source, task, **where)
-        if task != "open-class" and (c.targets or c.scenes):
+        if targets != [""] and (c.targets or c.scenes):
             targets = choose("domain", c.targets or "cartoon", targets)
         for target in targets:
             for seed in range(1 if c.quick else c.seeds):

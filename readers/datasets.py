@@ -167,19 +167,22 @@ def refuse_outside(root: str, files: list, where) -> None:
             raise ValueError(f"{where}: {file!r} is outside {root}; {remedy}")
 
 
-def group_captions(rows: list, where) -> dict:
-    """file -> its captions; empty captions are counted and left out."""
+def group_captions(rows: list, where) -> list:
+    """One row per image, with all of its captions; empty captions are counted and left out."""
     grouped, empty = {}, 0
     for row in rows:
         texts = clean_captions(row.captions)
         empty += max(len(row.captions), 1) - len(texts)
-        if texts:
-            grouped.setdefault(row.file, []).extend(texts)
+        first = grouped.get(row.file)
+        if first is None and texts:
+            grouped[row.file] = row._replace(captions=texts)
+        elif first is not None:
+            first.captions.extend(texts)
+            if row.label != first.label:
+                grouped[row.file] = first._replace(label=None)
     if empty:
         warn(f"{where}: {empty} empty captions skipped")
-    if not grouped:
-        raise ValueError(f"{where}: no caption in {len(rows)} rows")
-    return grouped
+    return list(grouped.values())
 
 
 def build(listing: Listing, path: Path, split, default, image_root, allow_outside) -> Pairs | Labelled:
@@ -191,26 +194,38 @@ def build(listing: Listing, path: Path, split, default, image_root, allow_outsid
         warn(f"{path}: {unnamed} rows without a file name skipped")
     if not rows:
         raise ValueError(f"{path}: no file name in {len(listing.rows)} rows")
-    grouped = group_captions(rows, path) if rows[0].label is None else None
-    files = list(grouped or [row.file for row in rows])
+    captioned, total = any(row.captions for row in rows), len(rows)
+    rows = group_captions(rows, path) if captioned else rows
+    unlabelled = sum(row.label is None for row in rows)
+    if not rows or (unlabelled and not captioned):
+        what = "caption" if unlabelled == len(rows) else "label"
+        raise ValueError(f"{path}: no {what} in {unlabelled or total} rows; complete them, or delete them")
+    if 0 < unlabelled < len(rows):
+        warn(f"{path}: {unlabelled} of {len(rows)} images have no label or several; no label is used")
+    files = [row.file for row in rows]
     root = os.path.abspath(path) if path.is_dir() else find_root(path, files, image_root)
     if not allow_outside:
         refuse_outside(root, files, path)
     if missing := set() if path.is_dir() else find_missing(root, files, path):
-        rows, files = [r for r in rows if r.file not in missing], [f for f in files if f not in missing]
+        rows = [row for row in rows if row.file not in missing]
+        files = [row.file for row in rows]
     inside = "" if allow_outside or path.is_dir() else os.path.join(os.path.realpath(root), "")
     splits = dict(Counter(row.split for row in listing.rows if row.split))
     common = dict(root=root, files=files, inside=inside, format=listing.format, splits=splits)
-    if grouped:
-        return Pairs(**common, captions=[grouped[file] for file in files])
+    captions = [row.captions for row in rows]
+    if unlabelled:
+        return Pairs(**common, captions=captions)
     # numbers come from all splits, so that a class has the same number in each of them
-    labels = natural({row.label for row in listing.rows})
+    labels = natural({row.label for row in listing.rows} - {None})
     names = listing.classes or {label: str(label).replace("_", " ") for label in labels}
     number = {label: k for k, label in enumerate(names)}
     labels, classes = [number[row.label] for row in rows], list(names.values())
     domain_names = sorted({row.domain for row in listing.rows if row.domain is not None}) or None
     domains = domain_names and [domain_names.index(row.domain) for row in rows]
-    return Labelled(**common, labels=labels, classes=classes, domains=domains, domain_names=domain_names)
+    dataset = Labelled(**common, labels=labels, classes=classes, domains=domains, domain_names=domain_names)
+    if captioned:
+        dataset.captions = captions
+    return dataset
 
 
 def list_in(folder: Path) -> Path:
@@ -226,24 +241,27 @@ def list_in(folder: Path) -> Path:
     raise ValueError(f"{folder}: no images found; looked for {looked_for}, or {one}")
 
 
-def open_dataset(
-    path: str | Path,
-    split: str | None = None,
-    *,
-    default_split: str | None = None,
-    image_root: str | Path | None = None,
-    image_key: str | None = None,
-    caption_key: str | None = None,
-    label_key: str | None = None,
-    allow_outside: bool = False,
-):
+def open_dataset(path: str | Path, split: str | None = None, *, kind: str = "image", **options):
     """The data set at a path, in any of the formats listed at the top of this file.
 
     Args:    split that must exist; None: default_split if there are splits, otherwise everything;
-             image_root the folder that names in a list are relative to (default: the list's folder or one in
-             it);  *_key columns of a list;  allow_outside reads names that leave image_root
+             kind: what the data must have, "captions" or "labels", or "image" for any
+    Options: default_split;  image_root the folder that names in a list are relative to (default: the list's
+             own, or one in it);  image_key, caption_key, label_key columns of a list;  caption_lines "yes" or
+             "no": whether each line of a .txt is a caption (default: see Shards.lines_are_captions);
+             allow_outside reads names that leave image_root
     Returns: Pairs, Labelled, Shards or scenes.   Raises: ValueError, one line.
     """
+    dataset = read_dataset(path, split, **options)
+    if not hasattr(dataset, kind):
+        raise ValueError(f"{path} has no {kind}, which are needed here")
+    return dataset
+
+
+def read_dataset(
+    path, split, default_split=None, image_root=None, caption_lines=None, allow_outside=False, **keys
+):
+    """open_dataset for data of any kind; keys of read_list."""
     if str(path) in ("scenes", "objects"):
         make = scenes.Scenes if str(path) == "scenes" else scenes.Objects
         return make(split or default_split or "train")
@@ -252,14 +270,15 @@ def open_dataset(
     if re.search(r"\.(tar|tgz)(\.\w+)?($|::|[,}])", str(path)):
         if split:
             raise ValueError(f"{path}: shards have no splits; leave out {split!r}, name other shards")
-        return Shards(str(path))
+        return Shards(str(path), caption_lines)
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
-    listing = read_captioned(path) or read_folder(path) if path.is_dir() else None
+    listing = (read_captioned(path, caption_lines) or read_folder(path)) if path.is_dir() else None
     if listing is None:
         path = list_in(path) if path.is_dir() else path
         if path.suffix == ".tar":
-            return open_dataset("::".join(map(str, sorted(path.parent.glob("*.tar")))), split)
-        listing = read_list(path, image_key=image_key, caption_key=caption_key, label_key=label_key)
+            shards = "::".join(map(str, sorted(path.parent.glob("*.tar"))))
+            return read_dataset(shards, split, caption_lines=caption_lines)
+        listing = read_list(path, **keys)
     return build(listing, path, split, default_split, image_root, allow_outside)

@@ -54,7 +54,7 @@ def has_images(folder: Path, depth: int = 5) -> bool:
     )
 
 
-def read_captioned(root: Path) -> Listing | None:
+def read_captioned(root: Path, caption_lines: str | None = None) -> Listing | None:
     """Rows of images with a .txt beside nine tenths of the first 100, as img2dataset writes; or None."""
     folders = ["", *folders_in(root)]
     files = (os.path.join(f, n) for f in folders for n in sorted(os.listdir(root / f)) if is_image(n))
@@ -62,7 +62,10 @@ def read_captioned(root: Path) -> Listing | None:
     if not first or sum((root / f).with_suffix(".txt").is_file() for f in first) < 0.9 * len(first):
         return None
     say(printable(f"{root}: read as images with a caption in the .txt of the same name"))
-    return Listing("files .jpg .txt", [Row(f, [text_of(root / f)]) for f in itertools.chain(first, files)])
+    texts = ((file, text_of(root / file)) for file in itertools.chain(first, files))
+    by_line = caption_lines == "yes"
+    rows = [Row(file, text.splitlines() if by_line else [text]) for file, text in texts]
+    return Listing("files .jpg .txt", rows)
 
 
 def text_of(image: Path) -> str:

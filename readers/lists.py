@@ -37,40 +37,37 @@ def is_null(value) -> bool:
 
 
 def make_row(where: str, file, captions, split=None, label=None, domain=None) -> Row:
-    """A row whose types are checked; a missing file name or caption is "", which the data set leaves out."""
-    file, captions = ("" if is_null(x) else x for x in (file, captions))
+    """A row whose types are checked; a missing name, caption or label is "", an empty text or None."""
+    file, captions = "" if is_null(file) else file, [] if is_null(captions) else captions
     captions = [captions] if isinstance(captions, str) else captions
-    captions = ["" if is_null(c) else c for c in captions] if isinstance(captions, list) else captions
     if not isinstance(file, str):
         raise ValueError(f"{where}: the image is {str(file)[:60]!r}, expected a file name")
+    if isinstance(captions, list):
+        captions = ["" if is_null(c) else c for c in captions]
     if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
         raise ValueError(f"{where}: captions are {str(captions)[:60]!r}, expected text or texts")
-    if label is not None and (not isinstance(label, (str, int)) or label == ""):
+    label = None if label == "" or label != label else label
+    if label is not None and not isinstance(label, (str, int)):
         raise ValueError(f"{where}: the label is {str(label)[:60]!r}, expected a name or a number")
     split, domain = (None if x is None or x == "" else str(x) for x in (split, domain))
     return Row(file, captions, split, label, domain)
 
 
-def choose_keys(columns: list, where, image_key, caption_key, label_key) -> tuple:
-    """(image, caption or None, label or None): the requested columns, or the usual names.
-
-    A list with captions and labels gives captions, unless label_key requests the labels.
-    """
-
-    def find(what, requested, usual):
-        for key in [requested] if requested else usual:
-            if key in columns:
-                return key
-        wanted = repr(requested) if requested else "any of " + ", ".join(usual)
-        there = printable(", ".join(map(str, columns))[:200])
-        flag = "--caption-key or --label-key" if what == "caption" else f"--{what}-key"
-        raise ValueError(f"{where}: no {what} column ({wanted}); there are: {there}; {flag} names it")
-
-    image = find("image", image_key, IMAGE_KEYS)
-    only_labels = set(columns) & set(LABEL_KEYS) and not set(columns) & set(CAPTION_KEYS)
-    if label_key or (only_labels and not caption_key):
-        return image, None, find("label", label_key, LABEL_KEYS)
-    return image, find("caption", caption_key, CAPTION_KEYS), None
+def choose_keys(columns: list, where, image_key=None, caption_key=None, label_key=None) -> tuple:
+    """(image, caption or None, label or None): the requested columns, or the usual names."""
+    usual = {"image": IMAGE_KEYS, "caption": CAPTION_KEYS, "label": LABEL_KEYS}
+    requested = {"image": image_key, "caption": caption_key, "label": label_key}
+    found = {}
+    for what, names in usual.items():
+        wanted = [requested[what]] if requested[what] else [n for n in names if n not in found.values()]
+        found[what] = next((name for name in wanted if name in columns), None)
+        needed = what == "image" or requested[what]
+        if found[what] is None and (needed or (what == "label" and found["caption"] is None)):
+            what, flag = (what, f"--{what}-key") if needed else ("caption", "--caption-key or --label-key")
+            wanted = repr(requested[what]) if requested[what] else "any of " + ", ".join(usual[what])
+            there = printable(", ".join(map(str, columns))[:200])
+            raise ValueError(f"{where}: no {what} column ({wanted}); there are: {there}; {flag} names it")
+    return tuple(found.values())
 
 
 def table_layout(first: str, image_key: str | None) -> tuple:
@@ -106,7 +103,7 @@ def read_table(path: Path, **keys) -> Listing:
         first = file.readline().strip("\r\n")
         if not first.strip():
             raise ValueError(f"{path}: the first line is empty, expected column names")
-        separator, columns, is_data = table_layout(first, keys["image_key"])
+        separator, columns, is_data = table_layout(first, keys.get("image_key"))
         if is_data:
             file.seek(0)
         names = (*choose_keys(columns, path, **keys), "split", "domain")
@@ -120,7 +117,7 @@ def read_table(path: Path, **keys) -> Listing:
                 spans += any("\n" in field for field in fields)
                 name, text, label, split, domain = (None if k is None else fields[k].strip() for k in places)
                 name = re.sub(r"(?<=\w)#\d+$", "", name)
-                rows.append(make_row(f"{path}, row {line}", name, text or [], split, label, domain))
+                rows.append(make_row(f"{path}, row {line}", name, text, split, label, domain))
         except csv.Error as error:
             raise ValueError(f"{path}, row {line}: {error}; an unbalanced quote?") from None
     if spans:
@@ -135,11 +132,10 @@ def read_records(path: Path, records, **keys) -> Listing:
         where = f"{path}, record {number}"
         if not isinstance(record, dict):
             raise ValueError(f"{where}: {str(record)[:40]!r}, expected an object {{...}}")
-        if names is None or names[0] not in record or (names[1] or names[2]) not in record:
+        if names is None or any(name and name not in record for name in names):
             names = choose_keys(list(record), where, **keys)
-        image, caption, label = names
-        texts, label = record[caption] if caption else [], record[label] if label else None
-        rows.append(make_row(where, record[image], texts, record.get("split"), label, record.get("domain")))
+        image, texts, label, *more = (record.get(name) for name in (*names, "split", "domain"))
+        rows.append(make_row(where, image, texts, more[0], label, more[1]))
     return Listing("JSON records", rows)
 
 

@@ -178,14 +178,15 @@ class Shards:
     size): resuming is exact, all ranks get equally many batches, and there may be more workers than shards.
     An epoch shuffles the archives, and then the samples inside windows of `window` archives, so that reads
     stay within a few files. For archives that are sorted by content, raise `window`.
-    Args:   spec 'a/{00000..00010}.tar::b.tar';  window archives;  cache folder of the indices
+    Args:   spec 'a/{00000..00010}.tar::b.tar';  caption_lines "yes" or "no": whether each line of a .txt is a
+            caption, None: lines_are_captions;  window archives;  cache folder of the indices
     Raises: ValueError for a missing, damaged or compressed archive, or if there are no samples.
     """
 
     domains = domain_names = None
     splits = {}
 
-    def __init__(self, spec: str, window: int = 16, cache: str | Path | None = None):
+    def __init__(self, spec: str, caption_lines: str | None = None, window: int = 16, cache=None):
         user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         self.cache = Path(cache) if cache else user / "alignclip_llip"
         self.paths, self.window, tables, labels = expand_shards(spec), window, [], []
@@ -221,7 +222,8 @@ class Shards:
                 f"{spec}: no samples; looked for NAME.jpg .png .gif ... with NAME.txt .json .cls"
             )
         if has_captions:
-            self.captions, self.by_line = ShardCaptions(self), self.lines_are_captions(spec)
+            self.captions = ShardCaptions(self)
+            self.by_line = caption_lines == "yes" if caption_lines else self.lines_are_captions(spec)
         if has_labels:
             labels = [label for label, keep in zip(labels, kept) if keep]
             number = {label: k for k, label in enumerate(natural(set(labels)))}

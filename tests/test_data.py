@@ -371,6 +371,47 @@ def test_null_captions_and_names_are_skipped(tmp_path, capsys):
     assert data.open_dataset(tmp_path / "l.csv").classes == ["nan", "null"]
 
 
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_a_list_with_captions_and_labels_has_both(tmp_path, form, capsys):
+    write_images(tmp_path, ["a.png", "b.png", "c.png"])
+    rows = [("a.png", "one", "7"), ("a.png", "two", "7"), ("b.png", "three", "10"), ("c.png", "four", "7")]
+
+    def write(rows):
+        if form == "csv":
+            (tmp_path / "t.csv").write_text("f,t,l\n" + "".join(",".join(row) + "\n" for row in rows))
+        else:
+            lines = [json.dumps(dict(zip("ftl", (f, t, None if y == "" else y)))) for f, t, y in rows]
+            (tmp_path / "t.jsonl").write_text("\n".join(lines))
+
+    keys = dict(image_key="f", caption_key="t", label_key="l")
+    write(rows)
+    dataset = data.open_dataset(tmp_path / f"t.{form}", kind="labels", **keys)
+    assert opened(dataset) == {"a.png": ["one", "two"], "b.png": ["three"], "c.png": ["four"]}
+    assert (dataset.labels, dataset.classes) == ([0, 1, 0], ["7", "10"])
+    assert data.Subset(dataset, [2, 1]).captions == [["four"], ["three"]]
+    for label in ("", "10"):  # no label, or a second one: the captions are still good
+        write([*rows, ("c.png", "five", label)])
+        dataset = data.open_dataset(tmp_path / f"t.{form}", kind="captions", **keys)
+        assert dataset.captions[2] == ["four", "five"] and not hasattr(dataset, "labels")
+        assert "1 of 3 images have no label or several; no label is used" in capsys.readouterr().err
+    write(rows)
+    assert not hasattr(data.open_dataset(tmp_path / f"t.{form}", image_key="f", caption_key="t"), "labels")
+    assert not hasattr(data.open_dataset(tmp_path / f"t.{form}", image_key="f", label_key="l"), "captions")
+    with pytest.raises(ValueError, match="has no labels, which are needed here"):
+        data.open_dataset(tmp_path / f"t.{form}", image_key="f", caption_key="t", kind="labels")
+
+
+@pytest.mark.parametrize("missing", ["", None])
+def test_a_missing_label_is_one_line(tmp_path, missing):
+    write_images(tmp_path, ["a.png", "b.png"])
+    records = [{"image": "a.png", "label": "x"}, {"image": "b.png", "label": missing}]
+    (tmp_path / "l.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "l.csv").write_text("image,label\na.png,x\nb.png,\n")
+    for name in ("l.jsonl", "l.csv"):
+        with pytest.raises(ValueError, match=f"{name}: no label in 1 rows; complete them, or delete them"):
+            data.open_dataset(tmp_path / name)
+
+
 def test_links_of_a_list_stay_inside(tmp_path):
     """A folder that a stranger packed may hold links; what they lead to must not be shown."""
     for place in ("d/a.png", "d/b.png", "secret.png"):
@@ -746,9 +787,17 @@ def test_lines_of_shards_are_captions(tmp_path, capsys):
     assert (
         "9 of the first 10 .txt members have several lines: each line is a caption" in capsys.readouterr().out
     )
+    dataset = data.open_dataset(tmp_path / "a.tar", caption_lines="no")
+    assert dataset.captions[3] == ["a dog\n\na cat"] and not capsys.readouterr().out
     texts[1] = ("1.txt", b"two")
     dataset = data.open_dataset(write_tar(tmp_path / "b.tar", images + texts))
     assert dataset.captions[3] == ["a dog\n\na cat"] and not capsys.readouterr().out
+    assert data.open_dataset(tmp_path, caption_lines="yes").captions[3] == ["a dog", "a cat"]
+    write_images(tmp_path / "files", ["0.jpg", "1.jpg"])
+    for k in range(2):
+        (tmp_path / "files" / f"{k}.txt").write_text("a dog\na cat\n")
+    assert data.open_dataset(tmp_path / "files").captions[1] == ["a dog\na cat"]
+    assert data.open_dataset(tmp_path / "files", caption_lines="yes").captions[1] == ["a dog", "a cat"]
 
 
 def test_shards_with_labels(tmp_path, capsys):
@@ -1126,6 +1175,17 @@ def test_show_prints_and_draws(tmp_path, capsys):
     (tmp_path / "d" / "l.csv").write_text("image,title\na/1.png,dog \u72ac\na/1.png,cat\n")
     assert data.main([str(tmp_path / "d" / "l.csv"), "--out", str(tmp_path / "s.png")]) == 0
     assert "captions  2, per image: min 2  mean 2.00  max 2" in capsys.readouterr().out
+
+
+def test_the_flags_of_lists_reach_the_reader(tmp_path, capsys):
+    write_images(tmp_path / "p", ["a.png", "b.png"])
+    (tmp_path / "t.csv").write_text("img_path,species\na.png,dog\nb.png,cat\n")
+    flags = ["--no-show", "--image-key", "img_path", "--image-root", str(tmp_path / "p")]
+    assert data.main([str(tmp_path / "t.csv"), *flags, "--label-key", "species"]) == 0
+    assert "cat, dog" in capsys.readouterr().out
+    write_tar(tmp_path / "a.tar", [("a.jpg", encoded(picture(0))), ("a.txt", b"one\ntwo")])
+    assert data.main([str(tmp_path / "a.tar"), "--no-show", "--caption-lines", "no"]) == 0
+    assert "captions  1, per image" in capsys.readouterr().out
 
 
 def test_show_fails_in_one_line(tmp_path, capsys):

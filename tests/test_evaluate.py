@@ -562,6 +562,19 @@ def test_command_line_on_a_folder_of_classes(run, tmp_path, capsys):
         assert complaint in err and str(names) in err and err.count("\n") == 1
 
 
+def test_a_list_with_own_columns_serves_both_evaluations(run, tmp_path, capsys):
+    lines = ["picture,english,species"]
+    for k in range(4):
+        Image.new("RGB", (40, 36), (60 * k, 99, 99)).save(tmp_path / f"{k}.png")
+        lines.append(f"{k}.png,text {k},{'dog' if k % 2 else 'cat'}")
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    flags = ["--model", str(run), "--data", str(tmp_path / "list.csv"), "--device", "cpu"]
+    flags += ["--image-key", "picture", "--caption-key", "english", "--label-key", "species"]
+    for command, counts in (("zeroshot", "images 4  classes 2"), ("retrieval", "images 4  captions 4")):
+        assert evaluate.main([command, *flags]) == 0
+        assert counts in capsys.readouterr().out
+
+
 def test_command_line_errors_are_one_line_and_status_2(run, tmp_path, capsys):
     common = ["--model", str(run), "--device", "cpu"]
     other = tmp_path / "vocab"
@@ -584,7 +597,7 @@ def test_command_line_errors_are_one_line_and_status_2(run, tmp_path, capsys):
         (tmp_path / "set" / name).mkdir(parents=True)
         Image.new("RGB", (40, 36)).save(tmp_path / "set" / name / "0.png")
     assert evaluate.main(["retrieval", *common, "--data", str(tmp_path / "set")]) == 2
-    assert "has no captions, which this evaluation needs" in capsys.readouterr().err
+    assert "has no captions, which are needed here" in capsys.readouterr().err
 
 
 def test_templates_by_name_as_text_and_from_a_file(tmp_path):

@@ -575,6 +575,27 @@ def captions_file(folder, words, size=8):
     return folder / "pairs.csv"
 
 
+def test_data_for_validation_and_zero_shot_have_their_own_folders(tmp_path):
+    """A list with captions and labels serves both; every list may have its images elsewhere."""
+    for name in "tvz":
+        (tmp_path / name).mkdir()
+        for k in range(2):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{k}.png")
+    (tmp_path / "t.csv").write_text("file,text,label\n0.png,a dog,dog\n1.png,a cat,cat\n")
+    flags = {f"{flag}_data": str(tmp_path / "t.csv") for flag in ("train", "val")}
+    flags |= dict(method="clip", image_root=str(tmp_path / "t"))
+    found = tasks.pair_data(configure(**flags, val_image_root=str(tmp_path / "v"))[0])
+    assert found.train.name(0) == str(tmp_path / "t" / "0.png")
+    assert found.val.name(0) == str(tmp_path / "v" / "0.png") and found.objects is found.val
+    flags |= dict(zeroshot_data=flags["val_data"], zeroshot_image_root=str(tmp_path / "z"))
+    found = tasks.pair_data(configure(**flags)[0])
+    assert found.val.name(0) == str(tmp_path / "t" / "0.png")
+    assert found.objects.name(1) == str(tmp_path / "z" / "1.png") and found.objects.classes == ["cat", "dog"]
+    (tmp_path / "z.csv").write_text("file,text\n0.png,a dog\n")
+    with pytest.raises(ValueError, match="z.csv has no labels, which are needed here"):
+        tasks.pair_data(configure(**flags | {"zeroshot_data": str(tmp_path / "z.csv")})[0])
+
+
 def test_a_resumed_run_keeps_its_vocabulary_and_its_data(tmp_path, capsys):
     """Changed training data would change batch t, and captions learned again would change every token."""
     words = "red green blue pink grey black white brown".split()

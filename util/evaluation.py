@@ -33,14 +33,21 @@ class ModelFlags(LoadFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataFlags:
+class WhereFlags:
+    # images, captions and labels of a list
+    image_root: str = ""  # folder of the images of a list (default: the list's own, or one in it)
+    allow_outside: bool = False  # read images that a list names, or links to, outside of that folder
+    image_key: str = ""  # column of a list with the images (default: by the usual names)
+    caption_key: str = ""  # column of a list with the captions (default: by the usual names)
+    label_key: str = ""  # column of a list with the labels (default: by the usual names)
+    caption_lines: Literal["yes", "no"] | None = None  # each line of a .txt is a caption (default: guessed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFlags(WhereFlags):
+    # the data
     data: str  # scenes (embedded), a folder, a list, or tar shards
     split: str = ""  # of data with splits (default: test)
-    image_root: str = ""  # folder of the images of a list (default: the list's own)
-    allow_outside: bool = False  # read images that a list names outside of that folder
-    image_key: str = ""  # column of a list with the images (default: by the usual names)
-    caption_key: str = ""  # column of a list with the captions
-    label_key: str = ""  # column of a list with the labels
     limit: int | None = None  # only so many images, evenly spaced (scenes: how many to draw, 1024)
 
 
@@ -77,6 +84,5 @@ def options_of(flags, progress: str = "") -> dict:
 
 
 def where_of(flags) -> dict:
-    """The flags of data.open_dataset about the images and columns of a list."""
-    names = ("image_root", "image_key", "caption_key", "label_key")
-    return {name: getattr(flags, name) or None for name in names} | {"allow_outside": flags.allow_outside}
+    """The flags of data.open_dataset about the images, captions and labels of a list."""
+    return {field.name: getattr(flags, field.name) or None for field in fields(WhereFlags)}

@@ -248,7 +248,8 @@ def git_commit() -> str:
 # flags that may change when a run continues: how it is computed and reported, and where its data are
 FREE = "accumulate workers precision compile grad_checkpointing device threads log_every eval_every"
 FREE += " save_every out resume preset dry_run commit data_changed"
-FREE = {*FREE.split(), "train_data", "val_data", "zeroshot_data", "image_root"}
+FREE = {*FREE.split(), "train_data", "val_data", "zeroshot_data"}
+FREE |= {"image_root", "val_image_root", "zeroshot_image_root"}
 
 
 def check_same_run(old: dict, new: dict) -> None:
