@@ -4,17 +4,8 @@ A data set offers len(d), d.image(i) -> PIL.Image (opened, not decoded), d.name(
 d.captions (the texts of each image, at least one) or d.labels and d.classes, and d.domains and d.domain_names
 if it has domains. Only names and texts are kept in memory.
 
-    .csv .tsv .txt                            pairs (filepath,title; image,caption; Flickr's lines)
-                                              or classes (path,label[,domain])
-    .jsonl                                    pairs {"image": file, "captions": [..], "split"}
-    Karpathy, COCO captions, CoOp split .json pairs, pairs, classes
-    root/<class>/* root/<split>/<class>/*     classes, in the order of torchvision's ImageFolder, or of
-                                              numbers if all names are integers
-    root/<domain>/<class>/*                   classes and domains, in DomainBed's order; with <split> above
-                                              or below <domain> too
-    shards/{00000..00010}.tar::more.tar       pairs or classes, see shards.py; a folder of tars works too
-    root/*.jpg or root/00000/*.jpg            pairs, with a .txt beside each image
-    scenes, objects                           the embedded data sets, see scenes.py
+docs/data.md has a table of the formats: lists (lists.py), folders (folders.py), tar shards (shards.py), and
+the embedded scenes and objects (scenes.py).
 
 A list may come from a stranger. Its names, and links among its images, may therefore not lead out of the
 image root unless allow_outside is set. In a folder of classes, which the user made, links are followed.
@@ -31,7 +22,7 @@ from pathlib import Path
 from PIL import Image
 
 from readers import scenes
-from readers.folders import folders_in, natural, read_captioned, read_folder
+from readers.folders import folders_in, natural, read_folder
 from readers.images import IMAGE_SUFFIXES, open_image
 from readers.lists import Listing, read_list
 from readers.shards import Shards, clean_captions
@@ -242,7 +233,7 @@ def list_in(folder: Path) -> Path:
 
 
 def open_dataset(path: str | Path, split: str | None = None, *, kind: str = "image", **options):
-    """The data set at a path, in any of the formats listed at the top of this file.
+    """The data set at a path, in any of the formats of docs/data.md.
 
     Args:    split that must exist; None: default_split if there are splits, otherwise everything;
              kind: what the data must have, "captions" or "labels", or "image" for any
@@ -274,7 +265,7 @@ def read_dataset(
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
-    listing = (read_captioned(path, caption_lines) or read_folder(path)) if path.is_dir() else None
+    listing = read_folder(path, caption_lines) if path.is_dir() else None
     if listing is None:
         path = list_in(path) if path.is_dir() else path
         if path.suffix == ".tar":

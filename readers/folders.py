@@ -1,13 +1,15 @@
 """Folders of images: class/*, split/class/*, domain/class/*, domain/split/class/* ... become rows."""
 
-import itertools
+import contextlib
 import os
 import re
 from pathlib import Path
 
 from readers.images import IMAGE_SUFFIXES
 from readers.lists import Listing, Row
-from util.text import printable, say
+from util.text import printable, say, warn
+
+MAX_DEPTH = 8  # levels of folders
 
 # split -> words in the names of its folders; the first that fits counts, so that train_val is training data
 SPLIT_WORDS = {
@@ -37,41 +39,40 @@ def folders_in(path: Path) -> list:
     return natural([e.name for e in os.scandir(path) if e.is_dir() and not e.name.startswith(".")])
 
 
-def is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+def find_images(root: Path) -> dict:
+    """{place of a folder below root, as a tuple of names: its images}; only folders with images, in order."""
+    found, waiting = {}, [()]
+    while waiting:
+        place = waiting.pop()
+        folder = os.path.join(root, *place)
+        entries, inner = [e for e in os.scandir(folder) if not e.name.startswith(".")], []
+        for entry in entries:
+            real = os.path.realpath(entry.path) if entry.is_symlink() else ""
+            # a link to a folder above would count images twice
+            if entry.is_dir() and not (real and os.path.commonpath([os.path.realpath(folder), real]) == real):
+                inner.append(entry.name)
+        if inner and len(place) == MAX_DEPTH:
+            warn(f"{folder}: folders more than {MAX_DEPTH} levels deep are not read")
+        elif inner:
+            waiting += [(*place, name) for name in reversed(natural(inner))]
+        images = [e.name for e in entries if e.name.lower().endswith(IMAGE_SUFFIXES) and not e.is_dir()]
+        if images:
+            found[place] = sorted(images)
+    return found
 
 
-def is_flat(folder: Path) -> bool:
-    """Whether a folder holds images itself."""
-    return any(is_image(entry.name) for entry in os.scandir(folder))
+def below(found: dict, place: tuple) -> list:
+    """Names of the folders in a place, in order."""
+    depth = len(place)
+    return natural({inner[depth] for inner in found if len(inner) > depth and inner[:depth] == place})
 
 
-def has_images(folder: Path, depth: int = 5) -> bool:
-    """Whether there are images in a folder or some levels below it; links are followed."""
-    # the depth is limited because links may form a circle
-    return is_flat(folder) or (
-        depth > 0 and any(has_images(folder / f, depth - 1) for f in folders_in(folder))
-    )
-
-
-def read_captioned(root: Path, caption_lines: str | None = None) -> Listing | None:
-    """Rows of images with a .txt beside nine tenths of the first 100, as img2dataset writes; or None."""
-    folders = ["", *folders_in(root)]
-    files = (os.path.join(f, n) for f in folders for n in sorted(os.listdir(root / f)) if is_image(n))
-    first = list(itertools.islice(files, 100))
-    if not first or sum((root / f).with_suffix(".txt").is_file() for f in first) < 0.9 * len(first):
-        return None
-    say(printable(f"{root}: read as images with a caption in the .txt of the same name"))
-    texts = ((file, text_of(root / file)) for file in itertools.chain(first, files))
-    by_line = caption_lines == "yes"
-    rows = [Row(file, text.splitlines() if by_line else [text]) for file, text in texts]
-    return Listing("files .jpg .txt", rows)
-
-
-def text_of(image: Path) -> str:
-    """The text beside an image, at most 1 MiB; empty without one."""
-    path = image.with_suffix(".txt")
-    return path.read_bytes()[: 1 << 20].decode("utf-8", errors="replace") if path.is_file() else ""
+def captions_beside(image: Path, by_line: bool) -> list:
+    """The text beside an image, at most 1 MiB, as one caption or one in each line; none without a text."""
+    with contextlib.suppress(FileNotFoundError):
+        text = image.with_suffix(".txt").read_bytes()[: 1 << 20].decode("utf-8", errors="replace")
+        return text.splitlines() if by_line else [text]
+    return []
 
 
 def is_split(folder: str) -> bool:
@@ -79,81 +80,85 @@ def is_split(folder: str) -> bool:
     return split_name(folder) not in (None, "full")
 
 
-def images_below(root: Path, folder: str) -> list:
-    """Image files below root/folder, relative to root, in the order of torchvision's ImageFolder."""
-    found = []
-    for place, _, names in sorted(os.walk(root / folder)):
-        relative = os.path.relpath(place, root)
-        found += [os.path.join(relative, n) for n in sorted(filter(is_image, names))]
-    return found
-
-
-def levels(root: Path, tops: list) -> tuple[str, dict]:
-    """(layout, {folder: (split, domain, its class folders)}) of folders that hold no images themselves."""
-    below = {top: folders_in(root / top) for top in tops}
-    # Office-31 has domain/images/class, and Kaggle has seg_train/seg_train/class
-    for top, names in list(below.items()):
-        place = f"{top}/{names[0]}"
-        if len(names) == 1 and split_name(names[0]) in (None, split_name(top)) and not is_flat(root / place):
-            below[place] = folders_in(root / place)
-            del below[top]
+def levels(found: dict, tops: list) -> tuple[str, dict]:
+    """(layout, {place: (split, domain, its class folders)}) of folders that hold no images themselves."""
+    used = {}
+    for top in tops:
+        place, names = (top,), below(found, (top,))
+        # Office-31 has domain/images/class, and Kaggle has seg_train/seg_train/class
+        if len(names) == 1 and split_name(names[0]) in (None, split_name(top)) and (top, *names) not in found:
+            place = (top, *names)
+            names = below(found, place)
+        used[place] = names
     by_split = any(map(is_split, tops))
-    used = {place: [n for n in names if has_images(root / place / n)] for place, names in below.items()}
-    nested = not any(is_flat(root / place / name) for place, names in used.items() for name in names)
+    nested = not any((*place, name) in found for place, names in used.items() for name in names)
     places = {}
     for place, names in used.items():
-        top = place.split("/")[0]
-        split, domain = (split_name(top) or top, None) if by_split else (None, top)
+        split, domain = (split_name(place[0]) or place[0], None) if by_split else (None, place[0])
+        inner = {(*place, name): below(found, (*place, name)) for name in names} if nested else {}
         if nested and not by_split and any(map(is_split, names)):
-            places |= {f"{place}/{name}": (split_name(name) or name, domain) for name in names}
-        elif (
-            nested
-            and by_split
-            and len({tuple(folders_in(root / place / n)) for n in names}) == 1 < len(names)
-        ):
-            places |= {f"{place}/{name}": (split, name) for name in names}
+            places |= {p: (split_name(p[-1]) or p[-1], domain, classes) for p, classes in inner.items()}
+        elif nested and by_split and len(set(map(tuple, inner.values()))) == 1 < len(names):
+            places |= {p: (split, p[-1], classes) for p, classes in inner.items()}
         else:
-            places[place] = split, domain
-    splits, domains = (any(value) for value in zip(*places.values()))
-    layout = "/".join(["domain"] * domains + ["split"] * splits + ["class"])
-    return layout, {place: (*value, folders_in(root / place)) for place, value in places.items()}
+            places[place] = split, domain, names
+    splits, domains = (any(value[k] for value in places.values()) for k in (0, 1))
+    return "/".join(["domain"] * domains + ["split"] * splits + ["class"]), places
 
 
-def read_folder(root: Path) -> Listing | None:
-    """Rows of class/*, split/class/*, domain/class/* or both; None if the folder is none of these.
+def read_folder(root: Path, caption_lines: str | None = None) -> Listing | None:
+    """Rows of class/*, split/class/*, domain/class/* or both, or of images with texts beside them; or None.
 
     Only folders with images count: Office-Home has lists next to its domains. The number of a class is its
     place among the class folders in natural order; the class folders must be the same in every domain.
     """
-    above, tops = root, [top for top in folders_in(root) if has_images(root / top)]
+    found = find_images(root)
+    files = [os.path.join(*place, name) for place, names in found.items() for name in names]
+    first = files[:100]
+    # img2dataset writes a.jpg and a.txt
+    if first and sum((root / f).with_suffix(".txt").is_file() for f in first) >= 0.9 * len(first):
+        say(printable(f"{root}: read as images with a caption in the .txt of the same name"))
+        rows = [Row(file, captions_beside(root / file, caption_lines == "yes")) for file in files]
+        return Listing("files .jpg .txt", rows)
+    above, tops = (), below(found, ())
     # PACS comes as kfold/domain/class
-    while len(tops) == 1 and not split_name(tops[0]) and not is_flat(above / tops[0]):
-        inner = [name for name in folders_in(above / tops[0]) if has_images(above / tops[0] / name)]
-        if not all(map(is_split, inner)) and all(is_flat(above / tops[0] / name) for name in inner):
+    while len(tops) == 1 and not split_name(tops[0]) and (*above, *tops) not in found:
+        inner = below(found, (*above, *tops))
+        if not all(map(is_split, inner)) and all((*above, *tops, name) in found for name in inner):
             break
-        above, tops = above / tops[0], inner
-    flat = [top for top in tops if is_flat(above / top)]
+        above, tops = (*above, *tops), inner
+    found = {place[len(above) :]: names for place, names in found.items()}
+    flat = [top for top in tops if (top,) in found]
     if len(flat) == len(tops) and (len(tops) < 2 or all(map(split_name, tops))):
         return None
-    notes = [f"the folder {above.relative_to(root)} is read"] * (above != root)
+    notes = [f"the folder {os.path.join(*above)} is read"] if above else []
     deep = [top for top in tops if top not in flat]
     if flat and any(map(is_split, deep)):
         notes += [f"{top!r} has no class folders and is left out" for top in flat]
         tops, flat = deep, []
     if flat and deep:
         raise ValueError(f"{root}: {deep[0]!r} holds folders and {flat[0]!r} images; which are the classes?")
-    layout, places = levels(above, tops) if deep else ("class", {top: (None, None, [top]) for top in tops})
+    layout, places = levels(found, tops) if deep else ("class", {(): (None, None, tops)})
     places = choose_places(places, notes)
-    check_classes(root, places)
-    rows = []
-    for place, (split, domain, names) in places.items():
-        for name in names:
-            files = images_below(root, above.relative_to(root) / (f"{place}/{name}" if deep else place))
-            rows += [Row(file, [], split, name, domain) for file in files]
+    pairs = {(domain, name) for _, domain, names in places.values() for name in names}
+    domains, names = map(set, zip(*pairs))
+    if lacking := {(domain, name) for domain in domains for name in names} - pairs:
+        domain, name = min(lacking)
+        raise ValueError(f"{root}: there is no class {name!r} in the domain {domain!r}")
+    files = {(*place, name): [] for place, (_, _, names) in places.items() for name in names}
+    for place in sorted(found):
+        # images in folders of a class folder belong to the class, as in torchvision's ImageFolder
+        if own := next((place[:k] for k in range(1, len(place) + 1) if place[:k] in files), None):
+            files[own] += [os.path.join(*above, *place, name) for name in found[place]]
+    rows = [
+        Row(file, (), split, name, domain)
+        for place, (split, domain, own) in places.items()
+        for name in own
+        for file in files[(*place, name)]
+    ]
     if notes or layout.count("/") > 1:
         say(printable("; ".join([f"{root}: read as {layout}", *dict.fromkeys(notes)])))
-    names = natural({name for _, _, names in places.values() for name in names})
-    return Listing(f"folders {layout}/*", rows, {name: name.replace("_", " ") for name in names})
+    return Listing(f"folders {layout}/*", rows, {name: name.replace("_", " ") for name in natural(names)})
 
 
 def choose_places(places: dict, notes: list) -> dict:
@@ -162,25 +167,14 @@ def choose_places(places: dict, notes: list) -> dict:
     known = {name for split, _, names in places.values() if split == "train" for name in names}
     chosen = {}
     for place, (split, domain, names) in places.items():
-        folder = next((f for f in place.split("/") if split and (split_name(f) or f) == split), place)
+        folder = next((name for name in place if split and (split_name(name) or name) == split), None)
         if split == "full" and len(splits) > 1:
             # TRAP: the "full" of VLCS repeats the images of the other splits
             notes.append(f"{folder!r} is left out, because it repeats the other splits")
         elif split and known and len(names) == 1 and names[0] not in known:
-            notes.append(f"{place!r} has no class folders and is left out")
+            notes.append(f"{os.path.join(*place)!r} has no class folders and is left out")
         else:
             chosen[place] = split, domain, names
             if split and (folder != split or not split_name(split)):
                 notes.append(f"{folder!r} is taken for the split {split}")
     return chosen
-
-
-def check_classes(root: Path, places: dict) -> None:
-    """Raises: ValueError if the domains do not have the same class folders."""
-    classes = {}
-    for _, domain, names in places.values():
-        classes.setdefault(domain, set()).update(names)
-    first = min(classes, key=str, default=None)
-    for domain in classes:
-        if different := classes[first] ^ classes[domain]:
-            raise ValueError(f"{root}: class {min(different)!r} is not in both {first!r} and {domain!r}")

@@ -25,15 +25,17 @@ from readers.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, open_image
 from tokenizer import strip_specials
 from util.files import write_text
 from util.report import Progress
-from util.text import printable, say, warn
+from util.text import one_line, printable, say, warn
 
 MAX_TEXT_BYTES = 1 << 20  # of a caption member; images with a larger one are left out
 MAX_SHARDS = 1_000_000  # of a pattern such as {00000..00010}
+MAX_CAPTION = 4096  # characters of a caption of any source; the rest is cut off
 
 
 def clean_captions(texts: list) -> list:
-    """Texts without special tokens and outer space; empty ones are left out."""
-    texts = (t.encode("utf-8", "replace").decode() for t in texts)  # JSON may hold half characters
+    """Texts without special tokens and outer space, cut to MAX_CAPTION; empty ones are left out."""
+    # JSON may hold half characters
+    texts = (t[:MAX_CAPTION].encode("utf-8", "replace").decode() for t in texts)
     # TRAP: the tokenizer would take a literal <|endoftext|> in a caption for the end, and pool there
     return [t for t in (strip_specials(t).strip() for t in texts) if t]
 
@@ -74,11 +76,12 @@ def member_captions(text: bytes, is_json: bool, by_line: bool = False) -> list:
 
 def scan_members(path: str) -> tuple[dict, Counter]:
     """name -> (offset, size) of the files of an archive, and the number of members that are no files."""
-    members, others, last, end = {}, Counter(), "none", 0
+    members, others, last, end, length = {}, Counter(), "none", 0, os.path.getsize(path)
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                if member.size < 0:  # TRAP: tarfile would go backwards and never end
+                # TRAP: with a negative size tarfile would go backwards and never end
+                if not 0 <= member.size <= length:
                     raise tarfile.ReadError(f"size {member.size} of {member.name!r}")
                 last, end = member.name, member.offset_data + -(-member.size // 512) * 512
                 # macOS adds ._a.jpg to a.jpg
@@ -94,28 +97,12 @@ def scan_members(path: str) -> tuple[dict, Counter]:
             # TRAP: tarfile silently takes a missing or damaged header for the end
             if file.read(512) != bytes(512):
                 raise tarfile.ReadError("no end-of-archive mark follows")
-    except tarfile.TarError as error:
+    # thousands of long names, and sparse members with false sizes, raise the others
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError) as error:
         hint = "" if path.endswith(".tar") else "; compressed archives must be decompressed first"
         last = f"the last good member is {last!r}"
-        raise ValueError(f"{path}: truncated or damaged tar, {last} ({error}){hint}") from None
+        raise ValueError(f"{path}: truncated or damaged tar, {last} ({one_line(error)}){hint}") from None
     return members, others
-
-
-def group_members(members: dict, others: Counter) -> tuple[dict, dict, dict]:
-    """stem -> (offset, size) of images, (offset, size, is_json) of texts, (offset, size) of labels."""
-    images, texts, labels = {}, {}, {}
-    for name, place in members.items():
-        stem, suffix = os.path.splitext(name)
-        suffix = suffix.lower()
-        if suffix in IMAGE_SUFFIXES:
-            images.setdefault(stem, place)
-        elif suffix == ".txt" or (suffix == ".json" and stem not in texts):
-            texts[stem] = (*place, int(suffix == ".json"))
-        elif suffix == ".cls":
-            labels[stem] = place
-        elif suffix != ".json":
-            others[suffix or "no suffix"] += 1
-    return images, texts, labels
 
 
 def index_shard(path: str, cache: Path) -> dict:
@@ -135,22 +122,29 @@ def index_shard(path: str, cache: Path) -> dict:
         if {k: index[k] for k in state} == state:
             return index
     members, others = scan_members(path)
-    images, texts, labels = group_members(members, others)
-    samples = []
+    stems, samples = {}, []
+    for name, place in members.items():
+        stem, suffix = os.path.splitext(name)
+        kind = "image" if suffix.lower() in IMAGE_SUFFIXES else suffix.lower()
+        if kind in ("image", ".txt", ".json", ".cls"):
+            stems.setdefault(stem, {}).setdefault(kind, place)
+        else:
+            others[kind or "no suffix"] += 1
+    stems = {stem: parts for stem, parts in stems.items() if "image" in parts}
     with open(path, "rb") as archive:
 
-        def text_of(offset, size) -> bytes:
-            archive.seek(offset)
-            return archive.read(size) if size <= MAX_TEXT_BYTES else b""
+        def content(place) -> bytes:
+            archive.seek(place[0])
+            return archive.read(place[1]) if place[1] <= MAX_TEXT_BYTES else b""
 
-        for stem, place in images.items():
-            text = texts.get(stem, (0, 0, 0))
-            if not member_captions(text_of(*text[:2]), text[2]):
-                text = (0, 0, 0)
-            label = text_of(*labels.get(stem, (0, 0))).decode("utf-8", errors="replace").strip()
+        for stem, parts in stems.items():
+            is_json = int(".txt" not in parts)
+            text = parts.get(".json" if is_json else ".txt", (0, 0))
+            text = text if member_captions(content(text), is_json) else (0, 0)
+            label = content(parts.get(".cls", (0, 0))).decode("utf-8", errors="replace").strip()
             if text[1] or label:
-                samples.append([stem, *place, *text, label])
-    index = state | {"samples": samples, "others": others, "skipped": len(images) - len(samples)}
+                samples.append([stem, *parts["image"], *text, is_json, label])
+    index = state | {"samples": samples, "others": others, "skipped": len(stems) - len(samples)}
     with contextlib.suppress(OSError):  # with a read-only home the next run scans again
         cache.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(index))
@@ -191,41 +185,37 @@ class Shards:
         self.cache = Path(cache) if cache else user / "alignclip_llip"
         self.paths, self.window, tables, labels = expand_shards(spec), window, [], []
         self.format, self.by_line = f"tar shards ({len(self.paths)})", False
+        self.states, self.stems = [], {}  # size and time of each archive;  names that were used
         skipped, others = 0, Counter()
         progress = Progress("indexing" if len(self.paths) >= 100 else "", len(self.paths), "shards")
         for shard, path in enumerate(self.paths):
             index = index_shard(path, self.cache)
+            self.states.append((index["size"], index["mtime"]))
             rows = [[shard, *sample[1:6]] for sample in index["samples"]]
             tables.append(np.array(rows, dtype=np.int64).reshape(-1, 6))
             labels += [sample[6] for sample in index["samples"]]
             skipped += index["skipped"]
             others.update(index["others"])
             progress.add(1)
-        # shard, image offset, size, text offset, size, is_json
-        self.table = np.concatenate(tables)  # (N, 6)
         if others:
             kinds = ", ".join(f"{count} {printable(kind)}" for kind, count in others.most_common(8))
             warn(f"{spec}: members of other kinds skipped: {kinds}")
+        # shard, image offset, size, text offset, size, is_json
+        self.table = np.concatenate(tables)  # (N, 6)
         # every sample has what most of the samples have: captions, labels or both
-        parts = np.stack([self.table[:, 4] > 0, np.array(labels, dtype=object) != ""])  # (2, N)
-        has_captions, has_labels = parts.sum(1) * 2 >= max(len(labels), 1)
-        kept = np.all(parts[[has_captions, has_labels]], 0)  # (N,)
-        skipped += int((~kept).sum())
-        self.table = self.table[kept]
-        if skipped:
-            what = (
-                "caption and label" if has_captions and has_labels else "label" if has_labels else "caption"
-            )
-            warn(f"{spec}: {skipped} images without a {what} skipped")
-        if not len(self.table):
-            raise ValueError(
-                f"{spec}: no samples; looked for NAME.jpg .png .gif ... with NAME.txt .json .cls"
-            )
-        if has_captions:
+        parts = {"caption": self.table[:, 4] > 0, "label": np.array(labels, dtype=object) != ""}
+        parts = {what: has for what, has in parts.items() if 2 * has.sum() >= max(len(has), 1)}
+        kept = np.logical_and.reduce([np.ones(len(labels), bool), *parts.values()])  # (N,)
+        self.table, labels = self.table[kept], [label for label, keep in zip(labels, kept) if keep]
+        if skipped := skipped + int((~kept).sum()):
+            warn(f"{spec}: {skipped} images without a {' and '.join(parts) or 'caption'} skipped")
+        if not labels:
+            looked_for = "looked for NAME.jpg .png .gif ... with NAME.txt .json .cls"
+            raise ValueError(f"{spec}: no samples; {looked_for}")
+        if "caption" in parts:
             self.captions = ShardCaptions(self)
             self.by_line = caption_lines == "yes" if caption_lines else self.lines_are_captions(spec)
-        if has_labels:
-            labels = [label for label, keep in zip(labels, kept) if keep]
+        if "label" in parts:
             number = {label: k for k, label in enumerate(natural(set(labels)))}
             self.labels = [number[label] for label in labels]
             self.classes = [label.replace("_", " ") for label in number]
@@ -246,13 +236,19 @@ class Shards:
     def read(self, shard: int, offset: int, size: int) -> bytes:
         # opened for every read: processes share no handle, and decoding takes far longer
         with open(self.paths[shard], "rb") as file:
+            status = os.fstat(file.fileno())
+            if (status.st_size, status.st_mtime_ns) != self.states[shard]:
+                raise ValueError(f"{self.paths[shard]}: the shard was written again since it was opened")
             file.seek(offset)
             return file.read(size)
 
     def name(self, i: int) -> str:
         path, offset = self.paths[self.table[i, 0]], self.table[i, 1]
-        stems = {sample[1]: sample[0] for sample in index_shard(path, self.cache)["samples"]}
-        return f"{path}:{stems.get(int(offset), offset)}"
+        if path not in self.stems:
+            self.stems[path] = {}
+            with contextlib.suppress(ValueError):  # the archive was damaged since it was opened
+                self.stems[path] = {s[1]: s[0] for s in index_shard(path, self.cache)["samples"]}
+        return f"{path}:{self.stems[path].get(int(offset), offset)}"
 
     def image(self, i: int) -> Image.Image:
         shard, offset, size = self.table[i, :3].tolist()

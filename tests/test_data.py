@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import pickle
 import random
 import tarfile
@@ -588,7 +589,7 @@ def test_folder_of_domains(tmp_path):
     assert dataset.domain_names == ["Art", "Real World"] and dataset.domains == [0, 0, 1, 1]
     assert dataset.labels == [0, 1, 0, 1] and dataset.files[0] == "Art/cat/1.png"
     write_images(tmp_path, ["Art/cow/1.png"])
-    with pytest.raises(ValueError, match="class 'cow' is not in both 'Art' and 'Real World'"):
+    with pytest.raises(ValueError, match="there is no class 'cow' in the domain 'Real World'"):
         data.open_dataset(tmp_path)
     write_images(tmp_path, ["Flat/1.png"])
     with pytest.raises(ValueError, match="'Art' holds folders and 'Flat' images"):
@@ -681,6 +682,24 @@ def test_linked_class_folders_are_followed(tmp_path):
     (tmp_path / "d" / "circle").mkdir()
     (tmp_path / "d" / "circle" / "up").symlink_to(tmp_path / "d" / "circle")
     assert data.open_dataset(tmp_path / "d").classes == ["x", "y"]
+
+
+def test_folders_in_a_circle_and_very_deep_folders(tmp_path, capsys, monkeypatch):
+    write_images(tmp_path / "d", [f"{c}/1.png" for c in "xy"])
+    for c in "xy":
+        (tmp_path / "d" / c / "up").symlink_to(tmp_path / "d" / c)
+        (tmp_path / "d" / c / "inner").mkdir()
+        picture(3).save(tmp_path / "d" / c / "inner" / "2.png")  # ImageFolder reads these too
+    assert data.open_dataset(tmp_path / "d").files == [f"{c}/{n}.png" for c in "xy" for n in ("1", "inner/2")]
+    monkeypatch.chdir(tmp_path / "d" / "x")
+    for _ in range(1500):
+        os.mkdir("e")
+        os.chdir("e")
+    assert len(data.open_dataset(tmp_path / "d")) == 4
+    assert "folders more than 8 levels deep are not read" in capsys.readouterr().err
+    for _ in range(1500):  # pytest's own cleaning is recursive
+        os.chdir("..")
+        os.rmdir("e")
 
 
 def test_classes_with_names_of_splits_are_classes(tmp_path):
@@ -870,6 +889,77 @@ def test_shard_index_is_remembered_and_checked(tmp_path, monkeypatch):
     for idx in (tmp_path / "cache").rglob("*.idx"):
         idx.write_text("{")
     assert len(data.open_dataset(path)) == 1 and len(scans) == 2
+
+
+def test_names_of_samples_read_an_index_once(tmp_path, monkeypatch):
+    dataset, read, index = data.open_dataset(shard_files(tmp_path)), [], shards.index_shard
+    monkeypatch.setattr(shards, "index_shard", lambda *args: read.append(args[0]) or index(*args))
+    assert [dataset.name(i)[-11:] for i in (0, 7, 14, 2)] == [
+        f"part/{k}.x" for k in ("0000", "1002", "2004", "0002")
+    ]
+    assert len([dataset.name(i) for i in range(15)]) == 15 and len(read) == 3
+
+
+def test_a_shard_that_is_written_again_during_a_run_is_named(tmp_path, tokenizer):
+    """The positions of its members are then wrong, and another text would be the caption."""
+    dataset = data.open_dataset(shard_files(tmp_path, count=1))
+    steps = batches(dataset, tokenizer)
+    next(steps)
+    content = (tmp_path / "00000.tar").read_bytes()
+    (tmp_path / "00000.tar").write_bytes(content[1024:] + bytes(1024))
+    os.utime(tmp_path / "00000.tar", (1, 1))
+    with pytest.raises(ValueError, match="00000.tar: the shard was written again since it was opened"):
+        dataset.captions[0]
+    with pytest.raises(ValueError, match="the shard was written again"):
+        take(steps, 20)
+
+
+def pax(key, value, rest=b""):
+    """A pax header with one record, and blocks that follow it."""
+    size = len(f" {key}={value}\n")
+    while len(f"{size} {key}={value}\n") != size:
+        size += 1
+    text = f"{size} {key}={value}\n".encode()
+    info = tarfile.TarInfo("pax")
+    info.type, info.size = tarfile.XHDTYPE, size
+    return info.tobuf(tarfile.GNU_FORMAT) + text + bytes(-size % 512) + rest
+
+
+@pytest.mark.parametrize("kind", ["long names", "long name", "pax chain", "map", "size", "realsize", "2^62"])
+def test_hostile_tar_headers_are_one_line(tmp_path, kind):
+    """Thousands of long names, sparse members with false sizes: recursion and overflow inside tarfile."""
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 2**40 if kind == "long name" else 5
+    name = info.tobuf(tarfile.GNU_FORMAT) + b"abcd".ljust(512, b"\0")
+    headers = {"long names": 3000 * name, "long name": name, "pax chain": 3000 * pax("path", "x.jpg")}
+    headers |= {"map": pax("GNU.sparse.map", "0,x"), "size": pax("size", "9" * 25)}
+    headers |= {"realsize": pax("GNU.sparse.major", "1", pax("GNU.sparse.realsize", "8" * 30))}
+    info = tarfile.TarInfo("a.jpg")
+    info.size = 2**62 if kind == "2^62" else 512
+    content = headers.get(kind, b"") + info.tobuf(tarfile.GNU_FORMAT) + b"1" * 512 + bytes(1024)
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"a\.tar: truncated or damaged tar, the last good member is"
+    ) as error:
+        data.open_dataset(tmp_path / "a.tar")
+    assert str(error.value).isprintable() and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("source", ["csv", "json", "tar", "files"])
+def test_captions_of_every_source_are_cut(tmp_path, source):
+    text = "dog " * shards.MAX_CAPTION
+    write_images(tmp_path, ["a.jpg"])
+    path = tmp_path / f"t.{source}"
+    if source == "csv":
+        path.write_text(f"image,caption\na.jpg,{text}\n")
+    elif source == "json":
+        path.write_text(json.dumps([{"image": "a.jpg", "captions": ["short", text]}]))
+    elif source == "tar":
+        write_tar(path, [("a.jpg", encoded(picture(0))), ("a.txt", text.encode())])
+    else:
+        (tmp_path / "a.txt").write_text(text)
+        path = tmp_path
+    assert data.open_dataset(path).captions[0][-1] == text[: shards.MAX_CAPTION].strip()
 
 
 @pytest.mark.parametrize("cut", ["payload", "boundary", "header", "negative", "gzip", "empty"])

@@ -255,7 +255,7 @@ def test_mistakes_are_named(folder, coop, tmp_path):
     assert "needs two classes or more" in said(tmp_path, "domain-shift", "a", whole=True)
     (tmp_path / "b" / "dog").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "b" / "dog" / "0.png")
-    assert "class 'dog' is not in both" in said(tmp_path, "domain-shift", "a")
+    assert "there is no class 'dog' in the domain 'a'" in said(tmp_path, "domain-shift", "a")
     (tmp_path / "list.csv").write_text("filepath,title\na/cat/0.png,a cat\n")
     assert "has no labels, which are needed" in said(tmp_path / "list.csv", "open-class")
 
