@@ -63,12 +63,15 @@ class Part:
         self.device = distributed.setup("cpu" if c.rehearse else "cuda")
         self.bench = bench.Bench(bench.BenchConfig(device=self.device.type, quick=c.rehearse, threads=1))
 
-    def add(self, **row) -> None:
-        self.rows.append(row)
+    def write(self, rows: list[dict]) -> None:
+        self.rows += rows
         write_json(Path(self.c.out) / f"{self.c.parts[0]}.json", self.rows)
+
+    def add(self, **row) -> None:
         print(
             "  ".join(f"{k} {number(v) if isinstance(v, float) else v}" for k, v in row.items()), flush=True
         )
+        self.write([row])
 
     def fits(self, case: Callable) -> bool:
         """Whether the time is not over and the memory suffices."""
@@ -181,10 +184,15 @@ def steps(p: Part) -> None:
 
 def finetune(p: Part) -> None:
     """Steps of fine-tuning over CLIPood as published. The paper has 0.19 s, D-V 0.21 s and V-V-V 0.25 s."""
-    kinds = ("published", "clipood", "dv", "vvv", "CoOp", "CoCoOp", "MaPLe")
+    arms = {"CLIPood as published": ("clipood", {"published": True}), "CLIPood": ("clipood", {})}
+    arms |= {f"AlignCLIP {branch}": ("alignclip", {"branch": branch}) for branch in ("dv", "vvv")}
+    arms |= {method: (method, {"context_words": ""}) for method in ("coop", "cocoop", "maple")}
+    name = "tiny" if p.toy else "ViT-B-16"
     for batch in (4,) if p.toy else (36, 108):
-        name = "tiny" if p.toy else "ViT-B-16"
-        cases = {kind: partial(bench.finetune_case, kind, name, batch) for kind in kinds}
+        cases = {
+            arm: partial(bench.finetune_case, method, name, batch, **flags)
+            for arm, (method, flags) in arms.items()
+        }
         p.compare(f"{name} fine-tuning step, batch {batch}", cases, memory=True)
 
 
