@@ -269,6 +269,8 @@ def open_model(source: str, vocab: str = "", *, towers: bool = False, **load_opt
     Raises:  ValueError, one line; with towers=True also for a model that is more than its towers.
     """
     model, tokenizer = pretrained.load(source, **load_options), pretrained.tokenizer_for(source, vocab)
+    if not towers:
+        check_vocabulary(model, tokenizer)
     run = saved.read(source)
     if not run.own_model():
         return model, tokenizer

@@ -186,17 +186,16 @@ def probe_data(flags: Flags, model: nn.Module) -> dict:
     if flags.data != "scenes":
         splits = getattr(data.open_dataset(flags.data, **where_of(flags)), "splits", {})
         names = [name for name in names if name in splits]
-    if "train" not in names or len(names) < 2:
-        names = ["all"]
-    splits = {name: "" if name == "all" else name for name in names}
+    whole = "train" not in names or len(names) < 2
+    splits = {"all": ""} if whole else {name: name for name in names}
     parts = {n: evaluate.open_data(replace(flags, split=s), model, "labels") for n, s in splits.items()}
-    if "test" not in names and "val" in names:
+    if "test" not in parts and not whole:
         parts["test"] = parts.pop("val")
-    classes = parts[names[0]].classes
-    if any(part.classes != classes for part in parts.values()):
+    first, least = next(iter(parts.values())), 2 + whole
+    if any(part.classes != first.classes for part in parts.values()):
         raise ValueError(f"{flags.data}: the parts have different classes")
-    counts, least = Counter(parts[names[0]].labels), 3 if names == ["all"] else 2
-    few = [name for c, name in enumerate(classes) if counts[c] < least]
+    counts = Counter(first.labels)
+    few = [name for c, name in enumerate(first.classes) if counts[c] < least]
     if few and "val" not in parts:
         warn(f"{len(few)} classes have fewer than {least} images and are not tested, the first is {few[0]!r}")
     return parts

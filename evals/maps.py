@@ -17,7 +17,6 @@ centre, a cone in the middle of the picture, is the baseline without a model.
 """
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ from evals import surgery
 from model import DualEncoder
 from readers import scenes
 from readers.templates import fill
-from util.evaluation import DataFlags, ModelFlags, load_options, options_of, start, write_results
+from util.evaluation import SeveralFlags, each_model, options_of, start, write_results
 from util.files import write_image
 from util.flags import parse
 from util.metrics import MAP_FIGURES, map_figures
@@ -141,35 +140,30 @@ def draw_sheet(path: Path, dataset, kept: dict[int, Tensor], names: list[str], t
     write_image(path, sheet(pictures, labels, 2 + len(names), surgery.TILE, title))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Flags(ModelFlags, DataFlags):
-    more: tuple[str, ...] = ()  # further models: fine-tuned, other seeds
-
-
 @program
 def main(argv: list[str]) -> None:
-    flags = parse(Flags, argv, __doc__)
+    flags = parse(SeveralFlags, argv, __doc__)
     if flags.data != "scenes":
         raise ValueError(f"--data {flags.data}: maps are measured on masks, which only scenes have")
     device = start(flags, one_process=True)
     # pictures are written last, so that no figure is lost if one of them fails
     rows, pictures = [], {}
-    for number, source in enumerate([flags.model, *flags.more]):
-        model, tokenizer = surgery.open_for_maps(source, flags.vocab, **load_options(flags))
+    for number, found in enumerate(each_model(flags, device, surgery.open_for_maps)):
+        source, model, tokenizer = found
         dataset = evaluate.open_data(flags, model, "labels")
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
         show = sorted(order[:SHOWN]) if flags.out else []
         names = LLIP if model.conditional else NAMES
         sought = names if number else (*names, "centre")
         options = options_of(flags, source) | {"show": show}
-        scores, kept = measure(model.to(device), tokenizer, dataset, sought, **options)
+        scores, kept = measure(model, tokenizer, dataset, sought, **options)
         for name, figures in scores.items():
             rows.append({"model": "no model" if name == "centre" else source, "map": name} | figures)
         if show:
             title = f"{source}, {dataset.image_size} pixels; each map from dark blue to yellow"
             pictures[Path(flags.out) / f"maps-{number + 1}.png"] = (dataset, kept, names, title)
     print(format_table([row | {"map": TITLES.get(row["map"], row["map"])} for row in rows]))
-    print("chance: lift 1, pointing the area")
+    print(f"images {len(dataset):,}  chance: lift 1, pointing the area")
     write_results(flags, {"task": "map", "data": flags.data, "split": flags.split, "rows": rows})
     for path, parts in pictures.items():
         draw_sheet(path, *parts)

@@ -1,6 +1,8 @@
 """Pictures of evals/mixtures.py: weights by caption, names of tokens, maps on images, removal of tokens."""
 
+from collections import Counter
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -8,7 +10,6 @@ from torch import Tensor
 
 import data
 from evals import surgery
-from evals.mixture_figures import kinds_in
 from readers import scenes
 from util.files import write_image
 from util.plots import GRID, INK, MAX_WIDTH, bars, heat, sheet, write
@@ -16,8 +17,8 @@ from util.plots import GRID, INK, MAX_WIDTH, bars, heat, sheet, write
 GREY, HIGH, GAP = "#888888", 17, 9  # height of a row of weights, and the gap between heads and between topics
 
 
-def shorten(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 3] + "..."
+def kinds_in(dataset: scenes.Scenes, i: int) -> list[str]:
+    return [scenes.KINDS[k] for k in dataset.facts["kind"][i].tolist() if k >= 0]
 
 
 def weights(path: Path, phi: Tensor, rows: dict[str, list[int]], texts: list[str], tokens: list[int]) -> None:
@@ -26,7 +27,8 @@ def weights(path: Path, phi: Tensor, rows: dict[str, list[int]], texts: list[str
     _, H, M = phi.shape
     shown = [j for some in rows.values() for j in some]
     high = max(float(phi[shown].max()), uniform)
-    left = 30 + 8 * max(map(len, rows)) + 6 * max(len(shorten(texts[j], 44)) for j in shown)
+    short = {j: shorten(texts[j], 44, placeholder="...") for j in shown}
+    left = 30 + 8 * max(map(len, rows)) + 6 * max(map(len, short.values()))
     wide = int(np.clip((MAX_WIDTH - left - 20) // H - GAP, M, 26 * M)) // M  # of a cell
     top, head = 64, wide * M + GAP
     bottom = top + HIGH * len(shown) + GAP * len(rows)
@@ -44,7 +46,7 @@ def weights(path: Path, phi: Tensor, rows: dict[str, list[int]], texts: list[str
     for topic, some in rows.items():
         write(draw, (10, y + HIGH * len(some) / 2), topic, 14, "lm")
         for j in some:
-            write(draw, (left - 8, y + HIGH / 2), shorten(texts[j], 44), 12, "rm")
+            write(draw, (left - 8, y + HIGH / 2), short[j], 12, "rm")
             for h, n in np.ndindex(H, M):
                 x, fill = left + h * head + n * wide, tuple(heat(phi[j, h, n] / high).tolist())
                 draw.rectangle([x, y, x + wide - 1 - (wide > 6), y + HIGH - 2], fill=fill)
@@ -60,25 +62,16 @@ def weights(path: Path, phi: Tensor, rows: dict[str, list[int]], texts: list[str
 
 
 def names(path: Path, rows: list[dict], tokens: list[int]) -> None:
-    """Writes a table of the captions that use each token most, with a bar for the largest mean weight."""
-    left, top, high, heads = 70, 60, 96, 1 + max(row["head"] for row in rows)
-    wide = min(190, (MAX_WIDTH - left - 10) // len(tokens))
-    image = Image.new("RGB", (max(left + wide * len(tokens) + 10, 620), top + high * heads + 10), "white")
-    draw = ImageDraw.Draw(image)
-    write(draw, (10, 8), "The captions with the largest mean weight of each token, shown by the bar", 15)
-    for n, token in enumerate(tokens):
-        write(draw, (left + (n + 0.5) * wide, top - 12), f"token {token}", 14, "mm")
+    """Writes the captions that use each token most, below a bar for the largest mean weight; a row a head."""
+    bars, texts = [], []
     for row in (row for row in rows if row["token"] in tokens):
-        x, y = left + wide * tokens.index(row["token"]), top + high * row["head"]
-        if row["token"] == tokens[0]:
-            write(draw, (10, y + high / 2), f"head {row['head']}", 14, "lm")
-        draw.rectangle([x, y, x + wide - 5, y + high - 5], outline=GRID)
-        fill = tuple(heat(np.float64(row["weight"])).tolist())
-        draw.rectangle([x, y, x + (wide - 5) * row["weight"], y + 8], fill=fill)
-        write(draw, (x + wide - 9, y + 11), f"{row['weight']:.2f}", 11, "ra", GREY)
-        for line, text in enumerate(row["captions"]):
-            write(draw, (x + 5, y + 22 + 17 * line), shorten(text, wide // 6 - 1), 12)
-    write_image(path, image)
+        bars.append(Image.new("RGB", (surgery.TILE, 16), GRID))
+        colour = tuple(heat(np.float64(row["weight"])).tolist())
+        bars[-1].paste(colour, (0, 0, round(surgery.TILE * row["weight"]), 16))
+        place = f"head {row['head']}, token {row['token']}: {row['weight']:.2f}"
+        texts.append("; ".join([place, *row["captions"]]))
+    title = "The captions with the largest mean weight of each token, shown by the bar"
+    write_image(path, sheet(bars, texts, len(tokens), surgery.TILE, title))
 
 
 def maps(path: Path, rows: list[tuple], title: str) -> None:
@@ -113,18 +106,18 @@ def token_rows(dataset, found: dict, show: list[int], tokens: list[int]) -> list
 
 def caption_rows(dataset, found: dict, captions, show: list[int]) -> list[tuple]:
     """Caption maps of some images; in scenes up to three things and one caption of each other topic."""
-    rows, pairs, most = [], captions.pairs().tolist(), {"things": 3, "captions": 6}
+    rows, most, by_pair = [], {"things": 3, "captions": 6}, found.get("by_pair", {})
     for i in show:
-        own = [(p, j) for p, (image, j, true) in enumerate(pairs) if image == i and true]
-        topics, chosen = [captions.topics[j] for _, j in own], []
         image, name = picture(dataset, i)
-        labels = [name]
-        for n, (p, j) in enumerate(own):
-            if topics[:n].count(topics[n]) < most.get(topics[n], 1):
-                value, right, thing = found.get("by_pair", {}).get(p, ("", True, ""))
+        labels, chosen, count = [name], [], Counter()
+        for p, (owner, j, true) in enumerate(captions.pairs().tolist()):
+            topic = captions.topics[j]
+            if owner == i and true and count[topic] < most.get(topic, 1):
+                value, right, thing = by_pair.get(p, ("", True, ""))
                 number = f" {value:.1f}" if thing else ""
                 labels.append(captions.texts[j] + number + ("" if right else f" WRONG: {thing}"))
                 chosen.append(p)
+                count[topic] += 1
         maps_of = surgery.mixed_maps(found["maps"][i, None], found["used"][chosen][None])[0]
         rows.append((image, maps_of, labels))
     return rows
@@ -155,12 +148,11 @@ def draw(out: Path, dataset, captions, found: dict, tables: dict, show: list[int
     maps(out / "tokens.png", token_rows(dataset, found, show, few), title)
     title = f"The maps of the tokens, mixed by the weights of a caption{note}"
     maps(out / "captions.png", caption_rows(dataset, found, captions, show), title)
-    columns = {"score lost by true captions without the token that they use most": "true, %"}
-    columns |= {"score lost by false captions without that token": "false, %"}
-    columns |= {"lead of true captions lost": "lead lost, %", "lead lost without another token": "another, %"}
-    parts = {
-        r["topic"]: {k: (r[v], 0.0) for k, v in columns.items()} for r in tables["ablation"] if "lead" in r
-    }
+    columns = {"true, %": "score lost by true captions without the token that they use most"}
+    columns |= {"false, %": "score lost by false captions without that token"}
+    columns |= {"lead lost, %": "lead of true captions lost", "another, %": "lead lost without another token"}
+    rows = [row for row in tables["ablation"] if "lead" in row]
+    parts = {row["topic"]: {text: (row[k], 0.0) for k, text in columns.items()} for row in rows}
     if parts:
         bars(out / "ablation.png", parts, "A token is removed before the softmax: changes in % of the lead")
     print(f"pictures in {out}")

@@ -19,7 +19,6 @@ import statistics
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import nn
 
 import data
@@ -28,7 +27,7 @@ from baselines.saved import fine_tuned
 from evals.protocol import TASKS, Protocol, check_target, domains_of, protocol, templates_of
 from readers import templates as prompts
 from scale import distributed
-from util.evaluation import DataFlags, ModelFlags, load_options, options_of, start, where_of, write_results
+from util.evaluation import SeveralFlags, each_model, options_of, start, where_of, write_results
 from util.flags import parse
 from util.program import leave, program
 from util.report import format_table, plus_minus
@@ -73,45 +72,44 @@ def summarise(records: list[dict]) -> list[dict]:
     Returns: rows of the same keys, "runs", and figure: (mean, deviation) for each figure that all records
              have; n - 1, None for one run. Rows of domain "average" take the seeds with all domains.
     """
-    domains = {task: {r["domain"] for r in records if r["task"] == task} for task in TASKS}
-    runs = {}  # (task, method, seed) -> its records
-    for r in records:
-        runs.setdefault((r["task"], r["method"], r["seed"]), []).append(r)
-    for (task, method, _), some in runs.items():
+
+    def groups(*keys: str) -> dict[tuple, list[dict]]:
+        found = {}
+        for r in records:
+            found.setdefault(tuple(r[key] for key in keys), []).append(r)
+        return found
+
+    def figures(some: list[dict]) -> dict[str, list[float]]:
+        return {name: [r[name] for r in some] for name in FIGURES if all(name in r for r in some)}
+
+    domains = {task: {r["domain"] for r in some} for (task,), some in groups("task").items()}
+    for (task, method, _), some in groups("task", "method", "seed").items():
         if len(domains[task]) > 1 and {r["domain"] for r in some} == domains[task]:
-            means = {f: statistics.fmean(r[f] for r in some) for f in FIGURES if all(f in r for r in some)}
+            means = {name: statistics.fmean(values) for name, values in figures(some).items()}
             if "H" in means:
                 means["H"] = harmonic(means["base"], means["new"])
             records = [*records, {"task": task, "method": method, "domain": "average", **means}]
-    groups, rows = {}, []  # (task, method, domain) -> its records
-    for r in records:
-        groups.setdefault((r["task"], r["method"], r["domain"]), []).append(r)
-    for (task, method, domain), some in groups.items():
+    rows = []
+    for (task, method, domain), some in groups("task", "method", "domain").items():
         rows.append({"task": task, "method": method, "domain": domain, "runs": len(some)})
-        for figure in (figure for figure in FIGURES if all(figure in r for r in some)):
-            numbers = [r[figure] for r in some]
-            deviation = statistics.stdev(numbers) if len(numbers) > 1 else None
-            rows[-1][figure] = (statistics.fmean(numbers), deviation)
+        for name, values in figures(some).items():
+            rows[-1][name] = (statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
     return rows
 
 
 def table(rows: list[dict]) -> str:
     """The rows of summarise in percent, one table for each task."""
-    texts = []
-    for task in TASKS:
-        shown = []
-        for row in (r for r in rows if r["task"] == task):
-            about = {"method": row["method"], "domain": row["domain"] or "all", "runs": row["runs"]}
-            shown.append(about | {name: plus_minus(*row[name]) for name in FIGURES if name in row})
-        if shown:
-            texts.append(f"{task}, %\n{format_table(shown)}")
-    return "\n\n".join(texts)
+    texts = {}
+    for row in rows:
+        about = {"method": row["method"], "domain": row["domain"] or "all", "runs": row["runs"]}
+        about |= {name: plus_minus(*row[name]) for name in FIGURES if name in row}
+        texts.setdefault(row["task"], []).append(about)
+    return "\n\n".join(f"{task}, %\n{format_table(texts[task])}" for task in TASKS if task in texts)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags(DataFlags, ModelFlags):
+class Flags(SeveralFlags):
     # what is evaluated
-    more: tuple[str, ...] = ()  # further models: other seeds, other domains
     task: Literal[TASKS] | None = None  # default: a run's own, else domain-shift
     target_domain: tuple[str, ...] = ()  # default: a run's own, else each domain in turn
     whole_target: bool = False  # domain-shift: all of the target, not only DomainBed's 20 %
@@ -138,43 +136,36 @@ def task_of(flags: Flags, source: str, config: dict) -> tuple[str, list[str]]:
     return task, targets or names
 
 
-def open_run(flags: Flags, source: str) -> tuple:
-    """(record fields, targets, templates, whole, model on the CPU, tokenizer) of a model."""
-    config = read_config(source)
-    config = config if fine_tuned(config) else {}
-    task, targets = task_of(flags, source, config)
-    model, tokenizer = evaluate.open_model(source, flags.vocab, **load_options(flags))
-    evaluate.check_vocabulary(model, tokenizer)
-    about = {"model": source, "task": task, "method": config.get("method", "zero-shot")}
-    prompt = templates_of(flags.templates or list(filter(None, [config.get("template")])), flags.data)
-    whole = flags.whole_target or config.get("whole_target", False)
-    return about | {"seed": config.get("seed", source)}, targets, prompt, whole, model, tokenizer
-
-
-def evaluate_run(flags: Flags, device: torch.device, about, targets, prompt, whole, model, tokenizer) -> list:
-    """The records of a model, and those of chance, for every target."""
-    records, options = [], options_of(flags, "open-world")
-    of_data = where_of(flags) | {"whole": whole, "scene": {"image_size": model.config.image_size}}
-    for target in targets:
-        parts = protocol(flags.data, about["task"], target, **of_data)
-        result = evaluate_protocol(model.to(device), parts, tokenizer, prompt, **options)
-        records.append(about | {"domain": target} | result)
-        records.append(about | {"method": "chance", "domain": target} | result["chance"])
-    model.to("cpu")
-    return records
-
-
 @program
 def main(argv: list[str]) -> None:
     flags = parse(Flags, argv, __doc__)
     if flags.split or flags.limit:
         raise ValueError("--split and --limit: the task determines the images, leave them out")
-    device = start(flags)
-    opened = [open_run(flags, source) for source in (flags.model, *flags.more)]
-    records = [record for run in opened for record in evaluate_run(flags, device, *run)]
+    device, runs, records = start(flags), [], []
+    for source in (flags.model, *flags.more):
+        config = read_config(source)
+        config = config if fine_tuned(config) else {}
+        runs.append((config, *task_of(flags, source, config)))
+    opened = each_model(flags, device, evaluate.open_model)
+    for (config, task, targets), (source, model, tokenizer) in zip(runs, opened):
+        about = {"model": source, "task": task, "method": config.get("method", "zero-shot")}
+        about["seed"] = config.get("seed", source)
+        prompt = templates_of(flags.templates or list(filter(None, [config.get("template")])), flags.data)
+        of_data = where_of(flags) | {"scene": {"image_size": model.config.image_size}}
+        of_data["whole"] = flags.whole_target or config.get("whole_target", False)
+        for target in targets:
+            parts = protocol(flags.data, task, target, **of_data)
+            options = options_of(flags, "open-world")
+            result = evaluate_protocol(model, parts, tokenizer, prompt, **options)
+            records.append(about | {"domain": target} | result)
+            records.append(about | {"method": "chance", "domain": target} | result["chance"])
     if distributed.rank() == 0:
         rows = summarise(records)
         print(table(rows))
+        counts = {record["domain"] or "all": record["images"] for record in records if "images" in record}
+        listed = ", ".join(f"{domain} {count:,}" for domain, count in counts.items())
+        error = 50 / min(counts.values()) ** 0.5  # of a share of one half, the largest
+        print(f"test images: {listed}; the standard error of one run is at most {error:.1f} %")
         write_results(flags, {"task": "open-world", "data": flags.data, "rows": rows, "records": records})
     distributed.shutdown()
 

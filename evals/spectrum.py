@@ -6,7 +6,7 @@ Lavoie et al. 2024, Fig. 5 (5,000 validation images of ImageNet). The features a
 """
 
 import math
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 import evaluate
 from evals.linear_probe import encode
 from util import plots
-from util.evaluation import DataFlags, ModelFlags, load_options, options_of, start, write_results
+from util.evaluation import SeveralFlags, each_model, options_of, start, write_results
 from util.flags import parse
 from util.program import leave, program
 from util.report import format_table
@@ -53,27 +53,20 @@ def spectrum_row(source: str, tokens: Tensor) -> tuple[dict, list]:
     return row, logs
 
 
-@dataclass(frozen=True, kw_only=True)
-class Flags(DataFlags, ModelFlags):
-    more: tuple[str, ...] = ()  # further models
-
-
 @program
 def main(argv: list[str]) -> None:
-    flags = parse(Flags, argv, __doc__)
-    device = start(flags, one_process=True)
-    models, rows, curves = [flags.model, *flags.more], [], {}
-    for source in models:
-        model, _ = evaluate.open_model(source, flags.vocab, towers=True, **load_options(flags))
+    flags = parse(SeveralFlags, argv, __doc__)
+    device, rows, curves = start(flags, one_process=True), [], {}
+    for source, model, _ in each_model(flags, device, partial(evaluate.open_model, towers=True)):
         dataset = evaluate.open_data(flags, model, "image")
-        tokens = encode(model.to(device), dataset, **options_of(flags, f"spectrum {source}"))
+        tokens = encode(model, dataset, **options_of(flags, f"spectrum {source}"))
         N, M, D = tokens.shape
         if N * M <= D:
             raise ValueError(f"{source}: {N} x {M} vectors span less than the width {D}: use more images")
         row, curves[source] = spectrum_row(source, tokens)
         rows.append(row)
     print(format_table(rows, digits=2))
-    content = {"task": "spectrum", "data": flags.data, "models": models, "rows": rows}
+    content = {"task": "spectrum", "data": flags.data, "models": [*curves], "rows": rows}
     write_results(flags, content | {"log_singular_values": curves})
     if flags.out:
         lines = {name: [(k, v) for k, v in enumerate(logs) if v is not None] for name, logs in curves.items()}

@@ -3,22 +3,19 @@
     python -m evals.surgery photo.jpg "a dog" "grass" --model ViT-B-16.pt --out maps.png
 
 CLIP trains only its class token, so its patch features match texts about other places. Each method runs the
-same blocks with the same weights and changes how the last blocks mix tokens:
+same blocks with the same weights and changes how the last blocks mix tokens. The code is written from the
+formulas of the papers:
 
-    method      token mixing                         in which blocks       residual   MLP    class token
-    surgery     softmax(V V^T / sqrt(K)) V           last six, two paths   kept       none   of the Q-K-V path
-    alignclip   V                                    last six, two paths   kept       none   of the Q-K-V path
-    gem         gem_attention, below                 last six, two paths   kept       none   of the same path
-    maskclip    V                                    last                  kept       kept   of the same path
-    sclip       (softmax(Q Q^T / sqrt(K))            last                  kept       kept   of the same path
+    surgery     softmax(V V^T / sqrt(K)) V           Li et al. 2023 (arXiv:2304.05653), CLIP Surgery
+    alignclip   V                                    Han et al. 2025 (doi 10.1007/s10994-025-06742-z)
+    gem         gem_attention, below                 Bousselham et al. 2024 (arXiv:2312.00878)
+    maskclip    V                                    Zhou et al. 2022 (arXiv:2112.01071)
+    sclip       (softmax(Q Q^T / sqrt(K))            Wang et al. 2024 (arXiv:2312.01597)
                 + softmax(K K^T / sqrt(K))) V
-    clearclip   softmax(Q Q^T / sqrt(K)) V           last                  none       none   of the same path
+    clearclip   softmax(Q Q^T / sqrt(K)) V           Lan et al. 2024 (arXiv:2407.12442), no residual, no MLP
 
-surgery: CLIP Surgery, Li et al. 2023 (arXiv:2304.05653).  alignclip: the D-V branch of AlignCLIP, Han et
-al. 2025 (doi 10.1007/s10994-025-06742-z).  gem: Bousselham et al. 2024 (arXiv:2312.00878).  maskclip: Zhou
-et al. 2022 (arXiv:2112.01071).  sclip: Wang et al. 2024 (arXiv:2312.01597).  clearclip: Lan et al. 2024
-(arXiv:2407.12442). The code is written from their formulas. With two paths, CLIP's own path x is unchanged,
-and a second residual stream z (alignclip.two_paths) sums the other attention of the same blocks:
+The last three change the last block. The first three have two paths in the last six blocks: CLIP's own path x
+is unchanged, and a second residual stream z (alignclip.two_paths) sums the other attention without any MLP:
 
     x <- x + Attn_qkv(LN1 x);  x <- x + MLP(LN2 x)          z <- z + Attn_other(LN1 x)
 
@@ -44,6 +41,7 @@ from alignclip import default_blocks, two_paths
 from attention import KINDS, attend
 from model import Block, DualEncoder, VisionTransformer
 from readers.images import IMAGE_ERRORS, decoding, open_image
+from util.evaluation import LoadFlags, load_options
 from util.files import write_image
 from util.flags import parse
 from util.plots import heat, sheet
@@ -266,8 +264,8 @@ def heat_maps(model, image: Tensor, tokens: Tensor, method: str, blank: Tensor |
     return stretch(as_grid(feature_surgery(features, text, redundant)[:, 1:]))[0]
 
 
-@dataclass(frozen=True)
-class Flags:
+@dataclass(frozen=True, kw_only=True)
+class Flags(LoadFlags):
     image: str  # a picture
     texts: tuple[str, ...]  # what to look for, as "a dog"
     model: str  # a run directory of train.py, a checkpoint, or a name
@@ -276,7 +274,6 @@ class Flags:
     size: int | None = None  # images are resized to a square of so many pixels (default: the model's)
     subtract_shared: bool = False  # feature surgery: subtract what all texts share
     vocab: str = ""  # vocabulary (default: the run's own, else OpenAI's)
-    quick_gelu: bool | None = None  # the activation, if the checkpoint does not contain it
 
 
 def open_for_maps(source: str, vocab: str = "", **load_options) -> tuple:
@@ -316,14 +313,11 @@ def with_maps(image: Image.Image, maps: Tensor) -> list[Image.Image]:
 def main(argv: list[str]) -> None:
     flags = parse(Flags, argv, __doc__, positional=("image", "texts"))
     out = Path(flags.out)
-    if (
-        not out.parent.is_dir()
-        or out.suffix.lower() != ".png"
-        or out.resolve() == Path(flags.image).resolve()
-    ):
+    fits = out.parent.is_dir() and out.suffix.lower() == ".png"
+    if not fits or out.resolve() == Path(flags.image).resolve():
         raise ValueError(f"--out {out}: give another name, which ends in .png, in a folder that exists")
     image = read_image(flags.image)
-    model, tokenizer = open_for_maps(flags.model, flags.vocab, quick_gelu=flags.quick_gelu)
+    model, tokenizer = open_for_maps(flags.model, flags.vocab, **load_options(flags))
     patch, size = model.visual.patch_size, flags.size or model.config.image_size
     if size < patch or size % patch:
         fitting = max(1, round(size / patch)) * patch

@@ -17,7 +17,7 @@ import evaluate
 from evals.protocol import templates_of
 from model import DualEncoder
 from readers import templates as prompts
-from util.evaluation import DataFlags, ModelFlags, load_options, options_of, start, write_results
+from util.evaluation import SeveralFlags, each_model, options_of, start, write_results
 from util.flags import parse
 from util.metrics import no_nan, places
 from util.program import leave, program
@@ -120,8 +120,7 @@ def typographic(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags(DataFlags, ModelFlags):
-    more: tuple[str, ...] = ()  # further models
+class Flags(SeveralFlags):
     templates: tuple[str, ...] = ()  # as for evaluate.py zeroshot (default: the data's own)
     seed: int = 0  # of the words that are written
 
@@ -129,14 +128,12 @@ class Flags(DataFlags, ModelFlags):
 @program
 def main(argv: list[str]) -> None:
     flags = parse(Flags, argv, __doc__)
-    device = start(flags, one_process=True)
-    models, rows, results = [flags.model, *flags.more], [], {}
-    for source in models:
-        model, tokenizer = evaluate.open_model(source, flags.vocab, **load_options(flags))
+    device, rows, results = start(flags, one_process=True), [], {}
+    for source, model, tokenizer in each_model(flags, device, evaluate.open_model):
         dataset = evaluate.open_data(flags, model, "labels")
         templates = templates_of(flags.templates, flags.data)
         options = options_of(flags, f"typographic {source}")
-        results[source] = typographic(model.to(device), dataset, tokenizer, templates, flags.seed, **options)
+        results[source] = typographic(model, dataset, tokenizer, templates, flags.seed, **options)
         for kind, figures in results[source].items():
             row = {"model": source, "image": IMAGES[kind]}
             row |= {head: 100 * figures[key] for key, head in COLUMNS.items()}
@@ -145,7 +142,7 @@ def main(argv: list[str]) -> None:
     print(format_table(rows, digits=2))
     C = len(dataset.classes)
     print(f"images {len(dataset):,}  classes {C}  chance {100 / C:.2f} %")
-    content = {"task": "typographic", "data": flags.data, "models": models, "seed": flags.seed}
+    content = {"task": "typographic", "data": flags.data, "models": [*results], "seed": flags.seed}
     write_results(flags, content | {"chance": 1 / C, "results": results})
 
 

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import torch
 from conftest import checkpoint, same
 from PIL import Image
+from small_models import save_run
 
 import alignclip
 import clipood
@@ -24,15 +24,13 @@ from baselines.methods import METHODS
 from evals import open_world as openworld
 from evals import protocol as protocols
 from llip import Llip
-from model import CLIP, Config
+from model import CLIP
 from readers import scenes
 from tasks import LabelTask
-from tokenizer import Tokenizer
 from train import TrainConfig, configure, main
 from util.run import Meter, Run, check_same_run
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = Config(16, 16, 8, 32, 2, 2, 64, 16, 600, 32, 1, 2, 64)
 TUNED, PROMPTED = tuple(METHODS)[3:8], ("coop", "cocoop", "maple", "tes")
 QUICK = ["--device", "cpu", "--threads", "1", "--train-size", "60", "--batch-size", "6"]
 QUICK += ["--target-domain", "sketch"]
@@ -47,18 +45,6 @@ def few_scenes_and_signals(monkeypatch):
     protocols.scenes_protocol.cache_clear()
     for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
         signal.signal(number, handler)
-
-
-def save_run(path, model_of):
-    """A random model as a run directory; its vocabulary covers the scenes."""
-    path.mkdir()
-    texts = [t.format(k) for k in scenes.KINDS for t in scenes.TEMPLATES]
-    tokenizer = Tokenizer.learn(texts, 600)
-    tokenizer.save(path / "tokenizer.json")
-    torch.manual_seed(0)
-    model = model_of(replace(CONFIG, vocab_size=tokenizer.vocab_size))
-    pretrained.save(model, path / "checkpoint.pt")
-    return path
 
 
 @pytest.fixture(scope="module")

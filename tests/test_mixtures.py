@@ -12,7 +12,6 @@ from PIL import Image
 from small_models import CONFIG, TOKENIZER
 
 import pretrained
-from evals import mixture_figures as figures
 from evals import mixture_pictures, mixtures, surgery
 from llip import Llip
 from readers import scenes
@@ -51,7 +50,7 @@ def test_weights_and_the_three_parts_of_their_variance(measured):
     _, (keys, _), (queries, _) = features(model, dataset, captions)
     phi = model.mixing_weights(keys, queries).double().detach().numpy()  # (N, T, H, M)
     assert np.allclose(found["by_caption"], phi.mean(0), atol=1e-6)
-    rows = figures.weights(found)
+    rows = mixtures.weights(found)
     assert len(rows) == model.heads
     for head, row in enumerate(rows):
         x = phi[:, :, head]
@@ -115,12 +114,12 @@ def test_names_and_their_comparison():
     means = torch.full((24, 1, 4), 0.1)
     for j in range(24):
         means[j, 0, j // 6] = 0.7  # token k serves colour k
-    rows, own = figures.names(means, texts)
+    rows, own = mixtures.names(means, texts)
     assert [{text[0] for text in row["captions"]} for row in rows] == [{"a"}, {"b"}, {"c"}, {"d"}]
     assert own["coherence"] == pytest.approx(1 / 3) and own["permuted"] < 0.2 and own["p"] < 0.02
-    _, chance = figures.names(torch.rand(24, 1, 4, generator=torch.Generator().manual_seed(1)), texts)
+    _, chance = mixtures.names(torch.rand(24, 1, 4, generator=torch.Generator().manual_seed(1)), texts)
     assert chance["p"] > 0.05
-    assert figures.names(means[:1], texts[:1])[1] == {}
+    assert mixtures.names(means[:1], texts[:1])[1] == {}
 
 
 def test_ablation_in_numbers():
@@ -128,11 +127,11 @@ def test_ablation_in_numbers():
     assert captions.pairs().tolist() == [[0, 0, 1], [0, 1, 0], [1, 1, 1], [1, 0, 0]]
     cosines = torch.tensor([[0.9, 0.5, 0.9], [0.1, 0.1, 0.1], [0.9, 0.9, 0.3], [0.1, 0.3, 0.1]])
     used = torch.tensor([[0.8, 0.2], [0.8, 0.2], [0.1, 0.9], [0.8, 0.2]])
-    (row,) = figures.ablation({"cosines": cosines.double(), "used": used}, captions)
+    (row,) = mixtures.ablation({"cosines": cosines.double(), "used": used}, captions)
     expected = {"pairs": 2, "drop": 0.5, "weight": 0.85, "most needed": 1, "chance": 0.5, "lead": 0.8}
     expected |= {"true, %": 62.5, "false, %": -12.5, "lead lost, %": 75, "another, %": 0}
     assert {k: row[k] for k in expected} == pytest.approx(expected, abs=1e-5)
-    (row,) = figures.ablation({"cosines": 0.01 * cosines.double(), "used": used}, captions)
+    (row,) = mixtures.ablation({"cosines": 0.01 * cosines.double(), "used": used}, captions)
     assert "lead" not in row
 
 
@@ -141,7 +140,7 @@ def test_a_map_on_the_named_thing_is_right(measured):
     areas = torch.zeros(2, 4, 4).double()
     areas[0, :2, :2], areas[1, 2:, 2:] = 1, 1
     maps = torch.stack([areas[0], torch.ones(4, 4)], -1).float()
-    assert figures.lift(maps, areas).tolist() == [[4, 1], [0, 1]]
+    assert mixtures.lift(maps, areas).tolist() == [[4, 1], [0, 1]]
     # token k looks at the k-th thing, and each caption uses only the token of its thing
     size, pairs = dataset.image_size, captions.pairs()
     perfect = {"maps": torch.full((len(dataset), size, size, 4), 1e-6), "used": torch.zeros(len(pairs), 4)}
@@ -149,13 +148,13 @@ def test_a_map_on_the_named_thing_is_right(measured):
         for k, mask in enumerate(dataset.masks(i)):
             perfect["maps"][i, ..., k] += torch.from_numpy(mask)
     for p, (i, j, _) in enumerate(pairs.tolist()):
-        kinds = figures.kinds_in(dataset, i)
+        kinds = mixtures.kinds_in(dataset, i)
         perfect["used"][p, kinds.index(captions.things[j]) if captions.things[j] in kinds else 0] = 1
-    labels, by_pair, tables = figures.on_masks(perfect, dataset, captions)
+    labels, by_pair, tables = mixtures.on_masks(perfect, dataset, captions)
     assert by_pair and all(right for _, right, _ in by_pair.values())
     own, other = tables["caption maps"]
     assert own["right thing"] == 1 > other["right thing"] and own["lift"] > 2 and 0.25 <= own["chance"] <= 0.5
-    assert labels[0][0].split()[0] == figures.kinds_in(dataset, 0)[0]
+    assert labels[0][0].split()[0] == mixtures.kinds_in(dataset, 0)[0]
     best, worst = mixture_pictures.examples(dataset, {"by_pair": by_pair}, captions, 2)
     assert best != worst
     # all maps of one scene are wrong: it comes last

@@ -3,16 +3,15 @@
 import io
 import json
 import tarfile
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_models import save_run
 from torch import nn
 
 import data
-import pretrained
 from evals import open_world as openworld
 from evals import protocol as protocols
 from evals.open_world import harmonic, protocol, summarise
@@ -21,9 +20,7 @@ from model import CLIP, Config
 from readers import scenes
 from readers import templates as prompts
 from readers.datasets import Labelled
-from tokenizer import Tokenizer
 
-CONFIG = Config(16, 16, 8, 32, 2, 2, 64, 16, 600, 32, 1, 2, 64)
 DOMAINS, CLASSES = ("art", "photo", "sketch"), ("cat", "dog", "elk", "fox", "hen")
 
 
@@ -37,15 +34,7 @@ def few_scenes(monkeypatch):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A random CLIP as a run directory: checkpoint and vocabulary."""
-    path = tmp_path_factory.mktemp("clip")
-    texts = [t.format(k) for k in scenes.KINDS for t in scenes.TEMPLATES]
-    tokenizer = Tokenizer.learn(texts, 600)
-    tokenizer.save(path / "tokenizer.json")
-    torch.manual_seed(0)
-    model = CLIP(replace(CONFIG, vocab_size=tokenizer.vocab_size))
-    pretrained.save(model, path / "checkpoint.pt")
-    return path
+    return save_run(tmp_path_factory.mktemp("clip"), CLIP)
 
 
 @pytest.fixture(scope="module")

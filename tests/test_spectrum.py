@@ -45,8 +45,3 @@ def test_spectrum_command(small_runs, tmp_path, capsys):
     assert f"drawn in {tmp_path / 'out' / 'spectrum.png'}" in said.out
     assert command(small_runs["clip"], *flags, "--limit", 9) == 2
     assert "9 x 1 vectors span less than the width 16" in capsys.readouterr().err
-
-
-def test_a_missing_model(small_runs, capsys):
-    assert command(small_runs["clip"], "--data", "scenes", "--limit", 17, "--more", "nowhere.pt") == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: nowhere.pt: no such file")

@@ -167,19 +167,3 @@ def test_typographic_command(small_runs, tmp_path, capsys):
     assert "blank note" in said.out
     for kind in ("clean", "blank", "word"):
         assert f"typographic {small_runs['llip']}, {kind}  20 of 20 images" in said.err
-
-
-@pytest.mark.parametrize(
-    "flags, message", [(["--data", "scenes", "--templates", "a photo"], "templates 'a photo'")]
-)
-def test_mistakes_get_one_line(small_runs, capsys, flags, message):
-    assert command(small_runs["clip"], *flags, "--limit", 17) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
-
-
-def test_data_without_labels_are_refused(small_runs, tmp_path, capsys):
-    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
-    (tmp_path / "list.csv").write_text("image,caption\na.png,a dog\n")
-    assert command(small_runs["clip"], "--data", tmp_path / "list.csv") == 2
-    assert "has no labels" in capsys.readouterr().err

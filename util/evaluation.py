@@ -1,5 +1,6 @@
 """Flags that the evaluation programs inherit, and what they do before and after the work."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -51,6 +52,11 @@ class DataFlags(WhereFlags):
     limit: int | None = None  # only so many images, evenly spaced (scenes: how many to draw, 1024)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SeveralFlags(DataFlags, ModelFlags):
+    more: tuple[str, ...] = ()  # further models
+
+
 def start(flags, one_process: bool = False) -> torch.device:
     """Device of an evaluation program, after its flags are checked and its output folder is made."""
     for name in ("batch_size", "limit"):
@@ -62,6 +68,18 @@ def start(flags, one_process: bool = False) -> torch.device:
     if flags.out:
         output_folder(flags.out)
     return device
+
+
+def each_model(flags, device: torch.device, open_model: Callable) -> Iterator[tuple]:
+    """(source, model on the device, tokenizer) of --model and --more; all are opened before the first.
+
+    Args: open_model(source, vocabulary, flags of pretrained.load) -> model, tokenizer
+    """
+    sources = [flags.model, *flags.more]
+    opened = [open_model(source, flags.vocab, **load_options(flags)) for source in sources]
+    for source in sources:
+        model, tokenizer = opened.pop(0)
+        yield source, model.to(device), tokenizer
 
 
 def write_results(flags, content: dict) -> None:

@@ -1,0 +1,141 @@
+"""What the programs of evals/ do alike: mistakes in one line, all models opened first, columns of a list."""
+
+import json
+
+import pytest
+from PIL import Image
+from small_models import CONFIG, MODELS, save_run
+
+from evals import linear_probe, maps, mixtures, open_world, spectrum, surgery, typographic
+from model import CLIP
+from tokenizer import Tokenizer
+
+SEVERAL = (maps, open_world, spectrum, typographic)
+
+
+def call(program, model, *flags):
+    return program.main(["--model", str(model), "--device", "cpu", *map(str, flags)])
+
+
+@pytest.fixture
+def broken(tmp_path, small_runs):
+    """Models that no program can use, and what the line about each must say."""
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    whole = (small_runs["clip"] / "checkpoint.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty").mkdir()
+    return {tmp_path / name: name for name in ("nowhere.pt", "text.pt", "cut.pt", "empty")}
+
+
+@pytest.mark.parametrize("program", SEVERAL, ids=lambda program: program.__name__)
+def test_all_models_are_opened_before_the_first_is_evaluated(program, small_runs, broken, capsys):
+    """One line on stderr: no progress line of the first model comes before it."""
+    for path, name in broken.items():
+        more = ["--more", small_runs["clip"], path]
+        assert call(program, small_runs["clip"], "--data", "scenes", *more) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith("error: ") and said.err.count("\n") == 1 and name in said.err
+        assert said.out == ""
+
+
+@pytest.mark.parametrize("program", (maps, open_world, typographic), ids=lambda program: program.__name__)
+def test_a_vocabulary_of_another_size_is_found_before_the_first_is_evaluated(
+    program, small_runs, tmp_path, capsys
+):
+    run = save_run(tmp_path / "run", CLIP, CONFIG)
+    Tokenizer.learn(["a dog"], 515).save(run / "tokenizer.json")
+    assert call(program, small_runs["clip"], "--data", "scenes", "--more", run) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "the tokenizer has" in error
+
+
+@pytest.fixture
+def columns(tmp_path):
+    """A list whose columns have names that nobody would guess, and the flags that name them."""
+    rows = ["where;what;kind;tail".replace(";", ",")]
+    for k in range(24):
+        Image.new("RGB", (16, 16), (60 * (k % 4), 9 * k, 0)).save(tmp_path / f"{k}.png")
+        rows.append(f"{k}.png,picture {k},{'abcd'[k % 4]},x")
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    return ["--data", tmp_path / "list.csv", "--image-key", "where"]
+
+
+@pytest.mark.parametrize(
+    "program, keys",
+    [
+        (linear_probe, ["--label-key", "kind"]),
+        (typographic, ["--label-key", "kind"]),
+        (spectrum, ["--caption-key", "what"]),
+        (mixtures, ["--caption-key", "what"]),
+        (mixtures, ["--label-key", "kind"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_columns_of_a_list_are_named_by_flags(program, keys, columns, small_runs, tmp_path, capsys):
+    out = ["--out", tmp_path / "out"]
+    assert call(program, small_runs["llip"], *columns, *keys, *out) == 0
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    if keys[0] == "--caption-key" and program is mixtures:
+        assert result["captions"][:2] == ["picture 0", "picture 1"]
+    if keys[0] == "--label-key":
+        assert "classes 4" in capsys.readouterr().out or len(result["captions"]) == 4
+    # without the flags the columns are not found
+    assert call(program, small_runs["llip"], *columns[:2]) == 2
+    assert "list.csv" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "program, flags, message",
+    [
+        (linear_probe, ["--split", "val"], "--split: a probe trains on one"),
+        (linear_probe, ["--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (linear_probe, ["--data", "nowhere"], "nowhere: no such file"),
+        (typographic, ["--templates", "a photo"], "templates 'a photo'"),
+        (mixtures, ["--limit", "0"], "--limit 0 must be at least 1"),
+        (spectrum, ["--out", __file__], "it is a file, not a folder"),
+        (maps, ["--out", f"{__file__}/out"], "cannot write in"),
+    ],
+)
+def test_mistakes_get_one_line(program, small_runs, capsys, flags, message):
+    assert call(program, small_runs["llip"], "--data", "scenes", *flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize("program", [linear_probe, typographic, open_world], ids=lambda p: p.__name__)
+def test_data_without_labels_are_refused(program, small_runs, tmp_path, capsys):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    (tmp_path / "list.csv").write_text("image,caption\na.png,a dog\n")
+    assert call(program, small_runs["clip"], "--data", tmp_path / "list.csv") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and ("no labels" in error or "no classes" in error)
+
+
+@pytest.mark.parametrize("program, what", [(spectrum, "spectrum"), (typographic, "typographic")])
+def test_every_kind_of_model_gets_its_progress_and_its_result(program, what, small_runs, tmp_path, capsys):
+    paths = [str(small_runs[name]) for name in MODELS]
+    flags = ["--data", "scenes", "--limit", 20, "--out", tmp_path, "--more", *paths[1:]]
+    assert call(program, paths[0], *flags) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["models"] == paths
+    said = capsys.readouterr()
+    for path in paths:
+        assert f"{what} {path}" in said.err and path in said.out
+    assert said.err.count("20 of 20 images") == len(paths) * (3 if program is typographic else 1)
+
+
+def test_a_picture_on_its_side_is_shown_and_searched_upright(small_runs, tmp_path):
+    """The EXIF orientation of a camera counts for heat maps; training and evaluation follow OpenAI's code."""
+    picture, exif = Image.new("RGB", (64, 32), "blue"), Image.Exif()
+    picture.paste("red", (0, 0, 32, 32))
+    picture.save(tmp_path / "upright.png")
+    exif[0x0112] = 6  # shown after a turn of 90 degrees clockwise
+    picture.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    pages = []
+    for name in ("upright", "turned"):
+        out = tmp_path / f"{name}-map.png"
+        flags = [tmp_path / f"{name}.png", "a dog", "--model", small_runs["clip"], "--out", out]
+        assert surgery.main([*map(str, flags)]) == 0
+        with Image.open(out) as page:
+            pages.append(page.crop((0, 26, 520, 154)).tobytes())
+    assert pages[0] == pages[1]
+    assert mixtures.Photos((str(tmp_path / "turned.png"),)).image(0).size == (64, 32)
