@@ -32,10 +32,8 @@ from model import DualEncoder
 from readers import scenes
 from readers.templates import fill
 from util.evaluation import SeveralFlags, each_model, options_of, start, write_results
-from util.files import write_image
 from util.flags import parse
 from util.metrics import MAP_FIGURES, map_figures
-from util.plots import sheet
 from util.program import leave, program
 from util.report import Progress, format_table
 
@@ -131,13 +129,12 @@ def measure(
 
 def draw_sheet(path: Path, dataset, kept: dict[int, Tensor], names: list[str], title: str) -> None:
     """Writes one picture: image, mask and maps in a row, for each picture in kept (measure returns it)."""
-    pictures, labels = [], []
+    rows = []
     for i, maps in kept.items():
-        maps = surgery.stretch(maps[None, ..., : 1 + len(names)])[0]  # (S, S, 1 + names)
-        pictures += surgery.with_maps(dataset.image(i), maps)
         what = f"{dataset.domain_names[dataset.domains[i]]}: {scenes.KINDS[dataset.facts['kind'][i, 0]]}"
-        labels += [what, "mask", *(TITLES.get(name, name) for name in names)]
-    write_image(path, sheet(pictures, labels, 2 + len(names), surgery.TILE, title))
+        labels = [what, "mask", *(TITLES.get(name, name) for name in names)]
+        rows.append((dataset.image(i), maps[..., : 1 + len(names)], labels))  # (S, S, 1 + names)
+    surgery.map_sheet(path, rows, title)
 
 
 @program
@@ -160,7 +157,7 @@ def main(argv: list[str]) -> None:
         for name, figures in scores.items():
             rows.append({"model": "no model" if name == "centre" else source, "map": name} | figures)
         if show:
-            title = f"{source}, {dataset.image_size} pixels; each map from dark blue to yellow"
+            title = f"{source}, {dataset.image_size} pixels"
             pictures[Path(flags.out) / f"maps-{number + 1}.png"] = (dataset, kept, names, title)
     print(format_table([row | {"map": TITLES.get(row["map"], row["map"])} for row in rows]))
     print(f"images {len(dataset):,}  chance: lift 1, pointing the area")

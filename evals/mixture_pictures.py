@@ -74,17 +74,6 @@ def names(path: Path, rows: list[dict], tokens: list[int]) -> None:
     write_image(path, sheet(bars, texts, len(tokens), surgery.TILE, title))
 
 
-def maps(path: Path, rows: list[tuple], title: str) -> None:
-    """Writes images with maps over them: (image, maps (rows, columns, n), 1 + n labels) for each row."""
-    columns, pictures, texts = max(len(labels) for _, _, labels in rows), [], []
-    for image, some, labels in rows:
-        missing = columns - len(labels)
-        pictures += surgery.with_maps(image, surgery.stretch(some[None])[0])
-        pictures += [Image.new("RGB", pictures[-1].size, "white")] * missing
-        texts += [*labels, *[""] * missing]
-    write_image(path, sheet(pictures, texts, columns, surgery.TILE, title))
-
-
 def picture(dataset, i: int) -> tuple[Image.Image, str]:
     """An image as the model sees it, but larger, and its name."""
     if isinstance(dataset, scenes.Scenes):
@@ -145,9 +134,9 @@ def draw(out: Path, dataset, captions, found: dict, tables: dict, show: list[int
     names(out / "names.png", tables["names"], few)
     note = "; a number is the share of the map on a thing over its share of the picture" * ("labels" in found)
     title = f"What each token attends to in the last block{note}"
-    maps(out / "tokens.png", token_rows(dataset, found, show, few), title)
+    surgery.map_sheet(out / "tokens.png", token_rows(dataset, found, show, few), title)
     title = f"The maps of the tokens, mixed by the weights of a caption{note}"
-    maps(out / "captions.png", caption_rows(dataset, found, captions, show), title)
+    surgery.map_sheet(out / "captions.png", caption_rows(dataset, found, captions, show), title)
     columns = {"true, %": "score lost by true captions without the token that they use most"}
     columns |= {"false, %": "score lost by false captions without that token"}
     columns |= {"lead lost, %": "lead of true captions lost", "another, %": "lead lost without another token"}

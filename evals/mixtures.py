@@ -91,7 +91,8 @@ def scene_captions(dataset: scenes.Scenes) -> Captions:
     found += [("counts", f"{n} thing{'s' * (k > 0)}", ("count", k + 1)) for k, n in enumerate(words.NUMBERS)]
     topics, texts, claims = map(list, zip(*found))
     things = [claim[1] if claim[1] in kinds else "" for claim in claims]
-    own = [[j for j, c in enumerate(claims) if c in words.truths(scene)] for scene in dataset.pictures]
+    truths = map(words.truths, dataset.pictures)
+    own = [[j for j, claim in enumerate(claims) if claim in true] for true in truths]
     by_topic = {topic: [j for j, t in enumerate(topics) if t == topic] for topic in dict.fromkeys(topics)}
     # one word changes within a topic of weights.png: all things in red, cars in all colours
     rows = {"things": by_topic["things"][:: len(words.COLOURS)]}

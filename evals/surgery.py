@@ -302,11 +302,21 @@ def overlay(image: Image.Image, heat_map: Tensor) -> Image.Image:
     return Image.fromarray((heat(heat_map.numpy()) * shade).astype(np.uint8))
 
 
-def with_maps(image: Image.Image, maps: Tensor) -> list[Image.Image]:
-    """The image and each map (rows, columns, C) over it; the longer side becomes TILE pixels."""
-    size = [max(1, round(TILE * side / max(image.size))) for side in image.size]
-    image = image.resize(size, Image.Resampling.BICUBIC)
-    return [image, *(overlay(image, one) for one in maps.unbind(-1))]
+def map_sheet(path: str | Path, rows: list[tuple], title: str) -> None:
+    """Writes images with maps over them: (image, maps (rows, columns, C), 1 + C labels) for each row.
+
+    The longer side of an image becomes TILE pixels, and each map is stretched to its own range.
+    """
+    columns, pictures, texts = max(len(labels) for _, _, labels in rows), [], []
+    for image, maps, labels in rows:
+        size = [max(1, round(TILE * side / max(image.size))) for side in image.size]
+        image = image.resize(size, Image.Resampling.BICUBIC)
+        over = [overlay(image, one) for one in stretch(maps[None])[0].unbind(-1)]
+        missing = columns - len(labels)
+        pictures += [image, *over, *[Image.new("RGB", size, "white")] * missing]
+        texts += [*labels, *[""] * missing]
+    title += "; in each map: dark blue least, yellow most"
+    write_image(path, sheet(pictures, texts, columns, TILE, title))
 
 
 @program
@@ -331,9 +341,8 @@ def main(argv: list[str]) -> None:
         own = data.preprocess_of(model.config)
         pixels = data.normalise(square, own.mean, own.std)  # (3, S, S)
         maps = heat_maps(model, pixels, tokens, flags.method, blank)
-    title = f"{method}, {Path(flags.model).name}, {size} pixels; in each map: dark blue least, yellow most"
     labels = [Path(flags.image).name, *flags.texts]
-    write_image(out, sheet(with_maps(image, maps), labels, len(labels), TILE, title))
+    map_sheet(out, [(image, maps, labels)], f"{method}, {Path(flags.model).name}, {size} pixels")
     print(f"{out}: {len(flags.texts)} texts, {method}")
 
 

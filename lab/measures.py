@@ -347,7 +347,7 @@ def draw_maps(path, extras: list) -> None:
     first = extras[0]
     dataset = scenes.Objects("test", 640, first["seed"], first["size"])
     kept = {int(i): torch.tensor(values) for i, values in first["maps"].items()}
-    maps.draw_sheet(path, dataset, kept, first["names"], "each map stretched to its own range")
+    maps.draw_sheet(path, dataset, kept, first["names"], "things and their maps")
 
 
 def draw_matrix(path, extras: list) -> None:
