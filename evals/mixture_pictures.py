@@ -5,16 +5,16 @@ from pathlib import Path
 from textwrap import shorten
 
 import numpy as np
-from PIL import Image, ImageDraw
+import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 import data
 from evals import surgery
 from readers import scenes
 from util.files import write_image
-from util.plots import GRID, INK, MAX_WIDTH, bars, heat, sheet, write
-
-GREY, HIGH, GAP = "#888888", 17, 9  # height of a row of weights, and the gap between heads and between topics
+from util.plots import GRID, bars, heat, matrix, sheet
 
 
 def kinds_in(dataset: scenes.Scenes, i: int) -> list[str]:
@@ -22,43 +22,18 @@ def kinds_in(dataset: scenes.Scenes, i: int) -> list[str]:
 
 
 def weights(path: Path, phi: Tensor, rows: dict[str, list[int]], texts: list[str], tokens: list[int]) -> None:
-    """Writes mean weights (T, H, M): a row for each caption in `rows`, columns for the tokens."""
-    uniform, phi = 1 / phi.shape[2], phi[:, :, tokens].numpy()
-    _, H, M = phi.shape
-    shown = [j for some in rows.values() for j in some]
-    high = max(float(phi[shown].max()), uniform)
-    short = {j: shorten(texts[j], 44, placeholder="...") for j in shown}
-    left = 30 + 8 * max(map(len, rows)) + 6 * max(map(len, short.values()))
-    wide = int(np.clip((MAX_WIDTH - left - 20) // H - GAP, M, 26 * M)) // M  # of a cell
-    top, head = 64, wide * M + GAP
-    bottom = top + HIGH * len(shown) + GAP * len(rows)
-    image = Image.new("RGB", (max(left + H * head + 12, 640), bottom + 42), "white")
-    draw = ImageDraw.Draw(image)
-    write(draw, (10, 8), "Mean weight of each token (columns) for each caption (rows)", 15)
-    for h in range(H):
-        x = left + h * head
-        write(draw, (x + wide * M / 2, top - 24), f"head {h}", 13, "mm")
-        for n, token in enumerate(tokens if wide >= 14 else []):
-            write(draw, (x + (n + 0.5) * wide, top - 8), str(token), 10, "mm", GREY)
-        if h:
-            draw.line([(x - GAP / 2 - 1, top), (x - GAP / 2 - 1, bottom - GAP)], fill=GREY)
-    y = top
+    """Writes mean weights (T, H, M): a row for each caption in `rows`, columns for the heads and tokens."""
+    uniform, phi = 1 / phi.shape[2], F.pad(phi[:, :, tokens], (0, 1), value=torch.nan)  # (T, H, M + 1)
+    names, lines = [], []
     for topic, some in rows.items():
-        write(draw, (10, y + HIGH * len(some) / 2), topic, 14, "lm")
-        for j in some:
-            write(draw, (left - 8, y + HIGH / 2), short[j], 12, "rm")
-            for h, n in np.ndindex(H, M):
-                x, fill = left + h * head + n * wide, tuple(heat(phi[j, h, n] / high).tolist())
-                draw.rectangle([x, y, x + wide - 1 - (wide > 6), y + HIGH - 2], fill=fill)
-            y += HIGH
-        y += GAP
-    image.paste(Image.fromarray(heat(np.linspace(0, 1, 240)[None].repeat(12, 0))), (left, bottom + 4))
-    for value in (0, uniform, high):
-        x = left + 239 * value / high
-        draw.line([(x, bottom + 16), (x, bottom + 21)], fill=INK)
-        write(draw, (x, bottom + 23), f"{value:.3g}", 11, "ma")
-    write(draw, (left + 256, bottom + 3), f"{uniform:.3g} is the uniform weight", 12)
-    write_image(path, image)
+        short = [shorten(texts[j], 44, placeholder="...") for j in some]
+        names += [f"{topic}: {text}" if topic else text for text in short] + [""]
+        lines += [*phi[some].flatten(1), torch.full((phi[0].numel(),), torch.nan)]
+    columns = [name for h in range(phi.shape[1]) for name in [*(f"head {h}, token {k}" for k in tokens), ""]]
+    values = torch.stack(lines)[:-1, :-1].numpy()
+    colours = f"dark blue {np.nanmin(values):.2g}, yellow {np.nanmax(values):.2g}; {uniform:.3g} is uniform"
+    title = f"Mean weight of each token for each caption: {colours}"
+    matrix(path, values, names[:-1], columns[:-1], title)
 
 
 def names(path: Path, rows: list[dict], tokens: list[int]) -> None:
@@ -126,11 +101,12 @@ def examples(dataset, found: dict, captions, count: int) -> list[int]:
 
 
 def draw(out: Path, dataset, captions, found: dict, tables: dict, show: list[int]) -> None:
-    """Writes all pictures to a folder. At most 16 tokens are drawn: those with the largest weights."""
+    """Writes all pictures to a folder. Of many tokens those with the largest weights are drawn."""
     means = found["by_caption"][..., : found["maps"].shape[-1]]
+    most = min(16, 144 // means.shape[1])  # tokens that fit into the width of weights.png
     order = means.mean((0, 1)).argsort(descending=True).tolist()
     few = sorted(order[:8])
-    weights(out / "weights.png", means, captions.rows, captions.texts, sorted(order[:16]))
+    weights(out / "weights.png", means, captions.rows, captions.texts, sorted(order[:most]))
     names(out / "names.png", tables["names"], few)
     note = "; a number is the share of the map on a thing over its share of the picture" * ("labels" in found)
     title = f"What each token attends to in the last block{note}"

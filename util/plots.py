@@ -160,7 +160,7 @@ def fit(image: Image.Image, tile: int) -> Image.Image:
 
 
 def matrix(path: str | Path, values: np.ndarray, rows: list, columns: list, title: str = "") -> None:
-    """Writes a labelled matrix as coloured cells, with the numbers in cells that are large enough."""
+    """Writes a labelled matrix as coloured cells, with numbers in large cells; nan is a gap."""
     cell = int(np.clip(900 / max(values.shape), 8, 44))
     left = 20 + 7 * max(map(len, rows))
     top = 50 + 7 * max(map(len, columns))
@@ -168,12 +168,13 @@ def matrix(path: str | Path, values: np.ndarray, rows: list, columns: list, titl
     image = Image.new("RGB", (width, top + cell * len(rows) + 20), "white")
     draw = ImageDraw.Draw(image)
     write(draw, (10, 8), title, 14)
-    colours = heat((values - values.min()) / (np.ptp(values) or 1))
+    low, high = np.nanmin(values), np.nanmax(values)
+    colours = heat((values - low) / ((high - low) or 1))
     for i, row in enumerate(rows):
         write(draw, (left - 6, top + (i + 0.5) * cell), row, 12, "rm")
-        for j in range(len(columns)):
+        for j in np.flatnonzero(~np.isnan(values[i])).tolist():
             x, y, value = left + j * cell, top + i * cell, values[i, j]
-            draw.rectangle([x, y, x + cell - 1, y + cell - 1], fill=tuple(colours[i, j].tolist()))
+            draw.rectangle([x, y, x + cell - 2, y + cell - 2], fill=tuple(colours[i, j].tolist()))
             if cell >= 30:
                 ink = "black" if colours[i, j].mean() > 110 else "white"
                 write(draw, (x + cell / 2, y + cell / 2), number(value), 10, "mm", ink)
