@@ -87,15 +87,17 @@ def test_openclip_losses(name):
 
 def test_losses_small():
     g, found = load_golden("losses_small.npz"), {}
-    for case in ("info_nce", "info_nce_rank", "siglip", "siglip_rank"):
+    for case in ("info_nce", "info_nce_rank", "info_nce_large", "siglip", "siglip_rank", "siglip_large"):
         x = {k: leaf(g["in." + k]) for k in ("image_features", "text_features", "scale", "bias")}
         logits = x["scale"] * x["image_features"] @ x["text_features"].t()
-        if case.startswith("siglip"):
+        if case in ("siglip", "siglip_rank"):
             logits = logits + x["bias"]
         loss = {
             "info_nce": lambda s: info_nce(s),
             "info_nce_rank": lambda s: info_nce(s[2:4], s.t()[2:4], offset=2),
+            "info_nce_large": lambda s: info_nce(40 * s),
             "siglip": lambda s: siglip(s),
+            "siglip_large": lambda s: siglip(100 * s),
             "siglip_rank": lambda s: siglip(s[2:4], offset=2),
         }[case](logits)
         loss.backward()
@@ -115,6 +117,7 @@ def test_layers():
     assert ((9e-6 < variance) & (variance < 1.1e-5)).sum() == 2
     found = {"layer_norm": y, "layer_norm.grad.x": x.grad, "unit": F.normalize(x, dim=-1)}
     found |= {"layer_norm.grad.weight": norm.weight.grad, "layer_norm.grad.bias": norm.bias.grad}
+    found |= {"softmax": g["in.scores"].softmax(-1), "log_softmax": g["in.scores"].log_softmax(-1)}
     found |= {"quick_gelu": QuickGELU()(g["in.activation"]), "gelu": gelu(g["in.activation"])}
     agrees("layers", found)
 
@@ -307,6 +310,7 @@ def test_alignclip_options():
         maps = unit(leaves[1][:, 1:]) @ text.t()
         found[f"{tag}.guidance"] = guidance(maps, labels, method.guidance_temperature)
         found[f"{tag}.attention"] = cls_attention(list(leaves[2][:, :, None]))
+    found["zero.attention_loss"] = attention_alignment(g["in.attention_with_zero"], g["in.guidance"])
     assert not found["detach.grad.tokens_branch"].any() and found["default.grad.tokens_branch"].any()
     agrees("alignclip_options", found)
 

@@ -142,7 +142,7 @@ def info_nce(logits: Tensor) -> Tensor:
 
 def siglip(logits: Tensor, offset: int = 0) -> Tensor:
     terms = [
-        -torch.log(1 / (1 + torch.exp(-(1 if j == i + offset else -1) * logit)))
+        torch.log1p(torch.exp(-(1 if j == i + offset else -1) * logit))
         for i, row in enumerate(logits)
         for j, logit in enumerate(row)
     ]
@@ -213,7 +213,7 @@ class Draw:
 def sizes_of(embed: int, **changes) -> dict:
     """The configuration of the small models: the towers differ in width and heads."""
     c = dict(embed=embed, image_size=8, patch=4, vision_width=24, vision_layers=2, vision_heads=3)
-    c |= dict(vision_mlp=48, context_length=9, vocab_size=40, text_width=20, text_layers=2, text_heads=2)
+    c |= dict(vision_mlp=48, context_length=11, vocab_size=40, text_width=20, text_layers=2, text_heads=2)
     return c | dict(text_mlp=40, activation="quick_gelu", layer_norm_eps=1e-5) | changes
 
 
@@ -268,7 +268,7 @@ def attention_kinds() -> Case:
 
 
 def layers() -> Case:
-    """LayerNorm, normalisation and activations on rows with variances from 1e-6 to 1."""
+    """LayerNorm and normalisation of rows with variances near 1e-5, softmax of large scores, activations."""
     draw, N, D = Draw(1), 5, 12
     std = np.array([1e-3, 10**-2.5, 10**-2.5, 1e-2, 1])[:, None]
     rows = draw(N, D).astype(np.float64)
@@ -276,6 +276,7 @@ def layers() -> Case:
     mean = np.array([0, 0, 2, 0, 0.5])[:, None]
     inputs = {"in.x": (std * (rows + mean)).astype(np.float32)}
     inputs |= draw.norm("ln", D) | {"in.cotangent": draw(N, D), "in.activation": draw(N, D, std=2)}
+    inputs["in.scores"] = draw(N, D, mean=100, std=4)
 
     def compute(x):
         y = layer_norm(x["in.x"], x["w.ln.weight"], x["w.ln.bias"])
@@ -289,6 +290,8 @@ def layers() -> Case:
             "out.layer_norm.grad.bias": grads[2],
             "out.unit": torch.stack([unit(row) for row in x["in.x"]]),
             "out.quick_gelu": quick_gelu(a),
+            "out.softmax": torch.stack([softmax(list(row)) for row in x["in.scores"]]),
+            "out.log_softmax": torch.stack([log_softmax(row) for row in x["in.scores"]]),
             "out.gelu": a * (1 + torch.erf(a / math.sqrt(2))) / 2,
         }
 
@@ -297,6 +300,9 @@ def layers() -> Case:
         "in.x": (shape, "rows; their variances are near 1e-6, 1e-5, 1e-5 (with a mean), 1e-4 and 1"),
         "in.cotangent": (shape, "the gradients are those of sum(cotangent * layer_norm)"),
         "in.activation": (shape, "input of the activations"),
+        "in.scores": (shape, "input of the softmax, near 100: exp overflows in fp32"),
+        "out.softmax": (shape, "softmax over the last axis"),
+        "out.log_softmax": (shape, "its logarithm"),
         "out.layer_norm": (shape, "LayerNorm of x with w.ln, eps 1e-5 inside the root"),
         "out.layer_norm.grad.x": (shape, "gradient for x"),
         "out.layer_norm.grad.weight": ("D", "gradient for w.ln.weight"),
@@ -335,6 +341,8 @@ def losses_small() -> Case:
             "info_nce_rank": total(rows) / (2 * len(rows)),
             "siglip": siglip(biased),
             "siglip_rank": siglip(biased[rank], 2),
+            "info_nce_large": info_nce(40 * logits),
+            "siglip_large": siglip(100 * logits),
         }
         out = {}
         for name, loss in losses.items():
@@ -349,15 +357,17 @@ def losses_small() -> Case:
         "in.image_features": ("B E", "unit image features; row i belongs to text i"),
         "in.text_features": ("B E", "unit text features"),
         "in.scale": ("", "scale (exponential)"),
-        "in.bias": ("", "bias, only for siglip"),
+        "in.bias": ("", "bias, only for siglip and siglip_rank"),
     }
-    for name in ("info_nce", "info_nce_rank", "siglip", "siglip_rank"):
+    for name in ("info_nce", "info_nce_rank", "siglip", "siglip_rank", "info_nce_large", "siglip_large"):
         notes[f"out.{name}.loss"] = "", "loss, mean over its rows"
         for leaf, shape in {"image_features": "B E", "text_features": "B E", "scale": "", "bias": ""}.items():
             notes[f"out.{name}.grad.{leaf}"] = shape, "gradient of the loss; features are leaves"
     constants = {
         "rank": "the rows 2 and 3 of the five: losses of one process with offset 2, divided by 2 rows; "
-        "info_nce_rank uses rows 2 and 3 of the logits and of their transpose"
+        "info_nce_rank uses rows 2 and 3 of the logits and of their transpose",
+        "large": "InfoNCE of 40 times the logits, and SigLIP of 100 times the logits without bias: exp "
+        "overflows in fp32",
     }
     return Case(inputs, compute, dict(B=B, E=E), notes, constants=constants)
 
@@ -464,6 +474,8 @@ def alignclip_options() -> Case:
         "in.tokens_branch_raw": draw(B, 1 + P, E, std=2),
         "in.attention_rows": (rows / rows.sum(-1, keepdims=True)).astype(np.float32),
         "in.labels": np.array([2, 0, 2]),
+        "in.attention_with_zero": np.array([[0.5, 0.25, 0.25, 0], [0, 0, 0.5, 0.5]], np.float32),
+        "in.guidance": np.array([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]], np.float32),
     }
     margin, scale, epsilon, weight = 0.3, 20.0, 0.8, 10.0
     options = {"default": {}, "detach": {"detach": True}, "temperature0.1": {"temperature": 0.1}}
@@ -482,6 +494,9 @@ def alignclip_options() -> Case:
             "out.targets.uniform": epsilon * eye + (1 - epsilon) / C,
             "out.targets.none": eye,
         }  # fmt: skip
+        smallest = x["in.attention_with_zero"].clamp_min(2.0**-126)
+        pairs = zip(x["in.guidance"], smallest)
+        out["out.zero.attention_loss"] = total(kl(target, a) for target, a in pairs) / 2
         labels = x["in.labels"].tolist()
         leaves = [x["in." + n] for n in ("tokens_plain_raw", "tokens_branch_raw", "attention_rows")]
         for tag, option in options.items():
@@ -520,6 +535,9 @@ def alignclip_options() -> Case:
         "in.tokens_branch_raw": (tokens, "token features of the second branch, not normalised"),
         "in.attention_rows": ("aligned B 1+P", "the class token's attention, mean over heads, rows sum to 1"),
         "in.labels": ("B", "class of each image"),
+        "in.attention_with_zero": ("2 4", "attention with values of exactly 0"),
+        "in.guidance": ("2 4", "guidance for in.attention_with_zero"),
+        "out.zero.attention_loss": ("", "KL(guidance || attention); 0 counts as 2**-126"),
     }
     for form in ("mixture", "released", "uniform", "none"):
         notes[f"out.targets.{form}"] = "C C", f"smoothing targets in the form {form}, row y is for label y"

@@ -61,6 +61,7 @@ def layers(port):
     y = port.layer_norm(x["x"], w["ln.weight"], w["ln.bias"])
     loss = (y * x["cotangent"]).sum()
     found = {"layer_norm": y, "unit": port.unit(x["x"])}
+    found |= {"softmax": port.softmax(x["scores"]), "log_softmax": port.log_softmax(x["scores"])}
     found |= {"quick_gelu": port.quick_gelu(x["activation"]), "gelu": port.gelu(x["activation"])}
     grads = gradients(loss, [x["x"], w["ln.weight"], w["ln.bias"]])
     return found | dict(zip([f"layer_norm.grad.{n}" for n in ("x", "weight", "bias")], grads))
@@ -83,9 +84,11 @@ def losses_small(port):
         "info_nce_rank": port.info_nce(plain[2:4], plain.T[2:4], 2),
         "siglip": port.siglip(biased),
         "siglip_rank": port.siglip(biased[2:4], 2),
+        "info_nce_large": port.info_nce(40 * plain),
+        "siglip_large": port.siglip(100 * plain),
     }
     for case, loss in losses.items():
-        names = ["image_features", "text_features", "scale"] + ["bias"] * case.startswith("siglip")
+        names = ["image_features", "text_features", "scale"] + ["bias"] * (case in ("siglip", "siglip_rank"))
         found |= input_gradients(loss, x, names, f"{case}.grad.") | {f"{case}.loss": loss}
     return found
 
@@ -221,6 +224,7 @@ def alignclip_options(port):
     text = port.unit(x["text_raw"])
     for form in ("mixture", "released", "uniform", "none"):
         found[f"targets.{form}"] = port.smoothing_targets(text, constants["epsilon"], form)
+    found["zero.attention_loss"] = port.attention_alignment(x["attention_with_zero"], x["guidance"])
     options = {name: constants[name] for name in ("scale", "margin", "epsilon", "weight")}
     options |= {"form": "mixture", "temperature": 1.0, "detach": False, "similarity": "label"}
     changes = {"default": {}, "detach": {"detach": True}, "all": {"similarity": "all"}}

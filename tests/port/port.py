@@ -8,7 +8,7 @@ the letters of attention.py.
 import math
 
 import numpy as np
-from tape import Array, concatenate, constant, exp, log, sigmoid, softplus, sqrt
+from tape import Array, concatenate, constant, exp, log, maximum, sigmoid, softplus, sqrt
 
 # Layers
 
@@ -278,6 +278,8 @@ def guidance(maps, labels, temperature=1.0):
 
 
 def attention_alignment(attention, target):
+    # an attention of exactly 0 counts as the smallest normal number
+    attention = maximum(attention, np.finfo(np.float32).tiny)
     return (target * (log(target) - log(attention))).sum() / len(target)
 
 

@@ -109,14 +109,23 @@ def sqrt(x):
 
 
 def sigmoid(x):
-    value = 1 / (1 + np.exp(-x.data))
+    value = logistic(x.data)
     return unary(x, value, value * (1 - value))
+
+
+def logistic(x):
+    small = np.exp(-np.abs(x))  # at most 1: no overflow
+    return np.where(x >= 0, 1, small) / (1 + small)
 
 
 def softplus(x):
     """log(1 + exp x) without overflow."""
     value = np.maximum(x.data, 0) + np.log1p(np.exp(-np.abs(x.data)))
-    return unary(x, value, 1 / (1 + np.exp(-x.data)))
+    return unary(x, value, logistic(x.data))
+
+
+def maximum(x, least):
+    return unary(x, np.maximum(x.data, least), x.data >= least)
 
 
 def constant(x):
