@@ -33,6 +33,8 @@ from util.program import leave, program
 from util.report import format_table, plus_minus
 from util.run import read_config
 
+# what config.json of a fine-tuned run says
+WRITTEN = {"open_task": str, "target_domain": str, "whole_target": bool, "template": str, "seed": int}
 FIGURES = ("val", "target", "test", "base", "new", "H")
 
 
@@ -49,7 +51,8 @@ def evaluate_protocol(
     REF: images are resized bilinearly, as in the loaders of CLIPood and AlignCLIP; CLIP's resize is bicubic.
     Args:    options: of evaluate.score_rows
     Returns: top-1 in [0, 1] of "val" and of "target", "test", or "base", "new" and their harmonic mean "H";
-             "chance", the same of a random answer; "images", the number of test images
+             "chance", the same of a random answer; "images", the number of test images; "standard_error" of
+             a figure of one half on the smallest test, the largest that there is
     """
     val, result, chance = protocol.val, {}, {}
     options["transform"] = data.preprocess_of(model.config, interpolation="bilinear")
@@ -60,8 +63,8 @@ def evaluate_protocol(
     if "new" in result:
         for figures in (result, chance):
             figures["H"] = harmonic(figures["base"], figures["new"])
-    images = sum(map(len, protocol.tests.values()))
-    return result | {"chance": chance, "images": images}
+    sizes = [len(dataset) for dataset in protocol.tests.values()]
+    return result | {"chance": chance, "images": sum(sizes), "standard_error": 0.5 / min(sizes) ** 0.5}
 
 
 def summarise(records: list[dict]) -> list[dict]:
@@ -123,6 +126,10 @@ def task_of(flags: Flags, source: str, config: dict) -> tuple[str, list[str]]:
     """
     task, targets = flags.task or "domain-shift", list(flags.target_domain)
     if config:
+        for name, kind in WRITTEN.items():
+            if not isinstance(config.get(name, kind()), kind):
+                problem = f"config.json has {name} {config[name]!r}, expected {kind.__name__}"
+                raise ValueError(f"{source}: {problem}: restore the file")
         own, target = config.get("open_task"), config.get("target_domain")
         if flags.task not in (None, own):
             raise ValueError(f"{source} was fine-tuned for {own} and cannot be evaluated on {flags.task}")
@@ -141,7 +148,7 @@ def main(argv: list[str]) -> None:
     flags = parse(Flags, argv, __doc__)
     if flags.split or flags.limit:
         raise ValueError("--split and --limit: the task determines the images, leave them out")
-    device, runs, records = start(flags), [], []
+    device, runs, records, counts = start(flags), [], [], []
     for source in (flags.model, *flags.more):
         config = read_config(source)
         config = config if fine_tuned(config) else {}
@@ -158,14 +165,13 @@ def main(argv: list[str]) -> None:
             options = options_of(flags, "open-world")
             result = evaluate_protocol(model, parts, tokenizer, prompt, **options)
             records.append(about | {"domain": target} | result)
+            error = 100 * result["standard_error"]
+            counts.append(f"{target or 'all'} {result['images']:,} (at most {error:.1f})")
             records.append(about | {"method": "chance", "domain": target} | result["chance"])
     if distributed.rank() == 0:
         rows = summarise(records)
         print(table(rows))
-        counts = {record["domain"] or "all": record["images"] for record in records if "images" in record}
-        listed = ", ".join(f"{domain} {count:,}" for domain, count in counts.items())
-        error = 50 / min(counts.values()) ** 0.5  # of a share of one half, the largest
-        print(f"test images: {listed}; the standard error of one run is at most {error:.1f} %")
+        print("test images, and the standard error of one run in %:", ", ".join(dict.fromkeys(counts)))
         write_results(flags, {"task": "open-world", "data": flags.data, "rows": rows, "records": records})
     distributed.shutdown()
 

@@ -47,7 +47,7 @@ from util.flags import parse
 from util.plots import heat, sheet
 from util.program import leave, program
 
-TILE = 256  # pixels of a picture's longer side
+TILE, MAX_SIZE = 256, 2048  # pixels: a picture's longer side, and what memory suffices for
 
 
 @dataclass(frozen=True)
@@ -328,10 +328,10 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--out {out}: give another name, which ends in .png, in a folder that exists")
     image = read_image(flags.image)
     model, tokenizer = open_for_maps(flags.model, flags.vocab, **load_options(flags))
-    patch, size = model.visual.patch_size, flags.size or model.config.image_size
-    if size < patch or size % patch:
-        fitting = max(1, round(size / patch)) * patch
-        raise ValueError(f"--size {size}: no multiple of the patch, take {fitting}")
+    patch, size = model.visual.patch_size, model.config.image_size if flags.size is None else flags.size
+    if not patch <= size <= MAX_SIZE or size % patch:
+        fitting = max(1, min(round(size / patch), MAX_SIZE // patch)) * patch
+        raise ValueError(f"--size {size}: not 1 to {MAX_SIZE} and a multiple of the patch, take {fitting}")
     method = "Llip, tokens mixed by the text" if model.conditional else flags.method
     tokens = tokenizer(flags.texts, model.config.context_length)  # (C, L)
     blank = tokenizer([""], model.config.context_length) if flags.subtract_shared else None

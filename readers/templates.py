@@ -72,11 +72,11 @@ def read_classes(path: str, folders: list[str]) -> list:
 
 def read_names(path: str) -> list | dict:
     """Names from a file: one per line, or JSON: a list, or {folder: name or [synonyms]}."""
-    text = Path(path).read_text(encoding="utf-8")
     try:
+        text = Path(path).read_text(encoding="utf-8")
         names = json.loads(text) if path.endswith(".json") else text.splitlines()
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        raise ValueError(f"{path}: not JSON, or not text ({error})") from None
     if not isinstance(names, list | dict) or not names:
         raise ValueError(f"{path}: expected a list or a mapping that is not empty")
     return names if isinstance(names, dict) else [n for n in names if n not in ("", [])]

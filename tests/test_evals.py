@@ -1,6 +1,7 @@
 """What the programs of evals/ do alike: mistakes in one line, all models opened first, columns of a list."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -100,6 +101,47 @@ def test_mistakes_get_one_line(program, small_runs, capsys, flags, message):
     assert call(program, small_runs["llip"], "--data", "scenes", *flags) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+WRONG = [("template", 7), ("open_task", ["x"]), ("target_domain", 5), ("whole_target", "no"), ("seed", [])]
+
+
+@pytest.mark.parametrize("name, value", WRONG)
+def test_a_damaged_description_of_a_run_is_named(name, value, small_runs, tmp_path, capsys):
+    run = shutil.copytree(small_runs["clip"], tmp_path / "run")
+    config = {"method": "clipood", "open_task": "domain-shift", "target_domain": "sketch", name: value}
+    (run / "config.json").write_text(json.dumps(config))
+    assert call(open_world, run, "--data", "scenes") == 2
+    error = capsys.readouterr().err
+    assert f"run: config.json has {name} {value!r}, expected" in error and error.count("\n") == 1
+
+
+def test_files_of_templates_and_sizes_of_maps_get_one_line(small_runs, tmp_path, capsys):
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00{}")
+    words = ["--data", "scenes", "--templates", tmp_path / "bytes.txt"]
+    assert call(typographic, small_runs["clip"], *words) == 2
+    assert "bytes.txt: not JSON, or not text" in capsys.readouterr().err
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    for size, fitting in (("100000", 2048), ("-8", 8), ("0", 8), ("20", 16)):
+        words = [tmp_path / "a.png", "a dog", "--model", small_runs["clip"], "--out", tmp_path / "b.png"]
+        assert surgery.main([*map(str, words), "--size", size]) == 2
+        assert f"a multiple of the patch, take {fitting}" in capsys.readouterr().err
+
+
+def test_links_and_folders_in_the_output_folder_are_safe(small_runs, tmp_path, capsys):
+    """A result replaces a link and never what it points to."""
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "results.json").symlink_to(tmp_path / "precious")
+    flags = ["--data", "scenes", "--limit", 20, "--out"]
+    assert call(spectrum, small_runs["clip"], *flags, tmp_path / "linked") == 0
+    assert (tmp_path / "precious").read_text() == "kept"
+    assert not (tmp_path / "linked" / "results.json").is_symlink()
+    (tmp_path / "folders" / "results.json").mkdir(parents=True)
+    capsys.readouterr()
+    assert call(spectrum, small_runs["clip"], *flags, tmp_path / "folders") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: cannot write") and "results.json" in line
 
 
 @pytest.mark.parametrize("program", [linear_probe, typographic, open_world], ids=lambda p: p.__name__)

@@ -356,7 +356,9 @@ def test_command(tmp_path, clip, folder, capsys):
     rows = json.loads((tmp_path / "zero" / "results.json").read_text())["rows"]
     wanted = [(m, d) for d in DOMAINS for m in ("zero-shot", "chance")]
     assert {(r["method"], r["domain"]) for r in rows} >= {*wanted, ("zero-shot", "average")}
-    assert "| average |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    # 25 to 35 images of the target: base classes and new ones are few, and their figures uncertain
+    assert "| average |" in printed and "standard error of one run in %: art 25 (at most" in printed
 
     runs = []
     for seed in "01":
