@@ -79,7 +79,7 @@ class MultiheadAttention(nn.Module):
     """Multi-head self-attention with the parameter names of nn.MultiheadAttention and of CLIP's checkpoints.
 
     Vaswani et al. 2017, section 3.2.2. in_proj_weight (3D, D) stacks the query, key and value projections in
-    this order. The caller can select the attention structure.   Raises: ValueError if H does not divide D.
+    this order; head h has the channels h K to (h + 1) K - 1.   Raises: ValueError if H does not divide D.
     """
 
     def __init__(self, width: int, heads: int):

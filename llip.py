@@ -56,8 +56,8 @@ class Llip(DualEncoder):
     heads           H, the heads of the pooling. Raises: ValueError if H does not divide the embedding E
     temperature     tau of eq. 1, fixed. The released models use 5 (B, H, G) and 1 (L); on B/32 all from 1 to
                     8 work equally well. sqrt(head width) is ordinary attention scaling.
-    norm            LayerNorm on keys, values and queries, as in the released H/14 and G/14
-    all_tokens      the patches are keys and values too (Fig. 7)
+    norm            LayerNorm over E on keys, values and queries, before the heads (released H/14 and G/14)
+    all_tokens      the patches are keys and values too, each with its own W_K and W_V (Fig. 7)
     scale, bias     starts of exp(logit_scale) and logit_bias. PAPER: 10 and -10, as SigLIP
     Cost: a pair takes 4 M E + 2 E^2 FLOPs, mostly W_O. A caption sends 2 E numbers to each other rank. W_K
     and W_V have 2 M D E parameters: B/32 grows from 151 to 202 million at M = 64.
@@ -153,7 +153,7 @@ class PooledTokens(CLIP):
     Lavoie et al. 2024, Fig. 3. Token k has its own projection, visual.proj[k] (D, E).
         register   token 0 only; the other tokens only take part in the attention of the tower
         average    the mean over the tokens
-        learned    cross-attention over the tokens with one learned query for all images
+        learned    cross-attention, one learned query for all images; visual.proj makes the values
     Cost: FLOPs of an image, after the tower of M tokens: register 2 D E, average 2 M D E, learned
     4 M D E + 4 M E + 2 E^2. A pair takes 2 E, as CLIP's.   Raises: ValueError for another pooling.
     """

@@ -154,7 +154,7 @@ def resize_positions(
 
 
 class VisionTransformer(nn.Module):
-    """The ViT of CLIP: class token and patches, ln_pre, blocks, ln_post, projection.
+    """The ViT of CLIP: class token, patches row by row, ln_pre, blocks, ln_post, projection.
 
     Args: tokens: None for one class token with class_embedding (D,); M for Llip's mixture tokens, which have
           class_embedding (M, D) and one position each;  project: False leaves out the projection proj (D, E)

@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -39,6 +40,15 @@ def test_every_golden_file_is_listed():
     found = {path.name for path in FOLDER.iterdir() if path.suffix in (".npz", ".pt", ".json")}
     assert found - {"manifest.json"} == set(FILES)
     assert sum(path.stat().st_size for path in FOLDER.iterdir() if path.is_file()) < 6 * 2**20
+
+
+def test_the_readme_has_a_row_for_every_file():
+    table = (FOLDER / "README.md").read_text(encoding="utf-8").split("## What each file verifies")[1]
+    first = " ".join(row.split("|")[1] for row in table.splitlines() if row.startswith("|"))
+    named = set(re.findall(r"`([^`]+)`", first))
+    # a .npz beside a .pt is in the row of the .pt
+    files = {name for name in FILES if name[-4:] != ".npz" or name.replace(".npz", ".pt") not in FILES}
+    assert named - {"views"} == {name.removesuffix(".npz") for name in files}
 
 
 @pytest.mark.parametrize("name", FILES)
