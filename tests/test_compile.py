@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import train
 from alignclip import AlignCLIP
 from clipood import FineTune
 from llip import Llip
@@ -106,3 +107,17 @@ def test_a_step_on_labels_never_reads_a_value(cls):
 def test_reading_a_value_is_noticed():
     with pytest.raises(RuntimeError, match="meta"):
         torch.ones(1, device="meta").sum().item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["llip", "clip", "siglip"])
+def test_the_shapes_of_a_compiled_run_do_not_change(monkeypatch, tmp_path, method):
+    """A graph for each length of the captions would be compiled again and again."""
+    torch._dynamo.reset()
+    frames, compiled = [], torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model: compiled(model, backend=lambda graph, _: frames.append(1) or graph)
+    )
+    flags = "--compile --steps 4 --batch-size 8 --train-size 64 --threads 1 --overfit 0".split()
+    assert train.main(["--method", method, *flags, "--out", str(tmp_path / method)]) == 0
+    assert len(frames) == 1

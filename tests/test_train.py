@@ -373,6 +373,10 @@ def test_dry_run_prints_the_papers_parameter_counts(preset, capsys):
     out = capsys.readouterr().out
     assert "GiB" not in out and "MB" not in out  # one unit in all of the report
     assert f"all {COUNTS[preset]}" in out and "390,625 steps of 32,768 pairs" in out
+    cores, rate = re.search(r"decoding +(\d+) cores for ([\d,.]+) images/s", out).groups()
+    flops = float(re.search(r"FLOPs/step +([\d.e+]+)", out)[1])
+    assert float(rate.replace(",", "")) == pytest.approx(0.4 * 989e12 * 32768 / flops, rel=5e-3)
+    assert int(cores) == math.ceil(float(rate.replace(",", "")) / costs.DECODED)
 
 
 def test_activation_estimate_is_close_to_what_autograd_keeps():
