@@ -2,7 +2,7 @@
 
     python -m lab.bench --threads 1                     everything, on the CPU
     python -m lab.bench objective llip --device cuda    some sections, on a GPU
-    python -m lab.bench --quick                         small shapes: does it run?
+    python -m lab.bench --quick --threads 1             small shapes, compared with docs/speed.md
 
 On a shared machine only ratios of arms that alternate mean something. Every repetition runs each arm once,
 and the table shows the median of the ratios to the first arm. On a CPU with --threads 1 the time is that of
@@ -52,11 +52,14 @@ class BenchConfig:
     threads: int = 0  # CPU threads; 0: torch's choice; 1 on a shared machine
     precision: str = "fp32"  # of the towers: fp32 or bf16
     repeats: int = 5  # of every arm, after one run that is not measured
-    quick: bool = False  # small shapes and two repetitions
+    quick: bool = False  # small shapes; the ratios are compared with those of docs/speed.md
     batch: int = 0  # images of a tower's step; 0: 2 on a CPU, 64 on a GPU
     large: str = "ViT-L-14"  # the model of section llip
     out: str = "runs/bench"  # folder of bench.json; empty: none
 # fmt: on
+
+
+SPEED = Path(__file__).parent.parent / "docs" / "speed.md"
 
 
 # Measuring -------------------------------------------------------------------------------------------------
@@ -126,7 +129,7 @@ class Bench:
         self.c, self.device = c, distributed.setup(c.device)
         if c.threads:
             torch.set_num_threads(c.threads)
-        self.repeats = 2 if c.quick else c.repeats
+        self.repeats = c.repeats
         self.batch = c.batch or (64 if self.device.type == "cuda" else 2)
         self.rows, self.section = [], ""
 
@@ -149,17 +152,42 @@ class Bench:
             print(f"{what:44} {name:22} {row['ms']:10.2f} ms  x {row['ratio']:.3f}", flush=True)
 
     def finish(self) -> None:
-        """Prints the table and writes bench.json."""
+        """Prints the table and what became slower, and writes bench.json."""
         shown = []
         for row in self.rows:
             low, _, high = statistics.quantiles(row["ratios"], n=4, method="inclusive")
             some = {k: v for k, v in row.items() if k != "ratios"}
             shown.append(some | {"quartiles": f"{low:.3f}-{high:.3f}"})
         print("\n" + format_table(shown))
+        if self.c.quick:
+            print("\n".join(slower(shown, SPEED.read_text())))
         if self.c.out:
             about = {"torch": torch.__version__, "machine": machine(self.device), "config": asdict(self.c)}
             write_json(Path(self.c.out) / "bench.json", about | {"rows": self.rows})
             print(f"written to {Path(self.c.out) / 'bench.json'}")
+
+
+def slower(rows: list[dict], recorded: str) -> list[str]:
+    """A line for each ratio that is worse than its row in a Markdown table by more than the spread of both.
+
+    The table's columns are what, arm, ratio, quartiles. Our arms should be low, those of other packages high.
+    """
+    found = re.findall(r"^\| (.+?) +\| (.+?) +\| +([\d.]+) \| ([\d.]+)-([\d.]+) +\|$", recorded, flags=re.M)
+    before = {(what.strip(), arm): tuple(map(float, numbers)) for what, arm, *numbers in found}
+    lines, count = [], 0
+    for row in rows:
+        if old := before.get((row["what"], row["arm"])):
+            count += 1
+            low, high = map(float, row["quartiles"].split("-"))
+            other = row["arm"] in peers.PEERS
+            if (high < old[1] and other) or (low > old[2] and not other):
+                lines.append(
+                    f"slower: {row['what']}, {row['arm']}: {row['ratio']:.3f}, recorded {old[0]:.3f}"
+                )
+    return [
+        *lines,
+        f"{count} ratios compared with docs/speed.md, {len(lines)} worse by more than their spread",
+    ]
 
 
 def machine(device: torch.device) -> str:

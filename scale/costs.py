@@ -116,7 +116,7 @@ def report(model: DualEncoder, c, objective: str) -> tuple[list[str], list[dict]
         "parameters  " + ", ".join(f"{k} {v:,}" for k, v in counts.items()),
         f"FLOPs/step  {total:.4g}: " + ", ".join(f"{k} {v:.3g} ({v / total:.0%})" for k, v in flops.items()),
         f"FLOPs in all {total * c.steps:.3g}",
-        f"decoding    {math.ceil(rate / DECODED)} cores for {number(rate)} images/s of a GPU at 40 % of 989 TFLOP/s",
+        f"decoding    {math.ceil(rate / DECODED)} cores for {number(rate)} images/s, 40 % of an H100's peak",
         "",
         "per rank (1 GB is 1e9 bytes; memory is an estimate; GB/step are received):",
     ]

@@ -178,6 +178,26 @@ def test_a_step_never_waits_for_the_device(tiny, name):
     assert "aten::_local_scalar_dense" in {event.key for event in profile.key_averages()}
 
 
+def test_a_ratio_that_became_worse_is_named():
+    recorded = """
+| what      | arm         | ratio | quartiles   |
+| --------- | ----------- | ----: | ----------- |
+| a step    | tiles       | 0.300 | 0.280-0.320 |
+| a step    | open_clip   | 1.100 | 1.080-1.120 |
+"""
+    rows = [
+        {"what": "a step", "arm": "tiles", "ratio": 0.35, "quartiles": "0.330-0.370"},
+        {"what": "a step", "arm": "open_clip", "ratio": 1.3, "quartiles": "1.200-1.400"},
+        {"what": "another", "arm": "tiles", "ratio": 9.0, "quartiles": "9.000-9.000"},
+    ]
+    worse, counted = bench.slower(rows, recorded)
+    assert worse == "slower: a step, tiles: 0.350, recorded 0.300" and counted.startswith("2 ratios")
+    rows[0] |= {"quartiles": "0.310-0.370"}
+    rows[1] |= {"ratio": 1.0, "quartiles": "0.990-1.010"}
+    worse, counted = bench.slower(rows, recorded)
+    assert worse == "slower: a step, open_clip: 1.000, recorded 1.100"
+
+
 # lab/gpu.py
 
 
