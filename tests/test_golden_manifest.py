@@ -63,6 +63,8 @@ def test_sums_shapes_and_types(name):
         if path.suffix == ".json":
             assert len(arrays[key]) == described["length"] and type(arrays[key]).__name__ == described["type"]
             continue
+        letters = {x for part in described["shape"] for x in str(part).split("+") if not x.isdigit()}
+        assert letters <= set(MANIFEST["letters"]), key
         shape = [size(part, entry["sizes"]) for part in described["shape"]]
         assert shape == list(arrays[key].shape), key
         assert str(arrays[key].dtype).removeprefix("torch.") == described["dtype"], key
