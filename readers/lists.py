@@ -107,16 +107,17 @@ def read_table(path: Path, **keys) -> Listing:
         if is_data:
             file.seek(0)
         names = (*choose_keys(columns, path, **keys), "split", "domain")
-        places = [columns.index(name) if name in columns else None for name in names]
+        places = [columns.index(name) if name in columns else -1 for name in names]
         try:
             for fields in csv.reader(file, delimiter=separator):
                 line += 1
                 if not fields:
                     continue
-                fields = whole_row(fields, columns, separator)
-                spans += any("\n" in field for field in fields)
-                name, text, label, split, domain = (None if k is None else fields[k].strip() for k in places)
-                name = re.sub(r"(?<=\w)#\d+$", "", name)
+                # the last field stands for missing columns
+                fields = [*whole_row(fields, columns, separator), ""]
+                spans += "\n" in "".join(fields)
+                name, text, label, split, domain = [fields[k].strip() for k in places]
+                name = re.sub(r"(?<=\w)#\d+$", "", name) if "#" in name else name
                 rows.append(make_row(f"{path}, row {line}", name, text, split, label, domain))
         except csv.Error as error:
             raise ValueError(f"{path}, row {line}: {error}; an unbalanced quote?") from None

@@ -34,8 +34,9 @@ MAX_CAPTION = 4096  # characters of a caption of any source; the rest is cut off
 
 def clean_captions(texts: list) -> list:
     """Texts without special tokens and outer space, cut to MAX_CAPTION; empty ones are left out."""
+    texts = (t[:MAX_CAPTION] for t in texts)
     # JSON may hold half characters
-    texts = (t[:MAX_CAPTION].encode("utf-8", "replace").decode() for t in texts)
+    texts = (t if t.isascii() else t.encode("utf-8", "replace").decode() for t in texts)
     # TRAP: the tokenizer would take a literal <|endoftext|> in a caption for the end, and pool there
     return [t for t in (strip_specials(t).strip() for t in texts) if t]
 
