@@ -310,7 +310,6 @@ class ZeroshotFlags(DataFlags, ModelFlags):
 def report(task: str, flags, result: dict, **more) -> None:
     """Prints the table and writes results.json."""
     print(results_table({task: result}))
-    print("  ".join(f"{k.replace('_', ' ')} {v:,}" for k, v in result.items() if isinstance(v, int)))
     about = {"task": task, "model": flags.model, "data": flags.data, "split": flags.split or None}
     write_results(flags, about | result | more)
 

@@ -60,8 +60,11 @@ def format_table(rows: list[dict], digits: int = 3) -> str:
 
 
 def results_table(results: dict[str, dict]) -> str:
-    """{"retrieval": result, "zeroshot": result} as one table in percent, with chance beside each figure."""
-    rows = []
+    """{"retrieval": result, "zeroshot": result} as one table in percent, with chance beside each figure.
+
+    Lines below it tell the numbers of images, captions and classes, and the standard error in percent.
+    """
+    rows, sizes = [], []
     for task, result in results.items():
         chance, ceiling = result["chance"], result.get("ceiling", {})
         for name in chance:
@@ -70,4 +73,9 @@ def results_table(results: dict[str, dict]) -> str:
         for name, value in result.get("domains", {}).items():
             row = {"task": task, "figure": f"top1 {name}", "%": 100 * value}
             rows.append(row | {"chance": 100 * chance["top1"]})
-    return format_table(rows, digits=2)
+        if "images" in result:
+            counts = [f"{k.replace('_', ' ')} {v:,}" for k, v in result.items() if isinstance(v, int)]
+            # of a share of one half, the largest that there is
+            error = result.get("standard_error", 0.5 / result["images"] ** 0.5)
+            sizes.append(f"{task}: {'  '.join(counts)}  standard error at most {100 * error:.1f}")
+    return "\n".join([format_table(rows, digits=2), *sizes])
