@@ -31,7 +31,7 @@ from util.files import write_image
 from util.flags import parse
 from util.plots import sheet
 from util.program import leave, program
-from util.text import warn
+from util.text import printable, warn
 
 TOKEN_CACHE = 2**20  # captions whose tokens a process remembers
 
@@ -308,7 +308,7 @@ def describe(dataset) -> str:
         lines["domains"] = ", ".join(f"{n} {c}" for n, c in zip(dataset.domain_names, sizes))
     if getattr(dataset, "splits", None):
         lines["splits"] = ", ".join(f"{n} {c}" for n, c in sorted(dataset.splits.items()))
-    return "\n".join(f"{name:9} {value}" for name, value in lines.items())
+    return "\n".join(f"{name:9} {printable(value)}" for name, value in lines.items())
 
 
 def contact_sheet(dataset, size: int = 128, count: int = 50) -> Image.Image:

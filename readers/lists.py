@@ -103,12 +103,12 @@ def read_table(path: Path, **keys) -> Listing:
         first = file.readline().strip("\r\n")
         if not first.strip():
             raise ValueError(f"{path}: the first line is empty, expected column names")
-        separator, columns, is_data = table_layout(first, keys.get("image_key"))
-        if is_data:
-            file.seek(0)
-        names = (*choose_keys(columns, path, **keys), "split", "domain")
-        places = [columns.index(name) if name in columns else -1 for name in names]
         try:
+            separator, columns, is_data = table_layout(first, keys.get("image_key"))
+            if is_data:
+                file.seek(0)
+            names = (*choose_keys(columns, path, **keys), "split", "domain")
+            places = [columns.index(name) if name in columns else -1 for name in names]
             for fields in csv.reader(file, delimiter=separator):
                 line += 1
                 if not fields:

@@ -17,6 +17,7 @@ from PIL import Image, ImageFile
 import data
 from readers import images, scenes, shards
 from tokenizer import Tokenizer
+from util import report
 
 SIZE = 16
 
@@ -322,6 +323,7 @@ def test_tables_of_classes_splits_and_domains(tmp_path):
         ("image,title\n", {}, "no rows"),
         ("", {}, "first line is empty"),
         ('image,title\na.png,"t' + "x" * 200000, {}, "row 1: .*unbalanced quote"),
+        ("image,title," + "x" * 200000, {}, r"t\.csv, row 1: field larger than field limit"),
         ("image,title\na.png,t\n", {"image_root": "/nowhere"}, r"no image at /nowhere/a\.png;"),
     ],
 )
@@ -437,6 +439,17 @@ def test_messages_show_no_control_characters(tmp_path, name):
         with pytest.raises(ValueError) as error:
             data.open_dataset(tmp_path / "t.csv")
         assert str(error.value).isprintable()
+
+
+def test_names_of_classes_domains_and_members_print_no_control_characters(tmp_path, capsys):
+    write_images(tmp_path / "d", [f"{d}/{c}/1.png" for d in ("p", "q\x1b[2J") for c in ("x\x1b[2J", "y\x07")])
+    assert data.main([str(tmp_path / "d"), "--no-show"]) == 0
+    member = [("a.jpg", encoded(picture(0))), ("a.txt", b"x"), ("b.\x1b[2J", b"")]
+    assert data.main([write_tar(tmp_path / "a.tar", member), "--no-show"]) == 0
+    out, err = capsys.readouterr()
+    assert "x?[2J, y?" in out and "q?[2J" in out and "1 .?[2j" in err
+    assert all(line.isprintable() for line in (out + err).splitlines())
+    assert report.format_table([{"domain": "q\x1b[2J"}]).splitlines()[2] == "| q?[2J  |"
 
 
 @pytest.mark.parametrize("nasty", ["\x1b[2J", "a\nb", "\ud800", "x" * 5000])

@@ -4,7 +4,7 @@ import re
 import sys
 import time
 
-from util.text import duration
+from util.text import duration, printable
 
 
 class Progress:
@@ -47,7 +47,7 @@ def format_table(rows: list[dict], digits: int = 3) -> str:
     """
     columns = list(dict.fromkeys(column for row in rows for column in row))
     values = [[row.get(column, "") for column in columns] for row in rows]
-    table = [[f"{v:.{digits}f}" if isinstance(v, float) else str(v) for v in line] for line in values]
+    table = [[f"{v:.{digits}f}" if isinstance(v, float) else printable(v) for v in line] for line in values]
     widths = [max(3, *(len(line[n]) for line in [columns, *table])) for n in range(len(columns))]
     right = [rows != [] and all(NUMBER.fullmatch(line[n]) for line in table) for n in range(len(columns))]
 
