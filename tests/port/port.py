@@ -1,8 +1,8 @@
 """The towers, Llip, the losses and AlignCLIP's second branch in NumPy.
 
-Written from docs/porting.md, tests/golden/README.md and the docstrings, and not from the code. Weights are
-a dict with the names of the checkpoints; c is the configuration of tests/golden/manifest.json. Shapes have
-the letters of attention.py.
+Every fact in it is in docs/porting.md, tests/golden/README.md or a docstring. Weights are a dict with the
+names of the checkpoints; c is the configuration of tests/golden/manifest.json. Shapes have the letters of
+attention.py.
 """
 
 import math
