@@ -4,6 +4,7 @@ tests/golden/ holds small recordings of the official implementations; a folder .
 checkout, when there is one, holds more of them and real data, and the tests then use those too.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -16,6 +17,8 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from util.run import Run  # noqa: E402
 
 torch.set_num_threads(1)
 SHARED = ROOT.parent / "shared" if (ROOT.parent / "shared" / "golden").is_dir() else None
@@ -72,6 +75,26 @@ def same(a, b):
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@contextlib.contextmanager
+def killed_after_saving(monkeypatch):
+    """Within it a run saves its first checkpoint and then ends, as if somebody had killed it."""
+    save = Run.save
+
+    def save_and_die(self, state):
+        save(self, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", save_and_die)
+        yield
+
+
+def assert_one_error(capsys, message):
+    """The program printed one line, an error with these words."""
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint, same
+from conftest import assert_one_error, checkpoint, killed_after_saving, same
 from PIL import Image
 from small_models import save_run
 
@@ -28,7 +28,7 @@ from model import CLIP
 from readers import scenes
 from tasks import LabelTask
 from train import TrainConfig, configure, main
-from util.run import Meter, Run, check_same_run
+from util.run import Meter, check_same_run
 
 ROOT = Path(__file__).resolve().parent.parent
 TUNED, PROMPTED = tuple(METHODS)[3:8], ("coop", "cocoop", "maple", "tes")
@@ -267,16 +267,9 @@ def test_resume_is_exact(tmp_path, clip, method, monkeypatch):
     """Six steps equal three, a kill, and three more: both models, optimizer, average and metrics."""
     flags = ["--steps", 6, "--save-every", 3, "--log-every", 2, "--lr", 1e-3]
     assert run(tmp_path / "whole", clip, method, *flags) == 0
-    save = Run.save
-
-    def save_and_die(self, state):
-        save(self, state)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Run, "save", save_and_die)
-    assert run(tmp_path / "killed", clip, method, *flags) == 130
+    with killed_after_saving(monkeypatch):
+        assert run(tmp_path / "killed", clip, method, *flags) == 130
     assert checkpoint(tmp_path / "killed")["step"] == 3
-    monkeypatch.setattr(Run, "save", save)
     assert run(tmp_path / "killed", clip, method, *flags, "--resume", "auto") == 0
     whole, resumed = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "killed")
     for key in ("state_dict", "task", "optimizer", "step", "samples", "meter"):
@@ -475,15 +468,8 @@ def test_new_classes_are_asked_through_what_was_learned(clip, method):
 def test_what_was_learned_is_resumed_and_clip_is_plain(tmp_path, clip, method, monkeypatch, capsys):
     flags = ["--steps", 4, "--save-every", 2, "--log-every", 1, "--train-size", 48]
     assert run(tmp_path / "whole", clip, method, *flags) == 0
-    save = Run.save
-
-    def save_and_die(self, state):
-        save(self, state)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Run, "save", save_and_die)
-    assert run(tmp_path / "killed", clip, method, *flags) == 130
-    monkeypatch.setattr(Run, "save", save)
+    with killed_after_saving(monkeypatch):
+        assert run(tmp_path / "killed", clip, method, *flags) == 130
     assert run(tmp_path / "killed", clip, method, *flags, "--resume", "auto") == 0
     whole, resumed = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "killed")
     for key in ("state_dict", "task", "optimizer", "step"):
@@ -529,8 +515,7 @@ def test_prompts_overfit_a_tiny_batch(tmp_path, clip, folder, method, capsys):
 )
 def test_mistakes_with_prompts_get_one_line(tmp_path, clip, capsys, flags, message):
     assert run(tmp_path / "run", clip, "coop", "--steps", 2, *flags) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert_one_error(capsys, message)
 
 
 # Mistakes ------------------------------------------------------------------------------------------------
@@ -565,8 +550,7 @@ def test_mistakes_with_prompts_get_one_line(tmp_path, clip, capsys, flags, messa
 )
 def test_mistakes_get_one_line(tmp_path, clip, capsys, flags, message):
     assert run(tmp_path / "run", clip, "clipood", "--steps", 2, *flags) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert_one_error(capsys, message)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import checkpoint, same
+from conftest import assert_one_error, checkpoint, killed_after_saving, same
 from PIL import Image
 
 import llip
@@ -23,7 +23,7 @@ from baselines.methods import METHODS, presets
 from model import CLIP, CONFIGS
 from scale import costs
 from train import TrainConfig, configure, learning_rate, main, parameter_groups
-from util.run import Run, find
+from util.run import find
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--train-size", "48", "--batch-size", "8", "--threads", "1", "--warmup", "2", "--device", "cpu"]
@@ -91,16 +91,9 @@ def test_resume_is_exact(tmp_path, monkeypatch, workers):
     """Six steps equal three, a kill, and three more: weights, optimizer and metrics to the bit."""
     flags = ["--steps", 6, "--save-every", 3, "--log-every", 2, "--workers", workers]
     assert run(tmp_path / "whole", *flags) == 0
-    save = Run.save
-
-    def save_and_die(self, state):
-        save(self, state)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Run, "save", save_and_die)
-    assert run(tmp_path / "killed", *flags) == 130
+    with killed_after_saving(monkeypatch):
+        assert run(tmp_path / "killed", *flags) == 130
     assert checkpoint(tmp_path / "killed")["step"] == 3
-    monkeypatch.setattr(Run, "save", save)
     with open(tmp_path / "killed" / "metrics.jsonl", "a") as f:
         f.write('{"step": 4, "loss": 0.0}\n')  # logged after the checkpoint, before the kill
     assert run(tmp_path / "killed", *flags, "--resume", "auto") == 0
@@ -259,8 +252,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, capsys):
 )
 def test_mistakes_get_one_line(tmp_path, capsys, flags, message):
     assert run(tmp_path / "run", *flags) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert_one_error(capsys, message)
     assert not list(tmp_path.iterdir())  # a folder with nothing but a lock would look like a run
 
 
