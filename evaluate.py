@@ -100,34 +100,36 @@ def shared_out(count: int, encode: Callable):
     return map_features(gather_rows, encode(r * count // W, (r + 1) * count // W))
 
 
+def image_batches(
+    model: nn.Module, dataset, *, batch_size=256, transform=None, workers=0, progress=""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's images (b, 3, S, S) on the model's device, and their numbers (b,).
+
+    Args: transform: default the model's;  progress: a label, empty for no line
+    """
+    device, transform = next(model.parameters()).device, transform or data.preprocess_of(model.config)
+    W, r = distributed.world_size(), distributed.rank()
+    shown = Progress("" if r else progress, len(dataset) // W, "images" if W == 1 else "images of this rank")
+    for images, ids in data.eval_batches(dataset, transform, batch_size, r, W, workers):
+        yield images.to(device, non_blocking=True), ids
+        shown.add(len(images))
+
+
 def score_rows(
-    model: nn.Module,
-    dataset,
-    text,
-    *,
-    transform=None,
-    batch_size=256,
-    precision="fp32",
-    workers=0,
-    progress="",
+    model: nn.Module, dataset, text, *, batch_size=256, precision="fp32", **options
 ) -> Iterator[tuple[int, Tensor]]:
     """Scores of this rank's images against all texts, one batch of images at a time.
 
-    Args:    text: features of T texts;  transform: default the model's;  progress: a label, empty for no line
+    Args:    text: features of T texts;  options: of image_batches
     Returns: iterator of (number of the first image, scores (b, T) fp32)
     """
-    device = next(model.parameters()).device
-    transform = transform or data.preprocess_of(model.config)
-    W, r = distributed.world_size(), distributed.rank()
-    shown = Progress("" if r else progress, len(dataset) // W, "images" if W == 1 else "images of this rank")
     # SPEED: many pairs of an Llip are scored in tiles, by a copy that shares the weights
     texts = len(text[0] if isinstance(text, tuple) else text)
     pairs = llip_tiles.select(copy.copy(model), "auto", batch_size, texts)
-    for images, ids in data.eval_batches(dataset, transform, batch_size, r, W, workers):
-        with towers(device, precision):
-            features = model.encode_image(images.to(device, non_blocking=True))
+    for images, ids in image_batches(model, dataset, batch_size=batch_size, **options):
+        with towers(images.device, precision):
+            features = model.encode_image(images)
         yield int(ids[0]), pairs.pair_logits(map_features(Tensor.float, features), text).float()
-        shown.add(len(images))
 
 
 def text_options(options: dict) -> dict:

@@ -24,16 +24,17 @@ from util.report import Progress, format_table
 from util.text import warn
 
 
-def encode(model: nn.Module, dataset, batch_size=256, precision="fp32", workers=0, progress="") -> Tensor:
-    """The output of ln_post for the class or mixture tokens of every image: (N, M, D) fp32 on the CPU."""
-    transform = data.preprocess_of(model.config)
-    shown, rows = Progress(progress, len(dataset), "images"), []
+def encode(model: nn.Module, dataset, precision="fp32", **options) -> Tensor:
+    """The output of ln_post for the class or mixture tokens of every image: (N, M, D) fp32 on the CPU.
+
+    Args: options: of evaluate.image_batches
+    """
+    rows = []
     with evaluate.evaluating(model) as device:
-        for images, _ in data.eval_batches(dataset, transform, batch_size, workers=workers):
+        for images, _ in evaluate.image_batches(model, dataset, **options):
             with evaluate.towers(device, precision):
-                tokens = mixture_tokens(model.visual, images.to(device, non_blocking=True))
+                tokens = mixture_tokens(model.visual, images)
             rows.append(tokens.float().cpu())  # (b, M, D)
-            shown.add(len(images))
     return torch.cat(rows)
 
 

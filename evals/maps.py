@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import data
 import evaluate
 from alignclip import default_blocks
 from attention import KINDS
@@ -35,7 +34,7 @@ from util.evaluation import SeveralFlags, each_model, options_of, start, write_r
 from util.flags import parse
 from util.metrics import MAP_FIGURES, map_figures
 from util.program import leave, program
-from util.report import Progress, format_table
+from util.report import format_table
 
 # a structure and the method that equals it
 TITLES = {"vvv": "vvv (surgery)", "dv": "dv (alignclip)"}
@@ -94,21 +93,19 @@ def names_as_text(model: DualEncoder, tokenizer) -> Tensor:
 
 
 def measure(
-    model, tokenizer, dataset, names, show=(), batch_size=256, precision="fp32", workers=0, progress=""
+    model, tokenizer, dataset, names, show=(), precision="fp32", **options
 ) -> tuple[dict[str, dict], dict[int, Tensor]]:
     """Figures of maps on a data set, in batches; memory does not grow with the number of pictures.
 
     Args:    dataset scenes.Objects;  names of raw_maps, and "centre"
-             show: indices of pictures whose maps are returned
+             show: indices of pictures whose maps are returned;  options: of evaluate.image_batches
     Returns: {name: means of MAP_FIGURES}, {picture: its mask and maps (S, S, 1 + names)}
     """
-    figures, kept = {name: [] for name in names}, {i: [] for i in show}
-    shown, S = Progress(progress, len(dataset), "images"), dataset.image_size
-    transform = data.preprocess_of(model.config)
+    figures, kept, S = {name: [] for name in names}, {i: [] for i in show}, dataset.image_size
     with evaluate.evaluating(model) as device:
         text = names_as_text(model, tokenizer)
-        for images, ids in data.eval_batches(dataset, transform, batch_size, workers=workers):
-            images, ids = images.to(device), ids.tolist()
+        for images, ids in evaluate.image_batches(model, dataset, **options):
+            ids = ids.tolist()
             masks, rows = masks_of(dataset, ids), range(len(ids))  # (N, S, S)
             for name in names:
                 if name == "centre":
@@ -121,7 +118,6 @@ def measure(
                 figures[name].append(map_figures(maps, masks))
                 for i in kept.keys() & set(ids):
                     kept[i].append(maps[ids.index(i)])
-            shown.add(len(ids))
     kept = {i: torch.stack([masks_of(dataset, [i])[0].float(), *kept[i]], -1) for i in kept}
     means = {name: torch.cat(parts).mean(0).tolist() for name, parts in figures.items()}
     return {name: dict(zip(MAP_FIGURES, values)) for name, values in means.items()}, kept

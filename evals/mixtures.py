@@ -28,7 +28,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import data
 import evaluate
 from evals import mixture_pictures, surgery
 from evals.maps import enlarge
@@ -40,7 +39,7 @@ from readers.templates import PHOTO, fill
 from util.evaluation import DataFlags, ModelFlags, load_options, start, write_results
 from util.flags import parse
 from util.program import leave, program
-from util.report import Progress, format_table
+from util.report import format_table
 
 MAX_TEXTS, MAX_SHOWN = 512, 24  # captions of a data set; images on a sheet
 NAMES, SHUFFLES = 4, 200  # names of a token; random comparisons
@@ -151,12 +150,11 @@ def measure(model: Llip, tokenizer, dataset, captions: Captions, flags) -> dict[
     image, caption, _ = captions.pairs().unbind(1)
     tokens = tokenizer(captions.texts, model.config.context_length)
     size = min(flags.batch_size, max(1, PLAIN_BYTES // plain_bytes(model, 1, len(tokens))))
-    shown, transform = Progress("images", len(dataset), "images"), data.preprocess_of(model.config)
+    options = dict(batch_size=size, workers=flags.workers, progress="images")
     with evaluate.evaluating(model) as device:
         text = evaluate.encode_text(model, tokens, flags.batch_size, flags.precision)
-        for images, ids in data.eval_batches(dataset, transform, size, workers=flags.workers):
+        for images, ids in evaluate.image_batches(model, dataset, **options):
             with evaluate.towers(device, flags.precision):
-                images = images.to(device)
                 maps, *sides = surgery.llip_token_maps(model, images), *model.encode_image(images)
             keys, values = (side.float() for side in sides)  # (b, H, M, K) each
             phi = model.mixing_weights(keys, text[0]).double()  # (b, T, H, M)
@@ -174,7 +172,6 @@ def measure(model: Llip, tokenizer, dataset, captions: Captions, flags) -> dict[
                     logits = torch.cat([logits, without_each(model, keys[row], values[row], own_text)])
                 kept["cosines"].append((logits / model.logit_scale.exp()).t().double().cpu())
                 kept["used"].append(phi[row, some].mean(1).float().cpu())
-            shown.add(len(ids))
     return sums | {name: torch.cat(parts) for name, parts in kept.items()}
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from small_models import CONFIG, TOKENIZER
 
+import data
 import pretrained
 from evals import mixture_pictures, mixtures, surgery
 from llip import Llip
@@ -38,7 +39,7 @@ def measured():
 
 
 def features(model, dataset, captions):
-    transform = mixtures.data.preprocess(model.config.image_size)
+    transform = data.preprocess(model.config.image_size)
     with torch.no_grad():
         images = torch.stack([transform(dataset.image(i)) for i in range(len(dataset))])
         text = model.encode_text(TOKENIZER(captions.texts, model.config.context_length))
