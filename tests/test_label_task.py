@@ -161,7 +161,7 @@ def test_text_is_the_head_and_the_start_is_zero_shot(clip):
     assert task.model.text.shape == (len(scenes.BASE), 16)
     rows = task.evaluate(task.model)
     assert rows["zero-shot"] == rows["fine-tuned"] == rows["averaged"]
-    assert set(rows["averaged"]) == {"val", "base", "new", "H", "chance", "images"}
+    assert set(rows["averaged"]) == {"val", "base", "new", "H", "chance", "images", "standard_error"}
     one = task_of(clip, "finetune", template="a drawing of one {}").model.text
     assert not torch.allclose(one, task_of(clip, "finetune").model.text)
 
