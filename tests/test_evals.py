@@ -128,20 +128,30 @@ def test_files_of_templates_and_sizes_of_maps_get_one_line(small_runs, tmp_path,
         assert f"a multiple of the patch, take {fitting}" in capsys.readouterr().err
 
 
-def test_links_and_folders_in_the_output_folder_are_safe(small_runs, tmp_path, capsys):
-    """A result replaces a link and never what it points to."""
-    (tmp_path / "precious").write_text("kept")
-    (tmp_path / "linked").mkdir()
-    (tmp_path / "linked" / "results.json").symlink_to(tmp_path / "precious")
-    flags = ["--data", "scenes", "--limit", 20, "--out"]
-    assert call(spectrum, small_runs["clip"], *flags, tmp_path / "linked") == 0
-    assert (tmp_path / "precious").read_text() == "kept"
-    assert not (tmp_path / "linked" / "results.json").is_symlink()
-    (tmp_path / "folders" / "results.json").mkdir(parents=True)
-    capsys.readouterr()
-    assert call(spectrum, small_runs["clip"], *flags, tmp_path / "folders") == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: cannot write") and "results.json" in line
+def test_a_result_replaces_a_link_and_never_what_it_points_to(small_runs, tmp_path):
+    (tmp_path / "precious").write_text('{"task": "spectrum"}')
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").symlink_to(tmp_path / "precious")
+    flags = ["--data", "scenes", "--limit", 20, "--out", tmp_path / "out"]
+    assert call(spectrum, small_runs["clip"], *flags) == 0
+    assert (tmp_path / "precious").read_text() == '{"task": "spectrum"}'
+    assert not (tmp_path / "out" / "results.json").is_symlink()
+    # the same program may write again
+    assert call(spectrum, small_runs["clip"], *flags) == 0
+
+
+@pytest.mark.parametrize(
+    "content", ['{"zeroshot": {}}', "not JSON", "[1]", "[" * 100_000, '{"task": 3}', None]
+)
+def test_results_of_others_in_the_output_folder_stay(content, small_runs, tmp_path, capsys):
+    """Such as those of a training run, whose folder is a likely mistake."""
+    path = tmp_path / "results.json"
+    path.mkdir() if content is None else path.write_text(content)
+    assert call(spectrum, small_runs["clip"], "--data", "scenes", "--limit", 20, "--out", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path} was not written by an evaluation") and error.count("\n") == 1
+    assert path.is_dir() if content is None else path.read_text() == content
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("program", [linear_probe, typographic, open_world], ids=lambda p: p.__name__)

@@ -1,5 +1,6 @@
 """Flags that the evaluation programs inherit, and what they do before and after the work."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -66,8 +67,19 @@ def start(flags, one_process: bool = False) -> torch.device:
     if one_process and distributed.world_size() > 1:
         raise ValueError("this program runs in one process: start it without torchrun")
     if flags.out:
-        output_folder(flags.out)
+        path = output_folder(flags.out) / "results.json"
+        if path.exists() and not written_here(path):
+            raise ValueError(f"{path} was not written by an evaluation: choose another --out")
     return device
+
+
+def written_here(path: Path) -> bool:
+    """Whether write_results wrote a file: evaluations name their task, and train.py's runs do not."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and isinstance(content.get("task"), str)
 
 
 def each_model(flags, device: torch.device, open_model: Callable) -> Iterator[tuple]:
