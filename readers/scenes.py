@@ -12,6 +12,7 @@ picture's facts decides to which split it belongs, so no two splits share a pict
 """
 
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,10 @@ from PIL import Image, ImageDraw
 
 from readers import scene_captions as words
 from readers.scene_captions import BACKGROUNDS, COLOURS, DOMAINS, FORMS, GROUPS, PLACES
+from util.files import write_image
+from util.flags import parse
+from util.plots import sheet
+from util.program import leave, program
 
 # facts of each thing, (N, things): its kind, its colour, and its square in 64ths of a picture
 THING_FACTS = ("kind", "colour", "side", "top", "left")
@@ -392,3 +397,32 @@ class Broad:
 
     def name(self, i: int) -> str:
         return self.names[i]
+
+
+@dataclass(frozen=True)
+class Flags:
+    objects: bool = False  # labelled pictures of one thing
+    split: str = "train"  # train, val or test
+    count: int = 40  # pictures
+    domain: tuple[str, ...] = DOMAINS  # only these domains
+    out: str = "scenes.png"  # where to write the contact sheet
+
+
+@program
+def main(argv: list[str]) -> None:
+    """Writes a contact sheet of pictures and their masks, and prints some captions and all words."""
+    c = parse(Flags, argv, main.__doc__)
+    data = (Objects if c.objects else Scenes)(c.split, c.count, domains=c.domain)
+    masks = [np.repeat(data.masks(i).any(0)[..., None] * np.uint8(255), 3, -1) for i in range(len(data))]
+    pictures = [np.concatenate(both, 1) for both in zip(data.pixels, masks)]
+    texts = [f"{data.domain_names[d]}: {some[0]}" for d, some in zip(data.domains, data.captions)]
+    write_image(c.out, sheet(pictures, texts, 6, 8 * data.image_size))
+    print(f"wrote {c.out}")
+    for i in range(min(3, len(data))):
+        print(data.name(i), *data.captions[i], sep="\n    ")
+    vocabulary = {word for texts in data.captions for text in texts for word in text.split()}
+    print(f"{len(vocabulary)} words: {' '.join(sorted(vocabulary))}")
+
+
+if __name__ == "__main__":
+    leave(main())

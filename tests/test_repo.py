@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import graphlib
 import importlib
 import io
@@ -116,6 +117,33 @@ def test_importing_prints_and_loads_nothing():
     code = f"import sys, {names}; print(sorted({PEERS} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
+
+
+# what ports, notebooks and other projects rely on, and the programs
+PUBLIC = """
+attention.attend attention.MultiheadAttention attention.flops tokenizer.Tokenizer.from_openai
+tokenizer.Tokenizer.learn tokenizer.Tokenizer.save tokenizer.Tokenizer.load tokenizer.Tokenizer.encode
+tokenizer.Tokenizer.decode model.CONFIGS model.CLIP.encode_image model.CLIP.encode_text model.CLIP.pair_logits
+model.CLIP.ensemble_text llip.Llip.mix llip.Llip.pair_logits llip.PooledTokens llip.warm_start_llip
+losses.info_nce losses.siglip losses.margin_metric_logits losses.smoothing_targets losses.soft_cross_entropy
+losses.attention_alignment losses.similarity_alignment alignclip.cls_attention alignclip.guidance
+alignclip.AlignCLIP.loss alignclip.AlignCLIP.predict clipood.BetaMovingAverage.update clipood.wise_ft
+evals.surgery.dense_features evals.surgery.similarity_map evals.surgery.feature_surgery baselines.coop.CoOp
+baselines.cocoop.CoCoOp baselines.maple.MaPLe baselines.metaclip.match baselines.metaclip.keep_probability
+pretrained.load pretrained.save readers.images.preprocess readers.images.open_image
+readers.images.Preprocess.pixels readers.benchmarks.domainbed_split data.open_dataset evaluate.open_model
+scale.llip_tiles.TiledLlip scale.llip_tiles.select scale.gradcache.training_step util.metrics.recall_at_k
+util.metrics.classification_metrics train.main evaluate.main data.main tokenizer.main pretrained.main
+clipood.main readers.scenes.main baselines.metaclip.main evals.open_world.main evals.surgery.main
+evals.maps.main evals.linear_probe.main evals.spectrum.main evals.typographic.main evals.mixtures.main
+lab.reproduce.main lab.compare.main lab.bench.main lab.gpu.main
+""".split()
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_exist(name):
+    module = next(m for m in sorted(MODULES, key=len, reverse=True) if name.startswith(f"{m}."))
+    functools.reduce(getattr, name.removeprefix(f"{module}.").split("."), importlib.import_module(module))
 
 
 # Sizes

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from readers import scene_captions, scenes
 from readers.scenes import COLOURS, DOMAINS, GROUPS, KINDS, PLACES, Objects, Scenes, draw
@@ -321,6 +322,23 @@ def test_indices_out_of_range_fail():
     for read in (data.image, data.masks, data.name):
         with pytest.raises(IndexError):
             read(4)
+
+
+def test_command_line(tmp_path, capsys):
+    out = tmp_path / "sheet.png"
+    assert scenes.main(["--count", "9", "--domain", "sketch", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert str(out) in printed and "words:" in printed
+    data = Scenes(size=9, domains=("sketch",))
+    first = np.asarray(Image.open(out).crop((0, 2, 8 * 32, 2 + 4 * 32)))[2::4, 2::4]  # 4 pixels for one
+    assert np.array_equal(first[:, :32], data.pixels[0])
+    assert np.array_equal(first[:, 32:, 0] == 255, data.masks(0).any(0))
+    assert scenes.main(["--objects", "--count", "9", "--out", str(out)]) == 0
+    assert "there is a dog" in capsys.readouterr().out
+    assert scenes.main(["--split", "dev", "--out", str(out)]) == 2
+    assert capsys.readouterr().err.startswith("error: unknown split")
+    with pytest.raises(SystemExit):
+        scenes.main(["--nonsense"])
 
 
 def test_broad_is_half_scenes_and_half_single_things_with_true_names():

@@ -173,6 +173,11 @@ data.py DATA/pairs.csv --out nowhere/sheet.png
 data.py DATA/pairs.csv --out DATA/sheet.unknown
 data.py 'DATA/{00..01}.tar'
 data.py 'DATA/{02..01}.tar'
+readers.scenes --count 0 --out DATA/s.png
+readers.scenes --count -1 --out DATA/s.png
+readers.scenes --split summer --out DATA/s.png
+readers.scenes --domain moon --out DATA/s.png
+readers.scenes --count 2 --out nowhere/s.png
 evals.surgery DATA/bed/art/cat/0.png cat --out DATA/m.png
 evals.surgery DATA/bed/art/cat/0.png cat --model nowhere --out DATA/m.png
 evals.surgery DATA/bed/art/cat/0.png --model START --out DATA/m.png
@@ -206,6 +211,7 @@ baselines.metaclip DATA/pairs.csv --build-entries 1 --column title --t 9 --out D
 baselines.metaclip DATA/pairs.csv --build 1 --column title --t 9 --out DATA/kept
 tokenizer.py text --voc DATA/pairs.csv
 data.py DATA/pairs.csv --spl train --out DATA/s.png
+readers.scenes --coun 3 --out DATA/s.png
 evals.surgery DATA/bed/art/cat/0.png cat --mod START --out DATA/m.png
 pretrained.py START --temperat 3
 evaluate.py zeroshot --model START --dat scenes

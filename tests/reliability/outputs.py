@@ -34,6 +34,7 @@ pretrained.py START --to huggingface --out OUT
 pretrained.py START --to openai --out OUT/x.pt
 baselines.metaclip DATA/pairs.csv --build-entries 1 --column title --t 9 --out OUT/kept
 data.py DATA/pairs.csv --out OUT/x.png
+readers.scenes --count 2 --out OUT/x.png
 evals.surgery DATA/bed/art/cat/0.png cat --model START --out OUT/x.png
 lab.reproduce --claim l1 --quick --seeds 1 --out OUT
 lab.bench alignclip --quick --out OUT
@@ -55,6 +56,7 @@ baselines.metaclip DATA/pairs.csv --build-entries 1 --column title --t 9 | kept.
 """
 LATE = (
     "data.py",
+    "readers.scenes",
     "evals.surgery",
     "pretrained.py",
 )  # these notice the problem when they write, which is soon
