@@ -175,8 +175,7 @@ class AlignCLIP(FineTune):
         self.attention, self.similarity, self.detach = attention, similarity, detach
         self.weight, self.guidance_temperature = weight, guidance_temperature
         on = ["attention"] * attention + ["similarity"] * (similarity != "none")
-        if on:
-            self.loss_terms = f"classification + {weight:g} x ({' + '.join(on)})"
+        self.loss_terms = f"classification + {weight:g} x ({' + '.join(on)})" if on else ""
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Images (B, 3, S, S), labels (B,) -> loss (), and its parts without gradient to log."""

@@ -287,8 +287,14 @@ DEFAULTS |= dict(crop_scale=0.7, train_size=2048)
 TINY = dict(lr=5e-4, steps=300)
 PRESETS, TASK = {}, "labels"
 # of both papers' codes for new classes; 500 steps are an epoch
-STEPS = {"ImageNet": 5000, "FGVCAircraft": 5000, "StanfordCars": 2500, "SUN397": 2500, "UCF101": 1000}
-STEPS[""] = 500  # of all others
+STEPS = {
+    "ImageNet": 5000,
+    "FGVCAircraft": 5000,
+    "StanfordCars": 2500,
+    "SUN397": 2500,
+    "UCF101": 1000,
+    "": 500,
+}
 OPEN_CLASS = {("open-class", name): dict(steps=steps, bma_beta=0.1) for name, steps in STEPS.items()}
 # thuml/CLIPood@bc0d874 main.py, scripts.sh, by (task, data set): changes to DEFAULTS
 PUBLISHED = {key: flags | dict(shots=16) for key, flags in OPEN_CLASS.items()} | {

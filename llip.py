@@ -285,20 +285,16 @@ def paper(model: str, lr: float, **changes) -> dict:
     return run | changes
 
 
-def _preset(model: str, tokens: int, tau: float, lr: float, **changes) -> dict:
-    return paper(model, lr, mixture_tokens=tokens, mixture_heads=8, temperature=tau, **changes)
-
-
 _BIG = dict(mixture_norm=True, grad_checkpointing=True, compile=False)
 DEFAULTS, TINY = {}, {}
 # Lavoie et al. 2024, Table 1: MetaCLIP's 2.5 billion pairs on 128 V100 (B) or A100 (L). Zero-shot ImageNet
 # top-1 at the end: 70.4, 75.3, 80.9, 82.7, 83.5. REF: 75.3 is with 64 tokens, the released B/16 has 32
 PRESETS = {
-    "llip-B-32": _preset("ViT-B-32", 64, 5.0, 5e-4),
-    "llip-B-16": _preset("ViT-B-16", 32, 5.0, 5e-4),
-    "llip-L-14": _preset("ViT-L-14", 32, 1.0, 4e-4),
-    "llip-H-14": _preset("ViT-H-14", 64, 5.0, 4e-4, **_BIG),
-    "llip-G-14": _preset("ViT-bigG-14", 64, 5.0, 4e-4, **_BIG),
+    "llip-B-32": paper("ViT-B-32", 5e-4, mixture_tokens=64, mixture_heads=8),
+    "llip-B-16": paper("ViT-B-16", 5e-4, mixture_tokens=32, mixture_heads=8),
+    "llip-L-14": paper("ViT-L-14", 4e-4, mixture_tokens=32, mixture_heads=8, temperature=1.0),
+    "llip-H-14": paper("ViT-H-14", 4e-4, mixture_tokens=64, mixture_heads=8, **_BIG),
+    "llip-G-14": paper("ViT-bigG-14", 4e-4, mixture_tokens=64, mixture_heads=8, **_BIG),
 }
 TASK = "pairs"
 

@@ -53,10 +53,8 @@ class CoCoOp(PromptLearner):
             text = self.encode_prompts(ctx[i], tokens[c])  # (pairs, E)
             return (image[i] * text).sum(-1)  # (pairs,)
 
-        if len(pairs) > 1 and torch.is_grad_enabled():
-            cosines = [checkpoint(run, pair, use_reentrant=False) for pair in pairs]
-        else:
-            cosines = [run(pair) for pair in pairs]
+        again = len(pairs) > 1 and torch.is_grad_enabled()
+        cosines = [checkpoint(run, p, use_reentrant=False) if again else run(p) for p in pairs]
         return torch.cat(cosines).view(len(images), len(tokens))  # (B, C)
 
 

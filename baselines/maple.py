@@ -39,8 +39,7 @@ class MaPLe(PromptLearner):
             raise ValueError(f"depth {depth}: the towers have {blocks}")
         D, deeper = c.text_width, range(depth - 1)
         self.proj = nn.Linear(D, c.vision_width)
-        prompts = (nn.Parameter(0.02 * torch.randn(context, D)) for _ in deeper)
-        self.compound_prompts_text = nn.ParameterList(prompts)
+        self.compound_prompts_text = nn.ParameterList(0.02 * torch.randn(context, D) for _ in deeper)
         self.compound_prompt_projections = nn.ModuleList(nn.Linear(D, c.vision_width) for _ in deeper)
         self.to(self.ctx.dtype)
 

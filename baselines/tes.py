@@ -47,10 +47,9 @@ class TextSupervised(Prompted):
 
     def __init__(self, method: "TeS"):
         super().__init__(method)
-        self.encode_text, self.ensemble_text = method.clip.encode_text, method.clip.ensemble_text
-
-    def class_templates(self, templates: tuple[str, ...]) -> tuple[str, ...]:
-        return templates
+        clip = method.clip
+        self.encode_text, self.ensemble_text = clip.encode_text, clip.ensemble_text
+        self.class_templates = clip.class_templates
 
     def trained_classes(self) -> Tensor:
         return self.method.text  # (C, E)

@@ -59,10 +59,9 @@ def flops(images: int, texts: int, tokens: int, heads: int, width: int, train: b
 def tile_shape(keys: Tensor, texts: int) -> tuple[int, int]:
     """Images and captions of a tile; keys (B, H, M, K)."""
     B, H, M, K = keys.shape
-    columns = max(1, min(texts, TILE_TEXTS * (16 if keys.is_cuda else 1)))
     floats = 4 * H * M + 4 * max(H * M, H * K)  # scores, Phi, x, l, S x and their gradients
     pairs = TILE_BYTES * (GPU_TILES if keys.is_cuda else 1) // (4 * floats)
-    columns = max(1, min(columns, pairs))
+    columns = max(1, min(texts, TILE_TEXTS * (16 if keys.is_cuda else 1), pairs))
     return max(1, min(B, pairs // columns)), columns
 
 
