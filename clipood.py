@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -134,22 +135,13 @@ class FineTune(LabelMethod):
     """
 
     def __init__(
-        self,
-        clip: CLIP,
-        text: Tensor,
-        *,
-        smoothing="none",
-        epsilon=0.9,
-        scale=35.0,
-        margin=0.0,
-        pooling="cls",
+        self, clip: CLIP, text: Tensor, *, smoothing="none", epsilon=0.9, scale=35, margin=0.0, pooling="cls"
     ):
         super().__init__()
         require_clip(clip)
         if text.dim() != 2 or text.shape[1] != clip.config.embed_dim:
-            raise ValueError(
-                f"text features {tuple(text.shape)}: expected (classes, {clip.config.embed_dim})"
-            )
+            wanted = f"(classes, {clip.config.embed_dim})"
+            raise ValueError(f"text features {tuple(text.shape)}: expected {wanted}")
         length = text.norm(dim=-1)
         if not torch.allclose(length, torch.ones_like(length), atol=1e-3):
             worst = length[(length - 1).abs().argmax()]
@@ -287,14 +279,8 @@ DEFAULTS |= dict(crop_scale=0.7, train_size=2048)
 TINY = dict(lr=5e-4, steps=300)
 PRESETS, TASK = {}, "labels"
 # of both papers' codes for new classes; 500 steps are an epoch
-STEPS = {
-    "ImageNet": 5000,
-    "FGVCAircraft": 5000,
-    "StanfordCars": 2500,
-    "SUN397": 2500,
-    "UCF101": 1000,
-    "": 500,
-}
+STEPS = {"ImageNet": 5000, "FGVCAircraft": 5000, "StanfordCars": 2500, "SUN397": 2500, "UCF101": 1000}
+STEPS[""] = 500  # of all others
 OPEN_CLASS = {("open-class", name): dict(steps=steps, bma_beta=0.1) for name, steps in STEPS.items()}
 # thuml/CLIPood@bc0d874 main.py, scripts.sh, by (task, data set): changes to DEFAULTS
 PUBLISHED = {key: flags | dict(shots=16) for key, flags in OPEN_CLASS.items()} | {
@@ -313,7 +299,7 @@ def build(settings: Settings, clip: CLIP, classes: Classes) -> FineTune:
 class Flags:
     """Flags of python clipood.py wise-ft."""
 
-    command: str  # wise-ft
+    command: Literal["wise-ft"]  # the only command
     zero_shot: str  # checkpoint before fine-tuning
     fine_tuned: str  # checkpoint after it
     alpha: float = 0.5  # 0 is zero-shot, 1 fine-tuned
@@ -323,8 +309,6 @@ class Flags:
 @program
 def main(argv: list[str]) -> None:
     c = parse(Flags, argv, __doc__, positional=("command", "zero_shot", "fine_tuned"))
-    if c.command != "wise-ft":
-        raise ValueError(f"{c.command}: the only command is wise-ft")
     if Path(c.out).exists():
         raise ValueError(f"{c.out} exists already: give another --out")
     model = pretrained.load(c.zero_shot)

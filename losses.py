@@ -87,9 +87,7 @@ def margin_metric_logits(
     return scale * (image - margin * text[labels]) @ text.t()  # (B, C)
 
 
-def smoothing_targets(
-    text: Tensor, epsilon: float = 0.9, scale: float = 35.0, form: str = "mixture"
-) -> Tensor:
+def smoothing_targets(text: Tensor, epsilon: float = 0.9, scale: float = 35, form: str = "mixture") -> Tensor:
     """Semantic label smoothing: classes with similar names receive a part of the label's probability.
 
     AlignCLIP section 3.3, with D = softmax_rows(scale * T T^T):
@@ -158,8 +156,6 @@ def similarity_alignment(plain: Tensor, guide: Tensor, labels: Tensor | None = N
 
 
 if __name__ == "__main__":  # two losses whose values are known exactly
-    n = 8
-    same = torch.full((n, n), 3.0)
-    print(f"info_nce, equal logits   {info_nce(same):.4f}  = ln 8 = {math.log(n):.4f}")  # 2.0794
-    zero = torch.full((n, n), -10.0)
+    same, zero = torch.full((8, 8), 3.0), torch.full((8, 8), -10.0)
+    print(f"info_nce, equal logits   {info_nce(same):.4f}  = ln 8 = {math.log(8):.4f}")  # 2.0794
     print(f"siglip, cosine 0, b=-10  {siglip(zero):.4f}")  # softplus(10) + 7 softplus(-10) = 10.0004

@@ -82,9 +82,7 @@ class PromptLearner(LabelMethod):
     Raises: ValueError if clip is no CLIP, or a class (given by its index) leaves no room for the context.
     """
 
-    def __init__(
-        self, clip: CLIP, class_tokens: Tensor, context: int, *, words=None, template="{}.", rows=()
-    ):
+    def __init__(self, clip: CLIP, class_tokens: Tensor, context: int, words=None, template="{}.", rows=()):
         super().__init__()
         require_clip(clip)
         if context < 1:
@@ -226,10 +224,8 @@ def start_words(words: str, default: str, context: int, tokenizer) -> tuple[list
         if len(ids) == context:
             return ids, " ".join([*parts[n:], "{}."])
         if words != default:
-            found = f"{len(parts)} words, and the first {n} are {len(ids)} tokens"
-            raise ValueError(
-                f"--context {context}, but --context-words {words!r} has {found}: they must agree"
-            )
+            given = f"--context {context}, but --context-words {words!r} has {len(parts)} words"
+            raise ValueError(f"{given}, and the first {n} are {len(ids)} tokens: they must agree")
     return None, "{}."
 
 

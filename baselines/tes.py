@@ -86,17 +86,15 @@ class TeS(LabelMethod):
         self.loss_terms = f"the classifier's + {lambda_t:g} x the projection's cross-entropy"
         width = clip.config.vision_width
         self.classifier = nn.Linear(width, len(text))
-        self.projection = nn.Sequential(
-            nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, text.shape[1])
-        )
+        hidden = nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU()
+        self.projection = nn.Sequential(*hidden, nn.Linear(width, text.shape[1]))
         self.to(clip.logit_scale.dtype)
         self.register_buffer("text", unit(text.detach()), persistent=False)  # (C, E)
 
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, D), the class token after ln_post."""
         visual = self.clip.visual
-        x = visual.transformer(visual.embed(images), keep_tokens=lambda x: x[:, 0])
-        return visual.ln_post(x)  # (B, D)
+        return visual.ln_post(visual.transformer(visual.embed(images), keep_tokens=lambda x: x[:, 0]))
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Images (B, 3, S, S), labels (B,) -> loss (), and the accuracies of both heads."""

@@ -116,7 +116,7 @@ def hierarchy(lab, seed: int) -> tuple[dict, list]:
     "nearer within" compares each cosine within a group with each across groups; chance is 50. Of 15 wrong
     kinds 3 are in the group, so that chance is 20.
     """
-    group = torch.tensor(scenes.GROUP_OF)
+    group = torch.arange(len(scenes.KINDS)) // 4
     same = (group[:, None] == group) & ~torch.eye(len(group), dtype=torch.bool)
     text = class_texts(*lab.model("start", seed))
     cosines = (text @ text.t()).cpu()  # (C, C)

@@ -30,7 +30,6 @@ THING_FACTS = ("kind", "colour", "side", "top", "left")
 SPLITS = {"train": 0, "val": 1, "test": 2}
 PHOTO, SKETCH, CARTOON, PAINTING = range(4)
 KINDS = tuple(kind for kinds in GROUPS.values() for kind in kinds)
-GROUP_OF = tuple(g for g, kinds in enumerate(GROUPS.values()) for _ in kinds)
 # In the order of KINDS. Kinds of a group look alike and have different homes: backgrounds can replace shapes.
 HOMES = "grass snow bricks sand   water night snow sand   bricks sand night grass   grass night bricks water"
 HOME_OF = tuple(map(BACKGROUNDS.index, HOMES.split()))
