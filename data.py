@@ -30,7 +30,7 @@ from util.evaluation import WhereFlags, where_of
 from util.files import write_image
 from util.flags import parse
 from util.plots import sheet
-from util.program import leave, program
+from util.program import STOPPING, leave, program
 from util.text import printable, warn
 
 TOKEN_CACHE = 2**20  # captions whose tokens a process remembers
@@ -204,7 +204,7 @@ def end_workers() -> None:
 
 def leave_signals(worker: int) -> None:
     """TRAP: torchrun signals the whole process group; a worker that ends first would stop the training."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 

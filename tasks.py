@@ -6,8 +6,9 @@ images of each source domain. c is a run's TrainConfig, s the Settings of its me
 """
 
 import contextlib
+import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -49,14 +50,12 @@ class Task:
     autocast = contextlib.nullcontext  # for the precision of the towers; the loop sets it
 
     def __init__(self, c, s):
-        self.c, self.s, self.prints = c, s, None
+        self.c, self.s = c, s
 
+    @functools.cached_property
     def fingerprints(self) -> dict[str, dict]:
-        """What identifies the data of datasets(), computed once."""
-        if self.prints is None:
-            parts = self.datasets().items()
-            self.prints = {flag: fingerprint(part) for flag, part in parts if part is not None}
-        return self.prints
+        """What identifies the data of datasets()."""
+        return {flag: fingerprint(part) for flag, part in self.datasets().items() if part is not None}
 
     def loading(self, start: int, transform: data.Preprocess, flip: bool = False) -> dict:
         """Arguments of batches. Scenes are random already, and --overfit must see the same images again."""
@@ -82,8 +81,7 @@ class PairTask(Task):
 
     def __init__(self, c, s, vocabulary: Path | None = None):
         super().__init__(c, s)
-        self.found = pair_data(c)
-        self.train = self.found.train
+        self.train, self.tests = pair_data(c)
         self.tokenizer = pair_tokenizer(c, self.train.captions, vocabulary)
         start = starting_point(c, self.tokenizer.vocab_size)
         self.model = METHODS[c.method].module.build(s, start, c.batch_size)
@@ -126,17 +124,18 @@ class PairTask(Task):
 
     def evaluate(self, model: nn.Module) -> dict[str, dict]:
         """retrieval: Recall@k; aspects (scenes only): which short captions are true; zeroshot: accuracy."""
-        rows, found = {}, self.found
-        if found.val is not None:
-            rows["retrieval"] = figures(evaluate.retrieval(model, found.val, self.tokenizer), "@")
-        if found.aspects is not None:
-            rows["aspects"] = figures(evaluate.retrieval(model, found.aspects, self.tokenizer), "_")
-        if found.objects is not None:
-            rows["zeroshot"] = evaluate.zeroshot(model, found.objects, self.tokenizer, found.templates)
+        rows = {}
+        for name, mark in (("retrieval", "@"), ("aspects", "_")):
+            if name in self.tests:
+                rows[name] = figures(evaluate.retrieval(model, self.tests[name], self.tokenizer), mark)
+        if objects := self.tests.get("zeroshot"):
+            prompts = scenes.TEMPLATES if isinstance(objects, scenes.Objects) else templates.PHOTO
+            rows["zeroshot"] = evaluate.zeroshot(model, objects, self.tokenizer, prompts)
         return rows
 
     def datasets(self) -> dict:
-        return {"train_data": self.train, "val_data": self.found.val, "zeroshot_data": self.found.objects}
+        flags = {"val_data": "retrieval", "zeroshot_data": "zeroshot"}
+        return {"train_data": self.train} | {flag: self.tests.get(name) for flag, name in flags.items()}
 
     def state(self) -> dict:
         return {"state_dict": self.model.state_dict(), "model": pretrained.describe(self.model)}
@@ -164,51 +163,42 @@ def figures(result: dict, mark: str) -> dict:
     return {k: result[k] for k in result["chance"] if k in kept} | parts | others
 
 
-@dataclass
-class PairData:
-    """The data of a pre-training run; what is missing is None and is not evaluated."""
+def pair_data(c) -> tuple:
+    """The training data, and {"retrieval" | "aspects" | "zeroshot": test data} as far as there are any.
 
-    train: object
-    val: object = None  # pairs for retrieval
-    aspects: object = None  # scenes with captions about one aspect each
-    objects: object = None  # labelled images for zero-shot classification
-    templates: tuple[str, ...] = templates.PHOTO
-
-
-def pair_data(c) -> PairData:
-    """Raises: ValueError for training data without captions."""
-    where = where_of(c) | {"kind": "captions"}
-    of_val = where | {"image_root": c.val_image_root or where["image_root"]}
-    of_zeroshot = where | {"image_root": c.zeroshot_image_root or None, "kind": "labels"}
-    size = c.image_size or CONFIGS[c.model].image_size
+    Raises: ValueError for training data without captions.
+    """
+    where, tests = where_of(c) | {"kind": "captions"}, {}
+    look = dict(image_size=c.image_size or CONFIGS[c.model].image_size)
     if c.train_data == "scenes":
-        look = dict(image_size=size, domains=("photo",))
-        found = PairData(scenes.Scenes("train", c.train_size, seed=c.seed, bias=c.bias, **look))
-        found.val = scenes.Scenes("test", 500, c.test_seed, **look)
-        found.aspects = scenes.Scenes("test", 500, c.test_seed, captions="aspects", **look)
-        found.objects, found.templates = scenes.Objects("test", 960, c.test_seed, **look), scenes.TEMPLATES
+        look["domains"] = ("photo",)
+        train = scenes.Scenes("train", c.train_size, seed=c.seed, bias=c.bias, **look)
+        tests["retrieval"] = scenes.Scenes("test", 500, c.test_seed, **look)
+        tests["aspects"] = scenes.Scenes("test", 500, c.test_seed, captions="aspects", **look)
     elif c.train_data == "broad":
-        found = PairData(scenes.Broad("train", c.train_size, c.seed, size, c.bias))
-        found.objects, found.templates = scenes.Objects("test", 960, c.test_seed, size), scenes.TEMPLATES
+        train = scenes.Broad("train", c.train_size, seed=c.seed, bias=c.bias, **look)
     else:
-        found = PairData(data.open_dataset(c.train_data, default_split="train", **where))
+        train = data.open_dataset(c.train_data, default_split="train", **where)
+        held_out = [split for split in ("test", "val") if split in getattr(train, "splits", {})]
+        if held_out and not c.val_data and ".tar" not in c.train_data:
+            tests["retrieval"] = data.open_dataset(c.train_data, held_out[0], **where)
     if c.val_data:
-        found.val = data.open_dataset(c.val_data, default_split="test", **of_val)
-    elif found.val is None and c.train_data != "broad" and ".tar" not in c.train_data:
-        held_out = [split for split in ("test", "val") if split in getattr(found.train, "splits", {})]
-        found.val = data.open_dataset(c.train_data, held_out[0], **where) if held_out else None
-    if c.zeroshot_data == "scenes" and found.objects is None:
-        found.objects, found.templates = scenes.Objects("test", 960, image_size=size), scenes.TEMPLATES
-    elif c.zeroshot_data and c.zeroshot_data != "scenes":
-        found.objects = data.open_dataset(c.zeroshot_data, default_split="test", **of_zeroshot)
-        found.templates = templates.PHOTO
-    elif found.objects is None and hasattr(found.val, "labels"):
-        found.objects = found.val
+        root = c.val_image_root or where["image_root"]
+        tests["retrieval"] = data.open_dataset(
+            c.val_data, default_split="test", **where | {"image_root": root}
+        )
+    if c.zeroshot_data not in ("", "scenes"):
+        where |= {"image_root": c.zeroshot_image_root or None, "kind": "labels"}
+        tests["zeroshot"] = data.open_dataset(c.zeroshot_data, default_split="test", **where)
+    elif c.zeroshot_data or c.train_data in ("scenes", "broad"):
+        tests["zeroshot"] = scenes.Objects("test", 960, c.test_seed, **look)
+    elif hasattr(tests.get("retrieval"), "labels"):
+        tests["zeroshot"] = tests["retrieval"]
     if not c.overfit:
-        return found
-    first = data.Subset(found.train, range(min(c.overfit, len(found.train))))
+        return train, tests
+    first = data.Subset(train, range(min(c.overfit, len(train))))
     first.captions = [[max(texts, key=len)] for texts in first.captions]  # can be told apart
-    return PairData(first)
+    return first, {}
 
 
 def pair_tokenizer(c, captions, vocabulary: Path | None = None) -> Tokenizer:

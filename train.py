@@ -33,6 +33,7 @@ from scale import costs, distributed
 from util import text
 from util.evaluation import WhereFlags
 from util.files import write_json
+from util.flags import flag_of
 from util.program import leave, program
 from util.report import format_table
 from util.run import Clock, Meter, Run, StopSignal, check_same_data, check_same_run, git_commit
@@ -113,15 +114,14 @@ class LabelConfig(TrainConfig):
 
 
 CONFIG = {"pairs": PairConfig, "labels": LabelConfig}
+FINISHED = "finished before, nothing was computed now; "
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Decay on matrices only. PAPER: embeddings, positions and projections are matrices and decay."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    matrices, others = ([p for p in trained if (p.ndim >= 2) == wanted] for wanted in (True, False))
+    groups = {"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}
     return [g for g in groups if g["params"]]
 
 
@@ -165,16 +165,11 @@ def train(c: TrainConfig, s) -> dict:
     same = asdict(c) | asdict(s) | dict.fromkeys(("device", "threads", "workers"))
     if distributed.mean({"differs": distributed.broadcast(str(same)) != str(same)})["differs"]:
         raise ValueError("the ranks were started with different flags")
-    run = Run(c.out, c.resume, c.method)
-    try:
-        return loop(c, s, run, device)
-    except BaseException:
-        run.withdraw()
-        raise
+    return loop(c, s, Run(c.out, c.resume, c.method), device)
 
 
 def loop(c: TrainConfig, s, run: Run, device: torch.device) -> dict:
-    """The run itself, in a directory that belongs to this process."""
+    """The run itself, in its directory."""
     say = text.say if run.writes else (lambda *values: None)
     task = tasks.TASKS[methods.METHODS[c.method].module.TASK](c, s, run.vocabulary())
     if c.epochs:
@@ -188,16 +183,15 @@ def loop(c: TrainConfig, s, run: Run, device: torch.device) -> dict:
     expected = task.expected_loss()
     start, meter = restore(c, s, run, task, optimizer, say)
     if start == c.steps and (results := run.results()) is not None:
-        finish(run, task, c, results, None, say)
+        finish(run, task, c, results, FINISHED, say)
         return results
-    run.rewind(start)
     model = wrap(raw, c, device)
     if c.precision == "bf16" or (c.precision == "auto" and device.type == "cuda"):
         task.autocast = lambda: torch.autocast(device.type, torch.bfloat16)
-    introduce(c, s, run, task, device, expected, say)
 
-    step, results, ids, clock = start, {}, (), Clock(c, start, task.unit)
-    batches, stop = task.batches(start), StopSignal()
+    step, results, ids, batches = start, {}, (), task.batches(start)
+    introduce(c, s, run, task, start, device, expected, say)
+    clock, stop = Clock(c, start, task.unit), StopSignal()
     while True:
         last = step == c.steps  # one pass more than steps: the last one only evaluates and saves
 
@@ -230,11 +224,12 @@ def loop(c: TrainConfig, s, run: Run, device: torch.device) -> dict:
 
         if step % c.log_every == 0 or step == c.steps:
             check_finite(meter, step, c, task, ids, run)  # the only place that waits for the GPU
-            means, scale = meter.means(device), task.clip.logit_scale.exp().item()
+            means, scale = meter.means(), task.clip.logit_scale.exp().item()
             run.log(step=step, **means, lr=learning_rate(step - 1, c), scale=scale)
             say(clock.line(step, means["loss"], scale))
     stop.close()
-    finish(run, task, c, results, clock.spent() if start < c.steps else 0.0, say)
+    spent = f"trained in {duration(clock.spent())}; " if start < c.steps else ""
+    finish(run, task, c, results, spent, say)
     return results
 
 
@@ -245,7 +240,9 @@ def restore(c: TrainConfig, s, run: Run, task: tasks.Task, optimizer, say) -> tu
     if saved:
         check_same_run(saved["config"], asdict(c) | asdict(s))
         try:
-            check_same_data(saved["data"], task.fingerprints(), c.data_changed, say)
+            check_same_data(saved["data"], task.fingerprints, c.data_changed, say)
+            for flag in (flag for flag in saved["data"] if saved["config"][flag] != getattr(c, flag)):
+                say(f"{flag_of(flag)} moved: {saved['config'][flag]} -> {getattr(c, flag)}")
             task.load(saved)
             optimizer.load_state_dict(saved["optimizer"])
             start, meter = saved["step"], Meter(**saved["meter"])
@@ -261,21 +258,22 @@ def restore(c: TrainConfig, s, run: Run, task: tasks.Task, optimizer, say) -> tu
 def state(c: TrainConfig, s, task: tasks.Task, optimizer, step: int, meter: Meter) -> dict:
     """A checkpoint."""
     numbers = {"step": step, "samples": step * c.batch_size, "meter": meter.state()}
-    about = {"config": asdict(c) | asdict(s), "commit": git_commit(), "data": task.fingerprints()}
+    about = {"config": asdict(c) | asdict(s), "commit": git_commit(), "data": task.fingerprints}
     return {**task.state(), "optimizer": optimizer.state_dict(), **numbers, **about}
 
 
-def introduce(c: TrainConfig, s, run: Run, task: tasks.Task, device, expected: str, say) -> None:
+def introduce(c: TrainConfig, s, run: Run, task, start: int, device, expected: str, say) -> None:
     """Writes config.json and the tokenizer; prints what is trained on what."""
     if run.writes:
+        run.begin(start)
         with run.writing():
             write_json(run.path / "config.json", asdict(c) | asdict(s) | {"commit": git_commit()})
             task.tokenizer.save(run.path / "tokenizer.json")
     parameters = sum(p.numel() for p in task.model.parameters())
     say(f"{c.method} {c.init or c.model}: {parameters:,} parameters, {len(task.train):,} images")
     precision = "fp32" if task.autocast is tasks.Task.autocast else "bf16"
-    ranks = f"{distributed.world_size()} x {device.type}"
-    say(f"{c.steps:,} steps of {c.batch_size} {task.unit} over {ranks}, {precision}")
+    how = f"{distributed.world_size()} x {device.type}, {precision}"
+    say(f"{c.steps:,} steps of {c.batch_size} {task.unit} over {how}")
     if c.warmup > c.steps:
         say(f"the warm-up of {c.warmup} steps is longer than the run: lr {c.lr:g} is never reached")
     say(f"-> {run.path}\nexpected loss: {expected}")
@@ -291,45 +289,38 @@ def timed_evaluation(task: tasks.Task, model: nn.Module, say) -> dict:
     return results
 
 
-def check_finite(
-    meter: Meter, step: int, c: TrainConfig, task: tasks.Task, ids, run: Run, weights=()
-) -> None:
+def check_finite(meter: Meter, step: int, c: TrainConfig, task, ids, run: Run, weights=()) -> None:
     """Stops all ranks before a broken state is saved.
 
     Raises: ValueError with steps, samples and a remedy, if a loss or a weight is not finite.
     """
-    bad = not math.isfinite(float(meter.sums.get("loss", 0.0))) or not all(
-        bool(p.isfinite().all()) for p in weights
-    )
-    if not distributed.mean({"bad": bad})["bad"]:
-        return
-    names = [task.train.name(int(i)) for i in ids[:3]]
-    raise ValueError(
-        f"the loss or a gradient is not finite in steps {step - meter.count + 1}..{step}"
-        f" (last batch: {', '.join(names)}); nothing was saved since, {run.kept()}."
-        f" Try a lower --lr (now {c.lr:g}), --clip-norm 1 or --precision fp32"
-    )
+    numbers = [torch.as_tensor(meter.sums.get("loss", 0.0)), *weights]
+    if distributed.mean({"bad": not all(x.isfinite().all() for x in numbers)})["bad"]:
+        names = ", ".join(task.train.name(int(i)) for i in ids[:3])
+        raise ValueError(
+            f"the loss or a gradient is not finite in steps {step - meter.count + 1}..{step} (last batch:"
+            f" {names}); nothing was saved since, {run.kept()}. Try a lower --lr (now {c.lr:g}),"
+            " --clip-norm 1 or --precision fp32"
+        )
 
 
-def finish(run: Run, task: tasks.Task, c: TrainConfig, results: dict, seconds: float | None, say) -> None:
-    """The results table, results.json and pictures; seconds of training, None for a run that was finished."""
+def finish(run: Run, task: tasks.Task, c: TrainConfig, results: dict, done: str, say) -> None:
+    """The results table, results.json and pictures; done says what was computed now."""
     if not run.writes:
         return
     if c.overfit:
         loss = run.metrics()[-1]["loss"]
-        learned = f"the model can learn these {task.unit} by heart"
-        verdict = learned if task.overfit_ok(loss) else "too high: something is wrong"
+        good = f"the model can learn these {task.unit} by heart"
+        verdict = good if task.overfit_ok(loss) else "too high: something is wrong"
         say(f"overfit {c.overfit} {task.unit}: loss {loss:.4f}, {verdict}")
         return
     if results:
         say(f"\n{evaluate.results_table(results)}")
     with run.writing():
-        if seconds is not None:
+        if done != FINISHED:
             write_json(run.path / "results.json", results)
         run.draw(results)
-    trained = f"trained in {duration(seconds)}; " if seconds else ""
-    trained = "finished before, nothing was computed now; " if seconds is None else trained
-    say(f"{trained}model, metrics and pictures in {run.path}")
+    say(f"{done}model, metrics and pictures in {run.path}")
 
 
 def configure(**flags) -> tuple[TrainConfig, object]:
@@ -341,10 +332,9 @@ def cost_report(c: TrainConfig, s) -> str:
     """The report of --dry-run. The model is built on the meta device, without memory for its weights."""
     if c.init or c.epochs:
         raise ValueError("--dry-run counts a model of --model over --steps: leave out --init and --epochs")
-    config = CONFIGS[c.model]
     with torch.device("meta"):
-        config = replace(config, image_size=c.image_size or config.image_size)
-        model = methods.METHODS[c.method].module.build(s, config, c.batch_size)
+        start = tasks.starting_point(c, CONFIGS[c.model].vocab_size)
+        model = methods.METHODS[c.method].module.build(s, start, c.batch_size)
     lines, rows = costs.report(model, c, s.objective)
     return "\n".join([*lines, format_table(rows)])
 

@@ -14,22 +14,30 @@ import pretrained
 from baselines import methods
 from model import CONFIGS
 from util.flags import Parser, add_flags, explicit, flag_of
-from util.run import FREE, check_same_run, find, holds_checkpoint, read_config
+from util.run import check_same_run, find, holds_checkpoint, read_config
+from util.text import say
 from weights import archive
 
-POSITIVE = "batch_size steps accumulate log_every save_every train_size mixture_tokens mixture_heads"
-COUNTS = "image_size workers threads eval_every warmup overfit epochs clip_norm weight_decay seed logit_scale"
-COUNTS += " shots align_layers margin align_weight bma_beta"
-LIMITS = {name: (1, math.inf, "must be at least 1") for name in POSITIVE.split()}
-LIMITS |= {name: (0, math.inf, "must not be negative") for name in COUNTS.split()}
-LIMITS |= {name: (0, 0.999999, "must lie in [0, 1)") for name in ("beta1", "beta2")}
-REALS = ("lr", "temperature", "eps", "guidance_temperature", "tes_temperature")
-LIMITS |= {name: (1e-300, 1e30, "must be positive") for name in REALS}
-LIMITS |= {"epochs": (0, 1e6, "must lie in [0, 1e6]"), "logit_bias": (-500, 500, "must lie in [-500, 500]")}
-LIMITS |= {"bias": (0, 1, "must lie in [0, 1]"), "crop_scale": (1e-300, 1, "must lie in (0, 1]")}
-CHOICES = {"model": tuple(CONFIGS), "objective": ("infonce", "siglip"), "precision": ("auto", "fp32", "bf16")}
-CHOICES |= {"optimizer": ("adamw", "sgd", "nesterov"), "pooling": ("text", "register", "average", "learned")}
+# (lowest, highest): flags
+LIMITS = {
+    (1, math.inf): "batch_size steps accumulate log_every save_every",
+    (0, math.inf): "eval_every warmup overfit clip_norm shots align_layers prompt_depth",
+    (1, 2_000_000): "train_size",
+    (1, 1024): "mixture_tokens mixture_heads text_tokens",
+    (0, 1024): "image_size workers threads",
+    (0, 2**63 - 1): "seed test_seed",
+    (0, 1e6): "epochs weight_decay margin smoothing_scale align_weight bma_beta tes_weight logit_scale",
+    (1e-30, 1e30): "lr eps temperature guidance_temperature tes_temperature",
+    (0, 0.999999): "beta1 beta2",
+    (0, 1): "bias epsilon tes_share",
+    (1e-9, 1): "crop_scale",
+    (-500, 500): "logit_bias",
+}
+LIMITS = {flag: limits for limits, flags in LIMITS.items() for flag in flags.split()}
+CHOICES = {"model": CONFIGS, "precision": ("auto", "fp32", "bf16"), "optimizer": ("adamw", "sgd", "nesterov")}
+CHOICES |= {"objective": ("infonce", "siglip"), "pooling": ("text", "register", "average", "learned")}
 CHOICES |= {"open_task": ("domain-shift", "open-class", "in-the-wild", "all-classes")}
+CHOICES |= {"pairs": ("auto", "plain", "tiled")}
 
 
 def resolve(configs: dict[str, type], flags: dict) -> tuple:
@@ -62,23 +70,24 @@ def resolve(configs: dict[str, type], flags: dict) -> tuple:
             task = flags.get("open_task", "domain-shift")
             published, where = method.published(task, flags.get("train_data", ""))
             values |= published
-            if published and os.environ.get("RANK", "0") == "0":
-                shown = ", ".join(f"{flag_of(k)} {v}" for k, v in published.items())
-                print(f"published settings for {where}: {shown}")
-    values |= preset | {"method": name}
+            shown = [f"{flag_of(k)} {v}" for k, v in published.items() if k not in preset | flags]
+            if shown and os.environ.get("RANK", "0") == "0":
+                say(f"published settings for {where}: {', '.join(shown)}")
+    values |= preset
     if "steps" in flags or flags.get("overfit"):
         values["epochs"] = 0.0
-    values |= flags
+    values |= flags | {"method": name}
     c = configs[method.module.TASK](**{k: v for k, v in values.items() if k in shared})
     s = method.settings(**{k: v for k, v in values.items() if k in own})
     if c.overfit:
         c = replace(c, batch_size=c.overfit, weight_decay=0.0, warmup=min(c.warmup, 5))
         c = c if "steps" in flags else replace(c, steps=300)
     for flag, value in (asdict(c) | asdict(s)).items():
-        low, high, message = LIMITS.get(flag, (value, value, ""))
+        low, high = LIMITS.get(flag, (value, value))
         unset = flag == "logit_bias" and math.isnan(value)
-        if message and not low <= value <= high and not unset:
-            raise ValueError(f"{flag_of(flag)} {value}: {message}")
+        if flag in LIMITS and not low <= value <= high and not unset:
+            wanted = f"at least {low}" if high == math.inf else f"in [{low:,}, {high:,}]"
+            raise ValueError(f"{flag_of(flag)} {value}: must be {wanted}")
         if flag in CHOICES and value not in CHOICES[flag]:
             raise ValueError(f"{flag_of(flag)} {value}: expected one of {', '.join(CHOICES[flag])}")
     return c, s
@@ -127,7 +136,7 @@ def resumed_flags(configs: dict[str, type], chosen) -> dict:
         raise ValueError(f"{path / 'config.json'} is missing or not of a run: restore it")
     known = {f.name for cls in configs.values() for f in fields(cls)}
     known |= {flag for method in methods.METHODS.values() for flag in method.flags()}
-    return {k: v for k, v in config.items() if k in known - (FREE - {"preset"})}
+    return {k: v for k, v in config.items() if k in known - {"out", "resume", "dry_run", "data_changed"}}
 
 
 def is_tiny(source: str) -> bool:

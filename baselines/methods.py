@@ -7,6 +7,7 @@ method, write such a file and add one line to METHODS.
 
 import re
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from types import ModuleType
 
 import alignclip
@@ -34,7 +35,8 @@ class Method:
 
     def published(self, task: str, data: str) -> tuple[dict, str]:
         """Published changes to DEFAULTS for a task and a data set, and their name; or nothing."""
-        table, name = getattr(self.module, "PUBLISHED", {}), re.sub(r"[^a-z0-9]", "", str(data).lower())
+        # the last part of the path: a folder above it may have the name of another data set
+        table, name = getattr(self.module, "PUBLISHED", {}), re.sub(r"[^a-z0-9]", "", Path(data).name.lower())
         known = next((k for t, k in table if k and t == task and k.lower() in name), "")
         # finetune and labelsmooth keep their own margin and average: these are not CLIPood's
         values = {k: v for k, v in table.get((task, known), {}).items() if k not in self.changes}

@@ -11,15 +11,21 @@ gradient g_full of one process on the whole batch (tests/test_distributed.py):
     yes          no                  0.52              WRONG (cosine 0.97 at W = 2)
 """
 
+import contextlib
 import os
 import re
+import socket
+from concurrent import futures
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TIMEOUT = timedelta(minutes=10)  # of a collective operation
+from util.text import one_line
+
+# how long a rank waits for the others, at the start and in every exchange; ten minutes if it is not set
+TIMEOUT = timedelta(seconds=float(os.environ.get("ALIGNCLIP_TIMEOUT", "600")))
 
 
 def rank() -> int:
@@ -35,7 +41,8 @@ def setup(device: str = "auto") -> torch.device:
 
     Args:    device: "auto", "cpu", "mps", "cuda" (the GPU with the number of the local rank) or "cuda:N"
     Returns: the device of this process
-    Raises:  ValueError if the GPU does not exist, or "cuda:N" is used with several processes
+    Raises:  ValueError if the device does not exist, "cuda:N" is used with several processes, or the
+             processes do not find each other within TIMEOUT
     """
     env = os.environ
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
@@ -43,11 +50,13 @@ def setup(device: str = "auto") -> torch.device:
     if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
         env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"])
         env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
-    several = int(env.get("WORLD_SIZE", "1")) > 1
+    several, mps = int(env.get("WORLD_SIZE", "1")) > 1, torch.backends.mps.is_available()
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps and not several else "cpu"
     if device.startswith("cuda:") and several:
         raise ValueError(f"--device {device} would put every rank on one GPU: use --device cuda")
+    if device == "mps" and (several or not mps):
+        raise ValueError("--device mps: this computer has none, or several processes run: use --device cpu")
     if device.startswith("cuda"):
         number, GPUs = int(device[5:] or env.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         device = f"cuda:{number}"
@@ -55,22 +64,47 @@ def setup(device: str = "auto") -> torch.device:
             raise ValueError(f"{device} does not exist: this process sees {GPUs} GPUs; use --device cpu")
         torch.cuda.set_device(device)
     if several and not dist.is_initialized():
-        # with gloo for CPU tensors, plain numbers are reduced without waiting for the GPU
-        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT, **rendezvous())
+        join("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     return torch.device(device)
 
 
-def rendezvous() -> dict:
-    """Arguments of init_process_group with which the ranks find each other."""
-    env = os.environ
-    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return {}
-    # TRAP: torchrun keeps one store of addresses over all restarts. A restarted rank that reads the address
-    # of a killed rank fails or waits for ten minutes, so each attempt has its own prefix.
-    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=TIMEOUT)
-    store = dist.PrefixStore(f"attempt {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    return {"store": store, "rank": int(env["RANK"]), "world_size": int(env["WORLD_SIZE"])}
+def join(backend: str) -> None:
+    """Meets the other ranks. With gloo for CPU tensors, plain numbers are reduced without waiting for a GPU.
+
+    Raises: ValueError, one line, if a variable of the launcher is wrong or a rank does not come in time.
+    """
+    names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+    address, *numbers = (os.environ.get(name, "") for name in names)
+    torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        port, rank, world = map(int, numbers)
+        socket.getaddrinfo(address, port)
+        master = dict(world_size=None if torchrun else world, is_master=rank == 0 and not torchrun)
+        with quiet():
+            # TRAP: another program that answers at this port would be waited for without end
+            store = futures.ThreadPoolExecutor(1).submit(
+                dist.TCPStore, address, port, timeout=TIMEOUT, **master
+            )
+            # TRAP: torchrun keeps one store of addresses over all restarts. A restarted rank that reads the
+            # address of a killed rank fails or waits for ten minutes, so each attempt has its own prefix.
+            attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+            store = dist.PrefixStore(attempt, store.result(TIMEOUT.total_seconds()))
+            dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=world)
+    except (RuntimeError, ValueError, OSError, futures.TimeoutError) as error:
+        reason = one_line(error) if str(error) else f"no answer in {TIMEOUT.total_seconds():.0f} s"
+        where = ", ".join(f"{name} {value}" for name, value in zip(names, (address, *numbers)))
+        raise ValueError(f"the ranks do not meet ({where}): {reason}") from error
+
+
+@contextlib.contextmanager
+def quiet():
+    """Hides stderr: libraries print pages about a connection that fails, and its error is one line."""
+    with os.fdopen(os.dup(2), "w") as kept, open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept.fileno(), 2)
 
 
 class _Start(torch.autograd.Function):
@@ -161,11 +195,11 @@ def transpose(logits: Tensor) -> Tensor:
     return logits.t() if world_size() == 1 else _Transpose.apply(logits)
 
 
-def mean(values: dict[str, float], device: torch.device | str = "cpu") -> dict[str, float]:
+def mean(values: dict[str, float]) -> dict[str, float]:
     """The mean of plain numbers over ranks. Every rank must call it with the same keys."""
     if world_size() == 1:
         return values
-    x = torch.tensor([float(v) for v in values.values()], dtype=torch.float64, device=device)
+    x = torch.tensor([float(v) for v in values.values()], dtype=torch.float64)
     dist.all_reduce(x)
     return dict(zip(values, (x / world_size()).tolist()))
 

@@ -8,11 +8,14 @@ import gc
 import multiprocessing
 import os
 import signal
+import socket
+import sys
 import time
 import traceback
 import warnings
 import weakref
 from collections import Counter
+from datetime import timedelta
 
 import pytest
 import torch
@@ -25,6 +28,7 @@ from llip import Llip, PooledTokens
 from model import CLIP, Config
 from scale import costs, distributed
 from scale.gradcache import contrastive_loss, training_step
+from util.program import program
 
 SIZES = Config(16, 16, 8, 16, 2, 2, 32, 8, 50, 16, 1, 2, 32)
 MODELS = {
@@ -369,3 +373,97 @@ def test_a_restart_ignores_old_addresses(monkeypatch):
         pids.append(rank(1, attempt))
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         assert codes == [0, 0], f"attempt {attempt}"
+
+
+def ranks_apart(work, *environments):
+    """Runs work() as a program in one fork for each environment.   Returns: [(status, stderr)]"""
+
+    @program
+    def main(argv):
+        work()
+
+    found = []
+    for environment in environments:
+        read, write = os.pipe()
+        if (pid := os.fork()) == 0:
+            os.dup2(write, 2)
+            sys.stderr = open(2, "w", buffering=1, closefd=False)
+            os.environ.update(environment)
+            signal.alarm(60)
+            os._exit(main([]))
+        os.close(write)
+        found.append((pid, read))
+    said = []
+    for pid, read in found:
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        said.append((status, os.read(read, 9999).decode()))
+        os.close(read)
+    return said
+
+
+def environment(rank, port, address="127.0.0.1", world=2):
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+    return {name: str(value) for name, value in (values | {"MASTER_ADDR": address}).items()}
+
+
+@pytest.fixture
+def busy():
+    """The port of another program, which accepts and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.mark.parametrize("case", ["alone", "no rank 0", "two of rank 0", "port in use", "address", "rank"])
+def test_ranks_that_do_not_meet_say_so_in_one_line(monkeypatch, busy, case):
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=2))
+    port = free_port()
+    ranks = {
+        "alone": [environment(0, port)],
+        "no rank 0": [environment(1, port)],
+        "two of rank 0": [environment(0, port), environment(0, port)],
+        "port in use": [environment(0, busy), environment(1, busy)],
+        "address": [
+            environment(0, port, "no-such-host.invalid"),
+            environment(1, port, "no-such-host.invalid"),
+        ],
+        "rank": [environment(2, port), environment(-1, port)],
+    }[case]
+    began = time.monotonic()
+    for rank, (status, said) in zip(ranks, ranks_apart(lambda: distributed.setup("cpu"), *ranks)):
+        assert status == 2 and said.count("\n") == 1, said
+        assert f"MASTER_ADDR {rank['MASTER_ADDR']}, MASTER_PORT {rank['MASTER_PORT']}" in said
+        assert said.startswith("error: " if rank["RANK"] == "0" else f"error on rank {rank['RANK']}: ")
+    assert time.monotonic() - began < 10
+
+
+def test_a_stopped_rank_is_one_line_for_the_others(monkeypatch):
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=2))
+
+    def work():
+        distributed.setup("cpu")
+        if distributed.rank() == 1:
+            if os.fork():
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(3)  # the child ends its stopped parent
+            os.kill(os.getppid(), signal.SIGKILL)
+            os._exit(0)
+        distributed.mean({"x": 1.0})
+
+    port = free_port()
+    (status, said), (killed, _) = ranks_apart(work, environment(0, port), environment(1, port))
+    assert status == 1 and said.count("\n") == 1 and "lost or stopped (Timed out waiting" in said, said
+    assert killed == -signal.SIGKILL
+
+
+def test_auto_is_mps_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for there in (True, False):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=there: there)
+        assert distributed.setup("auto").type == ("mps" if there else "cpu")
+    with pytest.raises(ValueError, match="--device mps: this computer has none.*--device cpu"):
+        distributed.setup("mps")

@@ -130,6 +130,10 @@ def test_published_settings_follow_the_task_and_the_data(clip, tmp_path, capsys)
 
     assert found("clipood", "data/office_home", "domain-shift") == (1e-5, 5000, 36, 0.3, 0.5)
     assert "published settings for OfficeHome, domain-shift: --lr 1e-05" in capsys.readouterr().out
+    # only what takes effect is printed, and a folder above the data does not select anything
+    found("clipood", "DomainNet", "domain-shift", lr=1.0, steps=5)
+    assert capsys.readouterr().out == "published settings for DomainNet, domain-shift: --batch-size 60\n"
+    assert found("clipood", "OfficeHome/PACS", "domain-shift") == (5e-6, 5000, 36, 0.3, 0.5)
     assert found("clipood", "data/PACS", "domain-shift") == (5e-6, 5000, 36, 0.3, 0.5)
     assert capsys.readouterr().out == ""
     assert found("clipood", "OfficeHome", "in-the-wild") == (3e-6, 5000, 36, 0.1, 0.1)
@@ -533,13 +537,13 @@ def test_mistakes_with_prompts_get_one_line(tmp_path, clip, capsys, flags, messa
         (["--dry-run"], "--dry-run computes the cost of pre-training, not of --method clipood"),
         (["--vocab", "learn"], "a checkpoint keeps the vocabulary"),
         (["--image-size", "224"], "has 16"),
-        (["--margin", "-1"], "--margin -1.0: must not be negative"),
+        (["--margin", "-1"], "--margin -1.0: must be in [0, 1,000,000.0]"),
         (
             ["--method", "alignclip", "--guidance-temperature", "0"],
-            "--guidance-temperature 0.0: must be positive",
+            "--guidance-temperature 0.0: must be in [1e-30, 1e+30]",
         ),
         (["--smoothing", "semantic"], "form 'semantic': expected mixture"),
-        (["--epsilon", "2", "--smoothing", "uniform"], "epsilon 2.0 is not in [0, 1]"),
+        (["--epsilon", "2", "--smoothing", "uniform"], "--epsilon 2.0: must be in [0, 1]"),
         (["--method", "alignclip", "--branch", "vv"], "branch 'vv': expected one of dv"),
         (["--method", "alignclip", "--similarity", "both"], "similarity 'both'"),
         (["--method", "alignclip", "--align-layers", "9"], "the image tower has 2 blocks"),

@@ -233,7 +233,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, capsys):
         (["--preset", "llip"], "--preset llip: there are llip-B-32"),
         (["--precision", "fp16"], "--precision fp16: expected one of auto, fp32, bf16"),
         (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
-        (["--lr", "nan"], "--lr nan: must be positive"),
+        (["--lr", "nan"], "--lr nan: must be in"),
         (["--accumulate", "3"], "batch 8 is not divisible by 1 ranks x 3 chunks"),
         (["--batch-size", "64"], "48 images are fewer than one batch of 64"),
         (["--train-data", "nowhere.csv"], "nowhere.csv: no such file"),
@@ -245,9 +245,13 @@ def test_a_damaged_checkpoint_is_named(tmp_path, capsys):
         (["--preset", "llip-L-14", "--method", "clip"], "is a run of --method llip, not of clip"),
         (["--learning-rate", "1"], "there is no flag --learning-rate"),
         (["--comp"], "there is no flag --comp"),
-        (["--epochs", "inf"], "--epochs inf: must lie in"),
-        (["--logit-bias", "1000"], "--logit-bias 1000.0: must lie in"),
+        (["--epochs", "inf"], "--epochs inf: must be in"),
+        (["--logit-bias", "1000"], "--logit-bias 1000.0: must be in"),
         (["llip"], "llip: not a flag"),
+        (["--pairs", "some"], "--pairs some: expected one of auto, plain, tiled"),
+        (["--seed", "99999999999999999999"], "--seed 99999999999999999999: must be in [0, "),
+        (["--workers", "1000000000"], "--workers 1000000000: must be in [0, 1,024]"),
+        (["--model", "\x1b[31m"], "--model ?[31m: expected one of"),
     ],
 )
 def test_mistakes_get_one_line(tmp_path, capsys, flags, message):
@@ -557,9 +561,9 @@ def test_variants_of_llip_are_built_and_come_back(tmp_path):
 
 def test_test_seed_changes_the_evaluation_and_not_the_training_data():
     both = [tasks.pair_data(configure(train_size=4, test_seed=seed)[0]) for seed in (0, 7)]
-    assert both[0].train.captions == both[1].train.captions
-    for name in ("val", "aspects", "objects"):
-        assert (getattr(both[0], name).seed, getattr(both[1], name).seed) == (0, 7)
+    assert both[0][0].captions == both[1][0].captions
+    for name in ("retrieval", "aspects", "zeroshot"):
+        assert [tests[name].seed for _, tests in both] == [0, 7]
 
 
 def captions_file(folder, words, size=8):
@@ -580,13 +584,15 @@ def test_data_for_validation_and_zero_shot_have_their_own_folders(tmp_path):
     (tmp_path / "t.csv").write_text("file,text,label\n0.png,a dog,dog\n1.png,a cat,cat\n")
     flags = {f"{flag}_data": str(tmp_path / "t.csv") for flag in ("train", "val")}
     flags |= dict(method="clip", image_root=str(tmp_path / "t"))
-    found = tasks.pair_data(configure(**flags, val_image_root=str(tmp_path / "v"))[0])
-    assert found.train.name(0) == str(tmp_path / "t" / "0.png")
-    assert found.val.name(0) == str(tmp_path / "v" / "0.png") and found.objects is found.val
+    train, tests = tasks.pair_data(configure(**flags, val_image_root=str(tmp_path / "v"))[0])
+    assert train.name(0) == str(tmp_path / "t" / "0.png")
+    assert tests["retrieval"].name(0) == str(tmp_path / "v" / "0.png")
+    assert tests["zeroshot"] is tests["retrieval"]
     flags |= dict(zeroshot_data=flags["val_data"], zeroshot_image_root=str(tmp_path / "z"))
-    found = tasks.pair_data(configure(**flags)[0])
-    assert found.val.name(0) == str(tmp_path / "t" / "0.png")
-    assert found.objects.name(1) == str(tmp_path / "z" / "1.png") and found.objects.classes == ["cat", "dog"]
+    _, tests = tasks.pair_data(configure(**flags)[0])
+    assert tests["retrieval"].name(0) == str(tmp_path / "t" / "0.png")
+    objects = tests["zeroshot"]
+    assert objects.name(1) == str(tmp_path / "z" / "1.png") and objects.classes == ["cat", "dog"]
     (tmp_path / "z.csv").write_text("file,text\n0.png,a dog\n")
     with pytest.raises(ValueError, match="z.csv has no labels, which are needed here"):
         tasks.pair_data(configure(**flags | {"zeroshot_data": str(tmp_path / "z.csv")})[0])

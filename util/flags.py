@@ -46,14 +46,6 @@ def documented(cls: type) -> list[tuple[str, Field, str]]:
     return found
 
 
-def kind_of(hint) -> tuple:
-    """Type of one value, and whether there are several: tuple[str, ...] -> str, True."""
-    parts = typing.get_args(hint)
-    if not parts or typing.get_origin(hint) is typing.Literal:
-        return hint, False
-    return next(t for t in parts if t is not type(None)), typing.get_origin(hint) is tuple
-
-
 def add_flags(parser: argparse.ArgumentParser, cls: type, positional: tuple = (), **defaults) -> None:
     """Adds the flags of a dataclass; positional ones are given by their place, defaults replace its own."""
     types, groups = typing.get_type_hints(cls), {"": parser}
@@ -62,8 +54,11 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, positional: tuple = ()
             groups[heading] = parser.add_argument_group(heading)
         default = defaults.get(field.name, field.default)
         shown = "" if default in (MISSING, None, (), "") else f" [{default}]"
-        options = dict(help=text.replace("%", "%%") + shown)
-        kind, several = kind_of(types[field.name])
+        options, kind = dict(help=text.replace("%", "%%") + shown), types[field.name]
+        # tuple[str, ...] and float | None are of the type of one value
+        several, parts = typing.get_origin(kind) is tuple, typing.get_args(kind)
+        if parts and typing.get_origin(kind) is not typing.Literal:
+            kind = next(t for t in parts if t is not type(None))
         if several:
             options["nargs"] = "+"
         if typing.get_origin(kind) is typing.Literal:

@@ -58,12 +58,10 @@ class Canvas:
         draw.rectangle(box, outline=INK)
 
     def x(self, value: float) -> float:
-        a, b = self.xlim
-        return self.left + (value - a) / ((b - a) or 1) * (self.right - self.left)
+        return float(np.interp(value, self.xlim, (self.left, self.right)))
 
     def y(self, value: float) -> float:
-        a, b = self.ylim
-        return self.bottom - (value - a) / ((b - a) or 1) * (self.bottom - self.top)
+        return float(np.interp(value, self.ylim, (self.bottom, self.top)))
 
 
 def limits(values: list[float]) -> tuple[float, float]:
@@ -73,8 +71,11 @@ def limits(values: list[float]) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def lines(path: str | Path, panels: dict[str, dict[str, list]], xlabel: str = "step") -> None:
-    """Writes line charts, one panel per title: {title: {label: [(x, y), ...]}}. A single point is a dot."""
+def lines(path: str | Path, panels: dict[str, dict[str, list]], xlabel: str = "step", levels=None) -> None:
+    """Writes line charts, one panel per title: {title: {label: [(x, y), ...]}}. A single point is a dot.
+
+    Args: levels: {title: {label: y}}, a dotted line across the panel in the colour of its label
+    """
     width, height, margin = 420, 260, 60
     legend_rows = (max(map(len, panels.values())) + 1) // 2
     image = Image.new("RGB", ((width + margin) * len(panels) + 30, height + 85 + 15 * legend_rows), "white")
@@ -82,13 +83,17 @@ def lines(path: str | Path, panels: dict[str, dict[str, list]], xlabel: str = "s
     for n, (title, series) in enumerate(panels.items()):
         xs, ys = zip(*([p for line in series.values() for p in line] or [(0, 0)]))
         left, xlim = margin + n * (width + margin), (min(xs), max(xs) or 1)
-        panel = Canvas(draw, (left, 40, left + width, 40 + height), xlim, limits(ys), title, xlabel)
+        dotted = (levels or {}).get(title, {})
+        ylim = limits([*ys, *dotted.values()])
+        panel = Canvas(draw, (left, 40, left + width, 40 + height), xlim, ylim, title, xlabel)
         for k, (label, line) in enumerate(series.items()):
             line = [(panel.x(x), panel.y(y)) for x, y in line if math.isfinite(y)]
             if len(line) > 1:
                 draw.line(line, fill=colour(k), width=2, joint="curve")
             for x, y in line if len(line) < 30 else line[-1:]:
                 draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour(k))
+            for x in range(left, left + width, 8) if label in dotted else ():
+                draw.line([(x, panel.y(dotted[label])), (x + 3, panel.y(dotted[label]))], fill=colour(k))
             legend(draw, left + 4 + (k % 2) * width // 2, 76 + height + 15 * (k // 2), label, k)
     write_image(path, image)
 
@@ -97,8 +102,8 @@ def bars(path: str | Path, groups: dict[str, dict[str, tuple[float, float]]], ti
     """Writes grouped bars from zero: {group: {label: (mean, spread)}}. A whisker shows mean +- spread."""
     labels = list(dict.fromkeys(label for group in groups.values() for label in group))
     each, gap, height = 34, 30, 260
-    slots = [max(len(g) * each, 7 * len(name)) + gap for name, g in groups.items()]
-    width = sum(slots) + gap
+    slot = max(max(len(g) * each, 7 * len(name)) for name, g in groups.items()) + gap
+    width = slot * len(groups) + gap
     wide = max(width, 8 * max(map(len, labels)) + 30, 8 * len(title))
     image = Image.new("RGB", (wide + 80, height + 90 + 18 * len(labels)), "white")
     draw = ImageDraw.Draw(image)
@@ -107,7 +112,7 @@ def bars(path: str | Path, groups: dict[str, dict[str, tuple[float, float]]], ti
     high += 0.06 * (high - low)
     ylim, start = (0 if low > -0.06 * high else low, high), 60 + gap
     panel = Canvas(draw, (60, 40, 60 + width, 40 + height), None, ylim, title)
-    for (name, group), slot in zip(groups.items(), slots):
+    for name, group in groups.items():
         left = start + (slot - gap - len(group) * each) / 2
         for label, (mean, spread) in group.items():
             top, bottom = sorted((panel.y(mean), panel.y(0)))

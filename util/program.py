@@ -8,52 +8,69 @@ status 130  stopped by Ctrl-C
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable
 
 import torch
 
-from util.text import say
+from util.text import printable, say
 
-# what torch says when another rank or a loader worker was killed, mostly because memory ran out
-LOST = "Connection closed by peer, Connection reset by peer, Broken pipe, Socket Timeout, DataLoader worker"
+# signals that end a program: train.py saves before; Windows lacks two of them
+STOPPING = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGXCPU")]
+STOPPING = [number for number in STOPPING if number is not None]
+# what torch says when memory is short, and when another rank or a loader worker was lost
+NO_MEMORY = ("allocate memory", "out of memory", "not enough memory", "Storage size calculation overflowed")
+LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "DataLoader worker")
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """One line about an error, and the exit status; an empty line for a fault of ours."""
+    text = str(error)
+    if isinstance(error, ValueError | OSError | OverflowError):
+        return text, 2
+    if isinstance(error, MemoryError | RecursionError) or any(words in text for words in NO_MEMORY):
+        return "not enough memory, or a file is nested too deeply: try smaller batches, images or files", 2
+    if isinstance(error, torch.distributed.DistError) or any(words in text for words in LOST):
+        where = text.splitlines()[0].rsplit("] ", 1)[-1][:100]
+        return f"another process was lost or stopped ({where}); --resume auto continues a training", 1
+    return "", 1
 
 
 def program(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | None], int]:
     """Decorator of main(argv). The result takes argv (default: the command line) and returns a status.
 
-    ValueError and OSError are about what the user gave: their message is the one line. Any other error is a
-    fault of ours and keeps its traceback.
+    ValueError and OSError are about what the user gave: their message is the one line. There is also one
+    for a lack of memory and for a lost process. Any other error is a fault of ours and keeps its traceback.
     """
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
+        for number in range(3):
+            # TRAP: in place of a closed stream, the next file that is opened would get what libraries print
+            try:
+                os.fstat(number)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # a cp1252 or ascii terminal lacks most characters
-        rank, status = os.environ.get("RANK", "0"), 2
+        rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" on rank {rank}"
         try:
             return main(sys.argv[1:] if argv is None else list(argv)) or 0
         except KeyboardInterrupt as stop:
-            if where:  # rank 0 says it for all
-                return 130
-            line, status = str(stop) or "stopped", 130
+            if not where:  # rank 0 says it for all
+                say(str(stop) or "stopped", file=sys.stderr)
+            return 130
         except BrokenPipeError:  # `program | head`
             return 141
-        except (MemoryError, RecursionError) as error:
-            line = f"error{where}: not enough memory or a file nested too deeply ({type(error).__name__})"
-        except torch.cuda.OutOfMemoryError:
-            line = "error: out of GPU memory: try a smaller --batch-size"
-        except (ValueError, OSError) as error:
-            line = f"error{where}: {error}"
-        except RuntimeError as error:
-            words, status = [words for words in LOST.split(", ") if words in str(error)], 1
-            if not words:
+        except Exception as error:
+            line, status = explain(error)
+            if not line:
                 raise
-            line = f"error{where}: another process was lost ({words[0]}); --resume auto continues a run"
-        say(line, file=sys.stderr)
-        return status
+            say(printable(f"error{where}: {' '.join(line.splitlines())[:1000]}"), file=sys.stderr)
+            return status
 
     return run
 

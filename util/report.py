@@ -68,7 +68,7 @@ def results_table(results: dict[str, dict]) -> str:
     for task, result in results.items():
         chance, ceiling = result["chance"], result.get("ceiling", {})
         for name in chance:
-            row = {"task": task, "figure": name, "%": 100 * result[name], "chance": 100 * chance[name]}
+            row = {"task": task, "figure": name, "%": 100.0 * result[name], "chance": 100.0 * chance[name]}
             rows.append(row | ({"at most": 100 * ceiling[name]} if name in ceiling else {}))
         for name, value in result.get("domains", {}).items():
             row = {"task": task, "figure": f"top1 {name}", "%": 100 * value}

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import signal
 import time
@@ -21,10 +22,12 @@ import torch
 from scale import distributed
 from util import plots
 from util.files import PART, lock, open_own, output_folder, replacing, write_text
+from util.program import STOPPING
+from util.report import results_table
 from util.text import duration, one_line, say, warn
 
-# errors of the disk or the network, which say nothing about the file
-UNREADABLE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOMEM, errno.ENOTCONN)
+# what reading JSON that this program did not write may raise
+FOREIGN = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 MARK = b"lock of a run of train.py\n"
 NAMES = "config.json metrics.jsonl checkpoint.pt checkpoint.previous.pt checkpoint.damaged.pt tokenizer.json"
 NAMES = (*NAMES.split(), "results.json", "curves.png", "results.png")
@@ -42,10 +45,11 @@ class Run:
         path = str(find(out, resume, name)) if distributed.rank() == 0 else ""
         self.path, self.writes = Path(distributed.broadcast(path)), distributed.rank() == 0
         self.checkpoint, self.previous = self.path / "checkpoint.pt", self.path / "checkpoint.previous.pt"
-        self.made = []  # folders that this run made, the innermost first
-        self.resumed = bool(resume) and holds_checkpoint(self.path)
-        if self.writes:
+        self.resumed, self.handle = bool(resume) and holds_checkpoint(self.path), None
+        if self.writes and self.path.exists():
             self.claim()
+        elif self.writes:  # made by begin(), so that a run that cannot start leaves nothing
+            output_folder(next(folder for folder in self.path.parents if folder.exists()))
 
     def claim(self) -> None:
         """Takes the folder for this process alone, if all files under our names are of a run of train.py."""
@@ -56,7 +60,6 @@ class Run:
                     raise ValueError(f"{path} is not of a run of train.py: choose another --out")
         elif not self.resumed and (found := [name for name in NAMES if os.path.lexists(self.path / name)]):
             raise ValueError(f"{self.path} holds a {found[0]} that no run wrote: choose another --out")
-        self.made = [p for p in (self.path, *self.path.parents) if not p.exists()]
         output_folder(self.path)
         self.handle = open_own(path, os.O_RDWR)
         try:
@@ -70,17 +73,6 @@ class Run:
         # left by a run that was killed while it wrote
         for part in self.path.glob(f"*{PART}"):
             part.unlink(missing_ok=True)
-
-    def withdraw(self) -> None:
-        """TRAP: removes a folder that is new and empty again if the run failed; files of others stay."""
-        if not self.made or holds_checkpoint(self.path) or self.metrics():
-            return
-        self.handle.close()
-        with contextlib.suppress(OSError):
-            for name in ("lock", "config.json", "tokenizer.json", "metrics.jsonl"):
-                (self.path / name).unlink(missing_ok=True)
-            for folder in self.made:
-                folder.rmdir()  # fails if anything is in it
 
     def save(self, state: dict) -> None:
         """TRAP: under another name, synced, then renamed: a kill leaves the old checkpoint whole."""
@@ -114,11 +106,11 @@ class Run:
         Raises: ValueError if there are checkpoints and all of them are damaged.
         """
         damage = []
-        for path in (self.checkpoint, self.previous):
+        for path in (p for p in (self.checkpoint, self.previous) if p.exists()):
             try:
                 state = read_checkpoint(path)
-            except (FileNotFoundError, ValueError) as error:
-                damage += [str(error)] * isinstance(error, ValueError)
+            except ValueError as error:
+                damage.append(str(error))
                 continue
             if path == self.previous and self.writes:
                 say(f"{'; '.join(damage) or f'{self.checkpoint} is missing'}: {path} is used")
@@ -141,15 +133,19 @@ class Run:
         lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
         try:
             found = [json.loads(line) for line in lines if line.endswith("\n")]  # a full disk cuts lines
-            return [m for m in found if m["step"] >= 0]
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            for m in found:
+                results_table({name: result for name, result in m.items() if isinstance(result, dict)})
+            return [m for m in found if m["step"] >= 0 and math.isfinite(m.get("loss", 0.0))]
+        except FOREIGN as error:
             raise ValueError(f"{path} has a line that no run wrote: move the file away") from error
 
     def results(self) -> dict | None:
-        """results.json of a finished run, on every rank; None if it is missing or broken."""
+        """results.json of a finished run, on every rank; None if it is missing or damaged."""
         found = None
-        with contextlib.suppress(OSError, ValueError):
-            found = json.loads((self.path / "results.json").read_text())
+        with contextlib.suppress(OSError, *FOREIGN):
+            read = json.loads((self.path / "results.json").read_text())
+            results_table(read)
+            found = read
         return distributed.broadcast(found)
 
     def vocabulary(self) -> Path | None:
@@ -157,25 +153,31 @@ class Run:
         path = self.path / "tokenizer.json"
         return path if self.resumed and path.exists() else None
 
-    def rewind(self, step: int) -> None:
+    def begin(self, step: int) -> None:
         """Drops what was logged after the checkpoint of this step, and its evaluation, which is run again."""
-        if self.writes:
-            kept = [m for m in self.metrics() if m["step"] < step or (m["step"] == step and "loss" in m)]
-            with self.writing():
-                write_text(self.path / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in kept))
+        if self.handle is None:
+            self.claim()
+        kept = [m for m in self.metrics() if m["step"] < step or (m["step"] == step and "loss" in m)]
+        with self.writing():
+            write_text(self.path / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in kept))
 
     def draw(self, results: dict) -> None:
         """curves.png: the loss, and figures measured more than once; results.png: the final figures."""
         logged = self.metrics()
         panels = {"training loss": {"loss": [(m["step"], m["loss"]) for m in logged if "loss" in m]}}
-        bars = {}
+        bars, levels = {}, {}
         for name, result in results.items():
-            points = {k: [(m["step"], m[name][k]) for m in logged if name in m] for k in result["chance"]}
-            panels |= {name: points} if any(len(line) > 1 for line in points.values()) else {}
-            for k, chance in result["chance"].items():
-                if k not in ("i2t@5", "t2i@5", "i2t@10", "t2i@10", "top5"):
-                    bars[f"{name} {k}"] = {"here": (100 * result[k], 0.0), "chance": (100 * chance, 0.0)}
-        plots.lines(self.path / "curves.png", panels)
+            shown = [k for k in result["chance"] if k not in ("i2t@5", "t2i@5", "i2t@10", "t2i@10", "top5")]
+            chance = {k: 100 * result["chance"][k] for k in shown}
+            evaluated = [m for m in logged if name in m and set(shown) <= m[name].keys()]
+            if len(evaluated) > 1:
+                title = f"{name}, per cent (dotted: chance)"
+                panels[title] = {k: [(m["step"], 100 * m[name][k]) for m in evaluated] for k in shown}
+                levels[title] = chance
+            bars |= {
+                f"{name} {k}": {"here": (100 * result[k], 0.0), "chance": (chance[k], 0.0)} for k in shown
+            }
+        plots.lines(self.path / "curves.png", panels, levels=levels)
         if bars:
             plots.bars(self.path / "results.png", bars, "per cent")
 
@@ -227,7 +229,8 @@ def read_checkpoint(path: Path) -> dict:
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
-            if getattr(error, "errno", None) in UNREADABLE:
+            # an error of the disk or the network says nothing about the file; a wrong offset is EINVAL
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
                 raise OSError(f"{path} cannot be read now ({one_line(error)}): try again") from error
             # TRAP: a whole checkpoint must not be put aside because memory was short
             if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
@@ -283,7 +286,10 @@ def fingerprint(dataset) -> dict:
 
 
 def check_same_data(old: dict, new: dict, allowed: bool, say) -> None:
-    """Says which data changed.   Raises: ValueError if --train-data did, without --data-changed."""
+    """Says which data changed.   Raises: ValueError if --train-data did, without --data-changed.
+
+    Args: old, new: {flag: its fingerprint}
+    """
     for flag in (flag for flag in old if flag in new and old[flag] != new[flag]):
         before, now = old[flag], new[flag]
         change = "images, captions or labels were replaced"
@@ -308,11 +314,11 @@ class Meter:
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.count += 1
 
-    def means(self, device="cpu") -> dict[str, float]:
+    def means(self) -> dict[str, float]:
         """Means over steps and ranks; starts anew."""
         means = {name: float(value) / self.count for name, value in self.sums.items()}
         self.sums, self.count = {}, 0
-        return distributed.mean(means, device)
+        return distributed.mean(means)
 
     def state(self) -> dict:
         """Plain numbers for a checkpoint; Meter(**state) continues."""
@@ -347,9 +353,8 @@ class StopSignal:
 
     def __init__(self):
         self.received, self.before = False, {}
-        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGXCPU"):
-            number = getattr(signal, name, None)  # Windows lacks two of them
-            if number is None or signal.getsignal(number) == signal.SIG_IGN:
+        for number in STOPPING:
+            if signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup ignores SIGHUP, and so do its programs
             with contextlib.suppress(ValueError):  # not in the main thread: leave the signals alone
                 self.before[number] = signal.signal(number, self.handle)
@@ -360,7 +365,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def handle(self, number, frame):
-        signal.signal(number, signal.SIG_DFL)
+        self.close()
         self.received = True
 
     def agreed(self) -> bool:

@@ -34,7 +34,8 @@ def number(x: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """8.4 s, 3:05 min, 2:07 h"""
+    """8.4 s, 3:05 min, 2:07 h; 0.0 s where the clock went back."""
+    seconds = max(seconds, 0.0)
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, unit = (seconds / 60, "min") if seconds < 3600 else (seconds / 3600, "h")
