@@ -12,8 +12,6 @@ contrastive gradient is exact for any of them. Every random choice of the data i
 epoch, sample), so a resumed run, or one on more ranks, sees the same batches. On a CPU the same seed gives
 the same bits, interrupted or not, with any number of workers; on other ranks the same up to rounding. A GPU
 adds in any order.
-
-A run directory holds config.json, metrics.jsonl, checkpoint.pt, tokenizer.json, results.json and pictures.
 """
 
 import math

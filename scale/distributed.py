@@ -79,12 +79,10 @@ def join(backend: str) -> None:
     try:
         port, rank, world = map(int, numbers)
         socket.getaddrinfo(address, port)
-        master = dict(world_size=None if torchrun else world, is_master=rank == 0 and not torchrun)
+        own = dict(is_master=False) if torchrun else dict(world_size=world, is_master=rank == 0)
         with quiet():
             # TRAP: another program that answers at this port would be waited for without end
-            store = futures.ThreadPoolExecutor(1).submit(
-                dist.TCPStore, address, port, timeout=TIMEOUT, **master
-            )
+            store = futures.ThreadPoolExecutor(1).submit(dist.TCPStore, address, port, timeout=TIMEOUT, **own)
             # TRAP: torchrun keeps one store of addresses over all restarts. A restarted rank that reads the
             # address of a killed rank fails or waits for ten minutes, so each attempt has its own prefix.
             attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"

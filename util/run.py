@@ -141,11 +141,11 @@ class Run:
 
     def results(self) -> dict | None:
         """results.json of a finished run, on every rank; None if it is missing or damaged."""
-        found = None
-        with contextlib.suppress(OSError, *FOREIGN):
-            read = json.loads((self.path / "results.json").read_text())
-            results_table(read)
-            found = read
+        try:
+            found = json.loads((self.path / "results.json").read_text())
+            results_table(found)
+        except (OSError, *FOREIGN):
+            found = None
         return distributed.broadcast(found)
 
     def vocabulary(self) -> Path | None:
@@ -286,10 +286,7 @@ def fingerprint(dataset) -> dict:
 
 
 def check_same_data(old: dict, new: dict, allowed: bool, say) -> None:
-    """Says which data changed.   Raises: ValueError if --train-data did, without --data-changed.
-
-    Args: old, new: {flag: its fingerprint}
-    """
+    """Says which data changed.   Raises: ValueError if --train-data did, without --data-changed."""
     for flag in (flag for flag in old if flag in new and old[flag] != new[flag]):
         before, now = old[flag], new[flag]
         change = "images, captions or labels were replaced"
