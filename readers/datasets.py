@@ -211,7 +211,9 @@ def build(listing: Listing, path: Path, split, default, image_root, allow_outsid
     names = listing.classes or {label: str(label).replace("_", " ") for label in labels}
     number = {label: k for k, label in enumerate(names)}
     labels, classes = [number[row.label] for row in rows], list(names.values())
-    domain_names = sorted({row.domain for row in listing.rows if row.domain is not None}) or None
+    domain_names = sorted({row.domain for row in listing.rows} - {None}) or None
+    if domain_names and (unknown := sum(row.domain is None for row in rows)):
+        raise ValueError(f"{path}: no domain in {unknown} rows; complete them, or delete them")
     domains = domain_names and [domain_names.index(row.domain) for row in rows]
     dataset = Labelled(**common, labels=labels, classes=classes, domains=domains, domain_names=domain_names)
     if captioned:

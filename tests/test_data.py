@@ -405,7 +405,7 @@ def test_a_list_with_captions_and_labels_has_both(tmp_path, form, capsys):
 
 
 @pytest.mark.parametrize("missing", ["", None])
-def test_a_missing_label_is_one_line(tmp_path, missing):
+def test_a_missing_label_or_domain_is_one_line(tmp_path, missing):
     write_images(tmp_path, ["a.png", "b.png"])
     records = [{"image": "a.png", "label": "x"}, {"image": "b.png", "label": missing}]
     (tmp_path / "l.jsonl").write_text("\n".join(map(json.dumps, records)))
@@ -413,6 +413,9 @@ def test_a_missing_label_is_one_line(tmp_path, missing):
     for name in ("l.jsonl", "l.csv"):
         with pytest.raises(ValueError, match=f"{name}: no label in 1 rows; complete them, or delete them"):
             data.open_dataset(tmp_path / name)
+    (tmp_path / "l.csv").write_text("image,label,domain\na.png,x,art\nb.png,y,\n")
+    with pytest.raises(ValueError, match="l.csv: no domain in 1 rows; complete them"):
+        data.open_dataset(tmp_path / "l.csv")
 
 
 def test_links_of_a_list_stay_inside(tmp_path):
