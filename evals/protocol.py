@@ -73,7 +73,7 @@ def check_target(source, task: str, target: str, names) -> None:
             raise ValueError(f"{task} has no target domain, {target!r} was given: leave it out")
     elif len(names) < 2:
         problem = f"{task} needs two domains or more, there are {len(names)}"
-        raise ValueError(f"{source}: {problem}; open-class and all-classes need none")
+        raise ValueError(f"{source}: {problem}; --open-task all-classes or open-class needs none")
     elif not target:
         raise ValueError(f"{source}: {task} needs a target domain, one of: {listed}")
     elif target not in names:

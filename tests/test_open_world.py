@@ -231,7 +231,7 @@ def test_mistakes_are_named(folder, coop, tmp_path):
         assert known in said(source, "in-the-wild")
     assert "leave it out" in said(folder, "open-class", "art")
     message = said(coop, "domain-shift", "art")
-    assert "needs two domains or more, there are 0; open-class and all-classes need none" in message
+    assert "needs two domains or more, there are 0; --open-task all-classes or open-class needs none" in message
     content = json.loads(coop.read_text())
     content["test"][4][0] = "gone.png"
     broken = coop.parent / "broken.json"
