@@ -49,26 +49,31 @@ def class_texts(net, tokenizer) -> Tensor:
 
 
 @torch.no_grad()
-def alignment_lifts(lab, seed: int) -> dict:
-    """Lift, before fine-tuning, of the attention that is aligned and of the guidance it is aligned with.
-
-    A map's lift is its share on the thing over the thing's share of the picture; chance is 1.
-    """
-    net, tokenizer = lab.model("start", seed)
-    temperature, dataset = lab.flags("alignclip", seed)["guidance_temperature"], things(lab, seed)
-    text, found = class_texts(net, tokenizer), {"attention": [], "guidance": []}
+def aligned_maps(net, tokenizer, dataset, temperature: float) -> tuple[dict[str, Tensor], Tensor]:
+    """The attention that AlignCLIP aligns, and its guidance: maps (N, S, S); and the masks."""
+    text, found, masks = class_texts(net, tokenizer), {"attention": [], "guidance": []}, []
     blocks = alignclip.default_blocks(len(net.visual.transformer.resblocks))
     for images, ids in data.eval_batches(dataset, data.preprocess_of(net.config), 256):
-        masks = maps.masks_of(dataset, ids.tolist())  # (B, S, S)
-        labels = torch.tensor(dataset.labels)[ids].to(lab.device)
-        x = net.visual.embed(images.to(lab.device))
+        masks.append(maps.masks_of(dataset, ids.tolist()))  # (B, S, S)
+        labels = torch.tensor(dataset.labels)[ids].to(text.device)
+        x = net.visual.embed(images.to(text.device))
         _, branch, rows = alignclip.two_paths(net.visual, x, "dv", *blocks)
         similarity = unit(net.visual.head(branch[:, 1:])) @ text.t()  # (B, P, C)
         guidance = alignclip.guidance(similarity, labels, temperature)
         for name, patches in (("attention", alignclip.cls_attention(rows)), ("guidance", guidance)):
             grid = surgery.as_grid(patches.cpu()[..., None])[..., 0]  # (B, rows, columns)
-            found[name].append(map_figures(maps.enlarge(grid, masks.shape[-1]), masks)[:, 0])
-    return {name: {"lift": torch.cat(lifts).mean().item()} for name, lifts in found.items()}
+            found[name].append(maps.enlarge(grid, dataset.image_size))
+    return {name: torch.cat(parts) for name, parts in found.items()}, torch.cat(masks)
+
+
+def alignment_lifts(lab, seed: int) -> dict:
+    """Lift, before fine-tuning, of the attention that is aligned and of the guidance it is aligned with.
+
+    A map's lift is its share on the thing over the thing's share of the picture; chance is 1.
+    """
+    temperature = lab.flags("alignclip", seed)["guidance_temperature"]
+    found, masks = aligned_maps(*lab.model("start", seed), things(lab, seed), temperature)
+    return {name: {"lift": map_figures(m, masks)[:, 0].mean().item()} for name, m in found.items()}
 
 
 def smoothing_share(lab, seed: int) -> dict:
@@ -81,9 +86,9 @@ def smoothing_share(lab, seed: int) -> dict:
 # Fine-tuning -----------------------------------------------------------------------------------------------
 
 
-def structures(lab, seed: int) -> tuple[dict, dict]:
+def structures(lab, seed: int, arm: str = "start") -> tuple[dict, dict]:
     """Lift and pointing game of the similarity map under each attention structure of the CLIP."""
-    net, tokenizer = lab.model("start", seed)
+    net, tokenizer = lab.model(arm, seed)
     names = [*attention.KINDS, "centre"]
     scores, kept = maps.measure(net, tokenizer, things(lab, seed), names, show=SHOWN)
     rows = {n: {"lift": scores[n]["lift"], "pointing, %": 100 * scores[n]["pointing"]} for n in names}

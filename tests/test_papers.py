@@ -7,8 +7,12 @@ import pytest
 
 PAGE = papers.PAGE.read_text()
 # every term that a reader of the two papers may search for
-TERMS = "AAL, A_c, Algorithm 1, BMA, D-V, G, L_sim, MMS, Phi, SLS, Siamese, attention misalignment"
-TERMS += ", category misalignment, mixture token, tau, theta"
+TERMS = """AAL, A_c, Algorithm 1, AS, BMA, CLIP Surgery, CLIPood, D-V, G, GFLOPs, InfoNCE, K-K, L_sim, MMS,
+Phi, Q-Q, SLS, Siamese, SigLIP, T_y, V-V-V, W_O, alpha, attention misalignment, category misalignment,
+class similarity matrix, detach, epsilon, ladder, lambda, learned average, mixture token, patch tokens,
+prompt ensemble, register, retrieval, similarity map, spectrum, tau, temperature, theta, visual token, w"""
+# headings of "###" that are no equation
+NO_EQUATION = r"Worked example|The line that decides|.*, figures? \d.*: "
 
 
 def test_the_code_on_the_page_is_that_of_the_source():
@@ -28,25 +32,47 @@ def test_the_worked_example_prints_the_numbers_of_the_page(file):
     assert values[0] == pytest.approx(values[1], abs=0.0015, rel=1e-3)
 
 
+def entries() -> dict[str, str]:
+    """The text under every heading of an equation."""
+    parts = re.split(r"^### (.+)\n", PAGE[: PAGE.index("\n## Details")], flags=re.M)
+    sections = dict(zip(parts[1::2], parts[2::2]))
+    return {heading: text for heading, text in sections.items() if not re.match(NO_EQUATION, heading)}
+
+
 def test_every_equation_of_both_papers_has_an_entry():
-    for heading in ("Llip", "AlignCLIP"):
-        assert re.search(rf"^## {heading}\b", PAGE, flags=re.M)
-    for name in (
-        "equation 1",
-        "equation 2",
-        "equation 3",
-        "Zero-shot rule",
-        "equation 4",
-        "equation 6",
-        "L_sim",
-    ):
-        assert re.search(rf"^### .*{name}", PAGE, flags=re.M), name
-    assert PAGE.count("<!-- code") >= 20
+    wanted = (
+        "equation 1, equation 2, equation 3, equation 4, equation 6, L_sim, A_c, Guidance, D-V, Zero-shot"
+    )
+    wanted += (
+        ", label smoothing, Algorithm 1, margin metric, Beta moving average, figure 3, figure 5, figure 7"
+    )
+    for name in [*wanted.split(", "), "figure 8", "Keys, values and queries", "InfoNCE"]:
+        assert any(name in heading for heading in entries()), name
+
+
+@pytest.mark.parametrize("heading", entries())
+def test_an_entry_has_sentences_equation_code_shapes_and_the_released_code(heading):
+    text = entries()[heading]
+    prose, formula, rest = text.split("$$\n", 2)
+    assert len(re.findall(r"\.(?=\s)", prose)) == 3, f"{heading}: three sentences first"
+    assert formula.strip() and rest.startswith("\n<!-- code"), f"{heading}: code follows the equation"
+    assert re.search(r"^```\n\nShapes: ", rest, flags=re.M), f"{heading}: shapes follow the code"
+    assert re.search(r"\n\nReleased code\b", rest), heading
+
+
+def test_the_contents_name_functions_that_exist_and_reach_every_entry():
+    contents = PAGE[: PAGE.index("\n## Llip")]
+    for heading in entries():
+        anchor = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        assert f"(#{anchor})" in contents, heading
+    for row in re.findall(r"^\|.*\]\(#.*\| (`.*`) \|$", contents, flags=re.M):
+        for name in re.findall(r"`([\w.]+)`", row):
+            assert re.search(rf", `{name}(\.\w+)?`:$", PAGE, flags=re.M), f"the page shows no code of {name}"
 
 
 def test_search_terms_lead_to_an_entry():
     glossary = PAGE[PAGE.index("\n## Search terms") :]
-    for term in TERMS.split(", "):
+    for term in re.split(r",\s", TERMS):
         assert re.search(rf"^\| [^|]*(?<!\w){re.escape(term)}(?!\w)[^|]*\|.*\]\(#", glossary, flags=re.M), (
             term
         )

@@ -121,7 +121,7 @@ def bars(path: str | Path, groups: dict[str, dict[str, tuple[float, float]]], ti
             draw.line([(x, panel.y(mean - spread)), (x, highest)], fill=INK, width=2)
             write(draw, (x, min(top, highest) - 4), number(mean), 10, "mb")
             left += each
-        write(draw, (start + (slot - gap) / 2, 46 + height), name, 12, "mt")
+        write(draw, (start + (slot - gap) / 2, 44 + height), name, 12, "ma")
         start += slot
     for k, label in enumerate(labels):
         legend(draw, 64, 70 + height + 18 * k, label, k)
