@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lab import bench
+
 ROOT = Path(__file__).resolve().parent.parent
 MARKDOWN = [ROOT / "README.md", ROOT / "tests" / "golden" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 DOCUMENTS = [*MARKDOWN, *sorted(ROOT.glob("docs/*.ipynb"))]
@@ -78,3 +80,23 @@ def test_formulas_and_code_are_closed(path):
         flags=re.M | re.S,
     )
     assert "$" not in outside
+
+
+def test_speed_shows_sections_that_the_benchmark_has():
+    text = (ROOT / "docs" / "speed.md").read_text()
+    table = text[text.index("| section |") :].split("\n\n")[0]
+    sections = re.findall(r"^\| (\w+) \|", table, flags=re.M)
+    assert len(sections) > 4 and set(sections) <= {"section", *bench.SECTIONS}
+
+
+def test_readme_compares_with_the_figures_of_evaluation():
+    found = re.search(
+        r"CLIP and SigLIP reach (\S+) and (\S+) for `i2t_map`, but (\S+) and (\S+) for `i2t@1`",
+        (ROOT / "README.md").read_text(),
+    )
+    rows = [line.split("|") for line in (ROOT / "docs" / "evaluation.md").read_text().splitlines()]
+    mean = [row for row in rows if row[1:2] == [" captions of an image, mAP "]][0]
+    first = [row for row in rows if "image to text R@1" in "".join(row[1:2])][0]
+    # columns: figure, chance, CLIP, SigLIP
+    columns = [cell.replace("*", "").split()[0] for row in (mean, first) for cell in row[3:5]]
+    assert list(found.groups()) == columns
