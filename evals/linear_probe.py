@@ -164,9 +164,8 @@ def split_for(parts: dict, seed: int) -> dict:
         if len(ids) > len(others):
             share, ids = max(1, round(0.2 * len(ids))), draw.sample(ids, len(ids))
             for part in others:
-                n = len(ids) - min(share, len(ids) - 1)
-                part += ids[n:]
-                ids = ids[:n]
+                part += ids[-share:]
+                ids = ids[:-share]
         first += ids
     if not others[-1]:
         raise ValueError(f"no class has {1 + len(others)} images, one for each part of the split")

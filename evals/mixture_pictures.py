@@ -54,7 +54,7 @@ def picture(dataset, i: int) -> tuple[Image.Image, str]:
     if isinstance(dataset, scenes.Scenes):
         large = scenes.draw(dataset.facts, np.array([i]), surgery.TILE)[0]
         return Image.fromarray(large), " ".join(kinds_in(dataset, i))
-    return Image.fromarray(data.preprocess(surgery.TILE).pixels(dataset.image(i))), dataset.name(i)
+    return Image.fromarray(data.preprocess(surgery.TILE).pixels(dataset.image(i))), Path(dataset.name(i)).name
 
 
 def token_rows(dataset, found: dict, show: list[int], tokens: list[int]) -> list[tuple]:

@@ -35,6 +35,7 @@ from evals.mixture_pictures import kinds_in
 from llip import PLAIN_BYTES, Llip, plain_bytes
 from readers import scene_captions as words
 from readers import scenes
+from readers.datasets import Files
 from readers.templates import PHOTO, fill
 from util.evaluation import DataFlags, ModelFlags, load_options, start, write_results
 from util.flags import parse
@@ -46,20 +47,11 @@ NAMES, SHUFFLES = 4, 200  # names of a token; random comparisons
 TINY = torch.finfo(torch.float64).tiny
 
 
-@dataclass
-class Photos:
-    """A data set of image files."""
-
-    paths: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.paths)
+class Photos(Files):
+    """Image files that are shown upright."""
 
     def image(self, i: int) -> Image.Image:
-        return surgery.read_image(self.paths[i])
-
-    def name(self, i: int) -> str:
-        return Path(self.paths[i]).name
+        return surgery.read_image(self.files[i])
 
 
 @dataclass
@@ -115,7 +107,7 @@ def open_inputs(flags, model: Llip) -> tuple:
     if bool(flags.image) != bool(flags.text) or (flags.image and flags.data):
         raise ValueError("give --data, or --image together with --text")
     if flags.image:
-        return Photos(flags.image), plain_captions([flags.text] * len(flags.image))
+        return Photos("", flags.image), plain_captions([flags.text] * len(flags.image))
     dataset = evaluate.open_data(replace(flags, data=flags.data or "scenes"), model, "image")
     if isinstance(dataset, scenes.Scenes):
         return dataset, scene_captions(dataset)

@@ -190,4 +190,4 @@ def test_a_picture_on_its_side_is_shown_and_searched_upright(small_runs, tmp_pat
         with Image.open(out) as page:
             pages.append(page.crop((0, 26, 520, 154)).tobytes())
     assert pages[0] == pages[1]
-    assert mixtures.Photos((str(tmp_path / "turned.png"),)).image(0).size == (64, 32)
+    assert mixtures.Photos("", [str(tmp_path / "turned.png")]).image(0).size == (64, 32)
