@@ -243,3 +243,9 @@ def test_without_gradients_only_values_may_not_be_missing(tmp_path):
     del mine["losses_small/out.siglip.loss"]
     np.savez(tmp_path / "mine.npz", **mine)
     assert check(tmp_path / "mine.npz", "--values").returncode == 1
+
+
+def test_a_prefix_without_recordings_is_named(tmp_path):
+    np.savez(tmp_path / "mine.npz", x=np.zeros(1))
+    done = check(tmp_path / "mine.npz", "--only", "nonsense")
+    assert done.returncode == 1 and "no recorded array starts with nonsense" in done.stdout

@@ -106,6 +106,8 @@ def check(mine: dict[str, np.ndarray], only: str = "", values: bool = False) -> 
     absent = [case for case, arrays in wanted.items() if arrays and case not in {case for case, _ in names}]
     if absent:
         lines.append("cases without arrays: " + ", ".join(absent))
+    if not any(wanted.values()):
+        lines.append(f"no recorded array starts with {only}")
     lines.append(f"{checked} arrays compared, {bad} wrong, missing or unknown")
     return lines, bad + (checked == 0)
 
