@@ -29,7 +29,7 @@ import regex
 import torch
 from torch import Tensor
 
-from util.files import write_text
+from util.files import open_file, write_text
 from util.program import leave, program
 from weights import download
 
@@ -102,7 +102,7 @@ def find_openai() -> Path:
 
 def read_openai(path: Path) -> list[str]:
     """The 48,894 lines of merges that CLIP uses, from the .gz or the plain text, verified."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         data = file.read(LIMIT)
     if data.startswith(b"\x1f\x8b"):
         with contextlib.suppress(zlib.error):
@@ -211,7 +211,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
         """Read a file of save().   Raises: ValueError, one line."""
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             text = file.read(LIMIT).decode("utf-8", errors="replace")
         lines = text.replace("\r\n", "\n").split("\n")
         header = HEADER.format(len(lines) - 2)
@@ -284,7 +284,7 @@ class Tokenizer:
 
 def is_saved(path: str | Path) -> bool:
     """Whether a file starts as those of Tokenizer.save do."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return file.read(14) == HEADER[:14].encode()
 
 

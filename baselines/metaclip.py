@@ -15,6 +15,7 @@ expectation. A caption without any entry is dropped. The paper takes t = 20k for
 import csv
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
@@ -27,7 +28,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from readers.lists import table_layout, whole_row
-from util.files import output_folder, replacing, write_json
+from util.files import open_file, output_folder, read_text, replacing, write_json
 from util.flags import parse
 from util.program import leave, program
 from util.report import Progress
@@ -84,7 +85,7 @@ def compiled(entries: Iterable[str]) -> Callable[[str], list[int]]:
 def read_entries(path: str | Path) -> list[str]:
     """Entries of a file without repetitions: lines, a JSON list, or the OUT.json of an earlier run."""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        text = read_text(path)
         content = json.loads(text) if Path(path).suffix == ".json" else text.replace("\r\n", "\n").split("\n")
         if isinstance(content, dict) and isinstance(content.get("counts"), dict):
             content = content["counts"]
@@ -153,10 +154,10 @@ class Corpus:
                     self.dialect["quoting"] = csv.QUOTE_NONE
 
     def lines(self) -> Iterator[str]:
-        open_file = gzip.open if self.path.lower().endswith(".gz") else open
         try:
-            with open_file(self.path, "rt", encoding="utf-8-sig", newline="") as file:
-                yield from file
+            with open_file(self.path) as file:
+                raw = gzip.open(file) if self.path.lower().endswith(".gz") else file
+                yield from io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
         except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
             raise OSError(f"{self.path} is damaged or not text: {error}") from None
 

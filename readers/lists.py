@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from util.files import open_file, read_text
 from util.text import printable, warn
 
 IMAGE_KEYS = "filepath image path file filename file_name image_path image_name img".split()
@@ -99,7 +100,7 @@ def whole_row(fields: list, columns: list, separator: str) -> list:
 def read_table(path: Path, **keys) -> Listing:
     """CSV or TSV, with or without a line of column names."""
     rows, line, spans = [], 1, 0
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with open_file(path, "r", encoding="utf-8-sig", newline="") as file:
         first = file.readline().strip("\r\n")
         if not first.strip():
             raise ValueError(f"{path}: the first line is empty, expected column names")
@@ -141,7 +142,7 @@ def read_records(path: Path, records, **keys) -> Listing:
 
 
 def json_lines(path: Path):
-    with open(path, encoding="utf-8-sig") as file:
+    with open_file(path, "r", encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             try:
                 if line.strip():
@@ -188,8 +189,7 @@ def read_coop(path: Path, content: dict) -> Listing:
 
 def read_json(path: Path, **keys) -> Listing:
     """One of the JSON formats; their top-level keys tell them apart."""
-    with open(path, encoding="utf-8-sig") as file:
-        content = json.load(file)
+    content = json.loads(read_text(path))
     if isinstance(content, list):
         return read_records(path, content, **keys)
     names = sorted(content) if isinstance(content, dict) else [type(content).__name__]

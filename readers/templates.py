@@ -10,6 +10,8 @@ import json
 import re
 from pathlib import Path
 
+from util.files import read_text
+
 PHOTO = ("a photo of a {}.",)
 IMAGENET7 = (
     *("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}."),
@@ -73,7 +75,7 @@ def read_classes(path: str, folders: list[str]) -> list:
 def read_names(path: str) -> list | dict:
     """Names from a file: one per line, or JSON: a list, or {folder: name or [synonyms]}."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path)
         names = json.loads(text) if path.endswith(".json") else text.splitlines()
     except ValueError as error:
         raise ValueError(f"{path}: not JSON, or not text ({error})") from None

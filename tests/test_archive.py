@@ -425,6 +425,17 @@ QUADRATIC = {
     + b"q\2ctorch._utils\n_rebuild_tensor_v2\nq\0"
     + b"h\0(h\2K\0h\1h\1tR0" * 20_000
     + b".",
+    "a long number as a key": b"\x8b"
+    + struct.pack("<i", 1_000_000)
+    + b"\x7f" * 1_000_000
+    + b"q\0}("
+    + b"h\0N" * 150_000
+    + b"u.",
+    "a long text as a key": text("x" * 1_000_000) + b"q\0}(" + b"h\0N" * 150_000 + b"u.",
+    "calls with one long tuple": LONG_TUPLE
+    + b"ctorch._utils\n_rebuild_parameter\nq\0"
+    + b"h\0h\1R0" * 50_000
+    + b".",
     "long names joined": text("x" * 1_000_000) + b"q\0" + b"h\0h\0\x93" * 50_000 + b"00.",
     "a long key of many storages": text("x" * 1_000_000)
     + b"q\0"
@@ -574,7 +585,7 @@ def test_sharded_safetensors(tmp_path):
     [
         ({"a": "a.safetensors", "b": "../b.safetensors"}, "not the name of a file"),
         ({"a": "a.safetensors", "b": "/etc/passwd"}, "not the name of a file"),
-        ({"a": "a.safetensors", "b": ".."}, "not readable"),
+        ({"a": "a.safetensors", "b": ".."}, "is a folder"),
         ({"a": "a.safetensors", "b": ""}, "Invalid name"),
         ({"a": "a.safetensors", "b": 3}, "not readable"),
         ({"a": "a.safetensors", "b": ["b.safetensors"]}, "not readable"),
@@ -690,3 +701,55 @@ def test_memory_stays_small_whatever_a_file_declares(tmp_path):
                 said.append(str(error))
         os._exit(0 if len(said) == 6 and not any("MemoryError" in s for s in said) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_negative_and_conjugate_bits_are_refused(tmp_path):
+    """torch keeps them beside the numbers; without them the sign of a weight is wrong."""
+    torch.save({"w": torch.ones(3, dtype=torch.complex64).conj().imag}, tmp_path / "x.pt")
+    refused(tmp_path / "x.pt", "negative or conjugate bit")
+    torch.save({"w": torch.ones(3)._neg_view()}, tmp_path / "y.pt", _use_new_zipfile_serialization=False)
+    refused(tmp_path / "y.pt", "negative or conjugate bit")
+    plain = torch.ones(3, dtype=torch.complex64).conj().imag.resolve_neg()
+    torch.save({"w": plain}, tmp_path / "z.pt")
+    assert torch.equal(read_all(tmp_path / "z.pt")["w"], plain)
+
+
+def test_empty_tensors_of_absurd_sizes(tmp_path):
+    size = (2**39, 2**39, 0)
+    for file in (
+        torch_zip(tmp_path / "a", tensor_program(4, 0, size, (0, 0, 0)), [NUMBERS]),
+        torch_zip(tmp_path / "b", tensor_program(0, 0, size, (1, 1, 1)), [b""]),
+        safetensors(tmp_path / "c", {"a": entry(0, 0, size)}, b""),
+    ):
+        with pytest.raises(ValueError) as error:
+            pretrained.load(file)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_zip64_locator_that_leads_elsewhere(tmp_path):
+    """The end of the file names a second directory, of which only the locator knows."""
+    data = torch_zip(tmp_path / "x", tensor_program(), [NUMBERS]).read_bytes()
+    end = bytearray(data[-22:])
+    for position in (0, len(data) - 22, len(data) - 78, 2**40):
+        record = b"PK\6\6" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, 3, 3, 2**20, position)
+        locator = b"PK\6\7" + struct.pack("<IQI", 0, position, 1)
+        (tmp_path / "x").write_bytes(data[:-22] + record + locator + end)
+        refused(tmp_path / "x", "BadZipFile", "zip directory", "overlap", "not readable")
+
+
+@pytest.mark.parametrize("where", ["a key", "a class", "a member", "a storage"])
+def test_messages_repeat_little_of_a_foreign_name(tmp_path, where):
+    name = "evil\x1b[2J" + "n" * 100_000
+    program = {
+        "a key": b"}" + text("state_dict") + b"}" + text(name) + tensor_program()[30:],
+        "a class": b"\x80\x02(" + text("storage") + b"c" + name.encode() + b"\nx\n" + text("0") + b"NK\4tQ.",
+        "a member": tensor_program(),
+        "a storage": tensor_program(key=name),
+    }[where]
+    path = torch_zip(tmp_path / "x", program, [NUMBERS])
+    if where == "a member":
+        with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as file:
+            file.writestr("archive/data/" + name[:60_000], NUMBERS)
+    with pytest.raises(ValueError) as error:
+        pretrained.load(path)
+    assert len(str(error.value)) < 200 + len(str(path)) and str(error.value).isprintable()

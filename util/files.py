@@ -8,10 +8,23 @@ import contextlib
 import io
 import json
 import os
+import stat
 import tempfile
 from pathlib import Path
 
 PART = ".alignclip-part"
+
+
+def open_file(path: str | Path, mode: str = "rb", **options):
+    """open() for reading; a ValueError at once for what could make us wait for ever, also behind a link."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{path} is a folder, pipe, socket or device, not a file")
+    return open(path, mode, **options)
+
+
+def read_text(path: str | Path, errors: str = "strict") -> str:
+    with open_file(path, "r", encoding="utf-8-sig", errors=errors, newline="") as file:
+        return file.read()
 
 
 @contextlib.contextmanager
@@ -29,7 +42,10 @@ def replacing(path: str | Path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        sync_folder(path.parent)
+        with contextlib.suppress(OSError):  # the rename survives a power cut; Windows does not open folders
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as error:
         # TRAP: torch.save closes its zip after a failed write, fails again, and reports only that
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -61,16 +77,6 @@ def write_image(path: str | Path, image) -> None:
     write_bytes(path, file.getvalue())
 
 
-def sync_folder(path: Path) -> None:
-    """Makes a rename survive a power cut, where the system can."""
-    with contextlib.suppress(OSError):  # Windows does not open folders
-        folder = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
 def output_folder(path: str | Path) -> Path:
     """Makes a folder and tries to write in it, before the work begins.   Raises: OSError, one line."""
     path = Path(path)
@@ -95,12 +101,11 @@ def open_own(path: str | Path, flags: int):
     return open(os.open(path, flags, 0o666), "a" if flags & os.O_APPEND else "r+b")
 
 
-def lock(file, wait: bool = False, waiting=None) -> bool:
+def lock(file, wait: bool = False) -> bool:
     """Locks an open file until the process ends, however it ends.
 
     TRAP: lockf, not flock: loader workers would inherit a lock of flock, outlive a killed run by seconds, and
     keep its successor out.
-    Args:    wait for a lock that another process holds, after calling waiting()
     Returns: False where the disk or the system has no locks.
     Raises:  BlockingIOError if another process holds the lock and wait is False.
     """
@@ -109,13 +114,9 @@ def lock(file, wait: bool = False, waiting=None) -> bool:
     except ImportError:  # Windows
         return False
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except (BlockingIOError, PermissionError) as error:
-        if not wait:
-            raise BlockingIOError(str(error)) from error
-        if waiting:
-            waiting()
-        fcntl.lockf(file, fcntl.LOCK_EX)
+        raise BlockingIOError(str(error)) from error
     except OSError:  # some network disks
         return False
     return True

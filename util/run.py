@@ -21,7 +21,7 @@ import torch
 
 from scale import distributed
 from util import plots
-from util.files import PART, lock, open_own, output_folder, replacing, write_text
+from util.files import PART, lock, open_file, open_own, output_folder, read_text, replacing, write_text
 from util.program import STOPPING
 from util.report import results_table
 from util.text import duration, one_line, say, warn
@@ -130,7 +130,7 @@ class Run:
 
     def metrics(self) -> list[dict]:
         path = self.path / "metrics.jsonl"
-        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+        lines = read_text(path, "replace").splitlines(keepends=True) if path.exists() else []
         try:
             found = [json.loads(line) for line in lines if line.endswith("\n")]  # a full disk cuts lines
             for m in found:
@@ -142,7 +142,7 @@ class Run:
     def results(self) -> dict | None:
         """results.json of a finished run, on every rank; None if it is missing or damaged."""
         try:
-            found = json.loads((self.path / "results.json").read_text())
+            found = json.loads(read_text(self.path / "results.json"))
             results_table(found)
         except (OSError, *FOREIGN):
             found = None
@@ -208,7 +208,7 @@ def read_config(source: str | Path) -> dict:
         return {}
     path = (path if path.is_dir() else path.parent) / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        config = json.loads(read_text(path)) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
         reason = f"{path}: not JSON ({one_line(error)})"
         raise ValueError(f"{reason}; restore it, or copy the checkpoint to another folder") from None
@@ -220,7 +220,7 @@ def read_checkpoint(path: Path) -> dict:
 
     Raises: FileNotFoundError; OSError where it cannot be read now; ValueError, one line, if damaged.
     """
-    with open(path, "rb") as file:  # an OSError here says nothing about the file
+    with open_file(path) as file:  # an OSError here says nothing about the file
         try:
             with zipfile.ZipFile(file) as archive:
                 # TRAP: torch.load reads flipped weights without an error

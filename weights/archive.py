@@ -28,12 +28,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from util.files import open_file
 from util.text import one_line, printable
 
 OPERATIONS = 500_000  # of one pickle; Llip's G/14 with its optimizer has about 50,000
 DIRECTORY_BYTES = 4 << 20  # of the directory of a zip, a safetensors header or an index; usual are 0.5 MB
-ENTRIES, NAME = 100_000, 300  # values of a state dict, characters of a name
-DIMENSIONS = 8  # of a tensor
+# values of a state dict, characters of a name, dimensions of a tensor
+ENTRIES, NAME, DIMENSIONS = 100_000, 300, 8
 BROKEN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
 BROKEN += (EOFError, OSError, struct.error, zipfile.BadZipFile)
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of torch.save before 1.6
@@ -105,28 +106,24 @@ class Checkpoint:
         """
         if sum(a.nbytes for a in arrays.values()) > self.size:
             raise ValueError(f"{self.path}: its tensors are declared larger than the file")
-        by_storage, found = defaultdict(list), {}
+        found, storages = {}, defaultdict(dict)
         for name, array in arrays.items():
-            by_storage[array.storage].append((name, array))
-        for storage, members in by_storage.items():
-            flat = self.read_storage(storage)
-            for name, a in members:
+            storages[array.storage][name] = array
+        for storage, members in storages.items():
+            span = self.spans.get(storage.key, (self.path, 0, 0, None))
+            if not 0 < storage.numel * storage.dtype.itemsize <= span[2]:
+                has = f"{storage.numel} elements of {storage.dtype}, but {span[2]} bytes"
+                raise ValueError(f"{span[0]}: storage {storage.key!a:.40} has {has}")
+            flat = torch.frombuffer(read_span(*span), dtype=storage.dtype, count=storage.numel)  # (numel,)
+            for name, a in members.items():
                 view = flat.as_strided(a.shape, a.stride, a.offset)
                 found[name] = view.clone(memory_format=torch.contiguous_format)
         return {name: found[name] for name in arrays}
 
-    def read_storage(self, storage: Storage) -> Tensor:
-        """One storage as a flat tensor (numel,)."""
-        span = self.spans.get(storage.key, (self.path, 0, -1, None))
-        if not 0 < storage.numel * storage.dtype.itemsize <= span[2]:
-            has = f"{storage.numel} elements of {storage.dtype}, but {max(span[2], 0)} bytes"
-            raise ValueError(f"{span[0]}: storage {storage.key!a:.40} has {has}")
-        return torch.frombuffer(read_span(*span), dtype=storage.dtype, count=storage.numel)
-
 
 def read_span(path: Path, start: int, length: int, crc: int | None) -> bytearray:
     data = bytearray(length)
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         file.seek(start)
         if file.readinto(data) != length or crc not in (None, zlib.crc32(data)):
             raise ValueError(f"{path}: damaged, a checksum is wrong: download it again")
@@ -140,7 +137,7 @@ def read(path: str | Path, index: bool = True) -> Checkpoint:
     """
     path = Path(path)
     size = path.stat().st_size
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         head = file.read(16)
         try:
             if head.startswith(b"PK\x03\x04"):
@@ -193,22 +190,18 @@ def read_zip(path: Path, file, size: int) -> Checkpoint:
     spans = {}
     for name, info in members.items():
         if name in (root + "data.pkl", root + "byteorder") or name.rpartition("/")[0] == root + "data":
-            spans[name] = member_span(path, file, info)
+            if info.compress_type or info.flag_bits & 1 or info.file_size != info.compress_size:
+                raise ValueError(f"member {name!a:.60} is compressed or encrypted; torch never does that")
+            file.seek(info.header_offset)
+            # the bytes follow a local header, which varies in length
+            header = 30 + sum(struct.unpack("<26xHH", file.read(30)))
+            spans[name] = path, info.header_offset + header, info.file_size, info.CRC
     check_spans(spans, size)
     if root + "byteorder" in spans and read_span(*spans.pop(root + "byteorder")) != b"little":
         raise ValueError("written on a big-endian machine: not supported")
     content = read_pickle(BytesIO(read_span(*spans[root + "data.pkl"])), root + "data/")
     kind = "TorchScript archive" if root + "constants.pkl" in members else "torch.save file"
     return Checkpoint(path, kind, content, spans)
-
-
-def member_span(path: Path, file, info: zipfile.ZipInfo) -> tuple[Path, int, int, int]:
-    """The place of a member's bytes, after its local header, which varies in length."""
-    if info.compress_type or info.flag_bits & 1 or info.file_size != info.compress_size:
-        raise ValueError(f"member {info.filename!a:.60} is compressed or encrypted; torch never does that")
-    file.seek(info.header_offset)
-    name, extra = struct.unpack("<26xHH", file.read(30))
-    return path, info.header_offset + 30 + name + extra, info.file_size, info.CRC
 
 
 def read_legacy(path: Path, file) -> Checkpoint:
@@ -255,7 +248,7 @@ def read_index(path: Path, size: int) -> Checkpoint:
     """Sharded safetensors: an index {"weight_map": {name: file}} and the files in its folder."""
     if size > DIRECTORY_BYTES:
         raise ValueError(f"an index of {size} bytes, at most {DIRECTORY_BYTES} are read")
-    places = json.loads(path.read_bytes(), object_pairs_hook=unique)["weight_map"]
+    places = json.loads(read_span(path, 0, size, None), object_pairs_hook=unique)["weight_map"]
     found = Checkpoint(path, "safetensors", {})
     for name in sorted(set(places.values())):
         # TRAP: the name comes from a stranger and could lead out of the folder
@@ -279,16 +272,14 @@ def unique(pairs: list) -> dict:
 
 
 # Opcodes whose argument is the value itself; pickletools decodes it.
-VALUES = set(
-    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING "
-    "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split()
-)
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": lambda: Stub("set")}
-# Opcodes that take a number of values from the stack, and those that take all values after a mark
-TAKES = dict(TUPLE1=1, TUPLE2=2, TUPLE3=3, REDUCE=2, NEWOBJ=2, NEWOBJ_EX=3, SETITEM=2, APPEND=1, BUILD=1)
-TAKES |= dict(STACK_GLOBAL=2, BINPERSID=1)
-MARKED = {"TUPLE", "LIST", "DICT", "FROZENSET", "SETITEMS", "APPENDS", "ADDITEMS"}
+VALUES = [op for op in pickletools.opcodes if op.arg and not op.stack_before]
+VALUES = {op.name for op in VALUES if op.stack_after not in ([], [pickletools.anyobject])}
+EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": lambda: Stub("set")}
+EMPTY |= {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False}
+# Opcodes that take this number of values from the stack, or with -1 all values after a mark
+TAKES = dict(TUPLE1=1, TUPLE2=2, TUPLE3=3, STACK_GLOBAL=2, BINPERSID=1, REDUCE=2, NEWOBJ=2, NEWOBJ_EX=3)
+TAKES |= dict(SETITEM=2, APPEND=1, BUILD=1, POP=1, POP_MARK=-1)
+TAKES |= dict.fromkeys(("TUPLE", "LIST", "DICT", "FROZENSET", "SETITEMS", "APPENDS", "ADDITEMS"), -1)
 
 
 def read_pickle(file, prefix: str = "", storages: dict | None = None) -> object:
@@ -304,12 +295,10 @@ def read_pickle(file, prefix: str = "", storages: dict | None = None) -> object:
             raise ValueError(f"a pickle of more than {OPERATIONS} operations")
         if op in VALUES:
             stack.append(arg)
-        elif op in CONSTANTS:
-            stack.append(CONSTANTS[op])
         elif op in EMPTY:
             stack.append(EMPTY[op]())
-        elif op in TAKES or op in MARKED:
-            at = marks.pop() if op in MARKED else len(stack) - TAKES[op]
+        elif op in TAKES:
+            at = marks.pop() if TAKES[op] < 0 else len(stack) - TAKES[op]
             if at < 0:
                 raise ValueError("a pickle takes more values than it has put")
             items = stack[at:]
@@ -322,14 +311,10 @@ def read_pickle(file, prefix: str = "", storages: dict | None = None) -> object:
             stack.append(Name(arg))
         elif op == "MARK":
             marks.append(len(stack))
-        elif op == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
-        elif op in ("PUT", "BINPUT", "LONG_BINPUT"):
-            memo[arg] = stack[-1]
+        elif op in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
+            memo[len(memo) if arg is None else arg] = stack[-1]
         elif op in ("GET", "BINGET", "LONG_BINGET"):
             stack.append(memo[arg])
-        elif op in ("POP", "POP_MARK"):
-            del stack[marks.pop() if op == "POP_MARK" else -1 :]
         elif op == "STOP":
             return stack.pop()
         elif op not in ("PROTO", "FRAME"):
@@ -343,14 +328,12 @@ def combine(op: str, items: list, stack: list) -> None:
         stack.append(tuple(items))
     elif op in ("LIST", "DICT"):
         stack.append(items if op == "LIST" else put({}, items))
-    elif op in ("SETITEM", "SETITEMS"):
+    elif op.startswith("SETITEM"):
         put(stack[-1], items)
-    elif op in ("APPEND", "APPENDS"):
-        if isinstance(stack[-1], list):
-            stack[-1].extend(items)
-    elif op == "BUILD":
-        if isinstance(stack[-1], Stub):
-            stack[-1].state = items[0]
+    elif op.startswith("APPEND") and isinstance(stack[-1], list):
+        stack[-1].extend(items)
+    elif op == "BUILD" and isinstance(stack[-1], Stub):
+        stack[-1].state = items[0]
     elif op == "STACK_GLOBAL":
         if not all(type(item) is str and len(item) <= NAME for item in items):
             raise ValueError("a pickle names a class by something that is not a name")
@@ -365,7 +348,7 @@ def put(target: object, items: list) -> object:
     """Alternating keys and values into a dict. Only plain keys, because hashing can be hostile."""
     if isinstance(target, dict):
         for key, value in zip(items[::2], items[1::2]):
-            if type(key) in (str, int):
+            if type(key) is str or (type(key) is int and key.bit_length() < 64):  # longer ones hash slowly
                 target[key] = value
     return target
 
@@ -375,9 +358,11 @@ def called(function: object, arguments: tuple | list) -> object:
     if type(function) is not Name:
         return Stub("?")
     if function in ("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor"):
-        storage, offset, shape, stride = arguments[:4]
+        storage, offset, shape, stride, _, _, bits = [*arguments[:7], None, None, None][:7]
         if type(storage) is not Storage or type(shape) is not tuple or type(stride) is not tuple:
             raise ValueError("a tensor without a storage, a shape or strides")
+        if bits:
+            raise ValueError("a tensor with a negative or conjugate bit: save tensor.resolve_neg()")
         return Array(storage, shape, stride, offset)
     if function in ("torch._utils _rebuild_parameter", "torch._utils _rebuild_parameter_with_state"):
         return arguments[0]
@@ -389,13 +374,10 @@ def called(function: object, arguments: tuple | list) -> object:
     return Stub(function[:200])
 
 
-PLAIN = ("storage", Name, int)
-
-
 def persistent(record: tuple, prefix: str, storages: dict) -> Storage:
     """('storage', type, key, device, elements, view) -> Storage. The device does not matter."""
     tag, kind, key, _, numel = record[:5]
-    if (tag, type(kind), type(numel), *record[5:]) not in (PLAIN, (*PLAIN, None)):
+    if (tag, type(kind), type(numel)) != ("storage", Name, int) or record[5:6] not in ((), (None,)):
         raise ValueError("a persistent id that is not a storage, or is a view of another one")
     if type(key) is not str or len(key) > NAME or kind not in STORAGES:
         raise ValueError(f"storage type {kind!a:.60}: not supported")

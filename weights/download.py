@@ -59,11 +59,8 @@ def fetch(name: str, folder: Path = CACHE) -> Path:
 
 def hash_of(file) -> str:
     """The sha256 of an open file, from its beginning."""
-    found = hashlib.sha256()
     file.seek(0)
-    while block := file.read(CHUNK):
-        found.update(block)
-    return found.hexdigest()
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class SameScheme(urllib.request.HTTPRedirectHandler):
@@ -81,11 +78,14 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
     Raises: OSError, one line, for a failing network or disk and for a wrong hash or size.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    waiting = f"{path.name}: another process downloads it, waiting"
     locked = path.with_name(path.name + ".lock")
     with open(locked, "wb") as handle:
         # TRAP: all ranks of a run fetch the checkpoint that they start from. Two writers would ruin it.
-        lock(handle, wait=True, waiting=lambda: print(waiting, file=sys.stderr))
+        try:
+            lock(handle)
+        except BlockingIOError:
+            print(f"{path.name}: another process downloads it, waiting", file=sys.stderr)
+            lock(handle, wait=True)
         if not path.exists():
             complete(url, path, sha256)
         # TRAP: not after a failure: a process that waits for this file would no longer keep others out

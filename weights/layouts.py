@@ -18,6 +18,7 @@ from torch import Tensor
 
 from model import Config
 from readers.images import FILTERS, MEAN, STD
+from util.files import read_text
 from util.text import one_line
 from weights import archive
 
@@ -130,7 +131,7 @@ def to_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def read_settings(path: Path, convert: Callable) -> dict | None:
     """A JSON file of settings, converted; None if there is no such file.   Raises: ValueError, one line."""
     try:
-        return convert(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+        return convert(json.loads(read_text(path))) if path.exists() else None
     except (*archive.BROKEN, RecursionError) as error:
         raise ValueError(f"{path} is not as expected: {one_line(error)}") from error
 
