@@ -21,9 +21,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-# ruff: noqa: F401  (other files use these names as data.preprocess, data.Pairs ...)
+# ruff: noqa: F401  (other files use these names as data.preprocess, data.Images ...)
 from readers.benchmarks import base_new_classes, domainbed_split
-from readers.datasets import Labelled, Pairs, Subset, open_dataset
+from readers.datasets import Images, Subset, open_dataset
 from readers.images import IMAGE_ERRORS, MEAN, STD, Preprocess, RandomCrop, normalise, preprocess
 from readers.shards import Shards
 from util.evaluation import WhereFlags, where_of

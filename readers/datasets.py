@@ -1,8 +1,8 @@
 """Data sets of images on disk, in any format.
 
-A data set offers len(d), d.image(i) -> PIL.Image (opened, not decoded), d.name(i) -> str, and either
-d.captions (the texts of each image, at least one) or d.labels and d.classes, and d.domains and d.domain_names
-if it has domains. Only names and texts are kept in memory.
+A data set offers len(d), d.image(i) -> PIL.Image (opened, not decoded), d.name(i) -> str, and d.captions (the
+texts of each image, at least one), or d.labels and d.classes, or both. Domains are d.domains and
+d.domain_names. Only names and texts are kept in memory.
 
 docs/data.md has a table of the formats: lists (lists.py), folders (folders.py), tar shards (shards.py), and
 the embedded scenes and objects (scenes.py).
@@ -16,7 +16,6 @@ import math
 import os
 import re
 from collections import Counter
-from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 from PIL import Image
@@ -29,16 +28,16 @@ from readers.shards import Shards, clean_captions
 from util.text import printable, warn
 
 
-@dataclass(eq=False)
-class Files:
-    """Images by path: the common part of Pairs and Labelled."""
+class Images:
+    """Images by path, with the attributes above. Links may lead to files below `inside` only, "" anywhere.
 
-    root: str
-    files: list  # relative to root
-    _: KW_ONLY
-    inside: str = ""  # links may lead to files below this folder only; "": anywhere
-    format: str = "files"  # for `python data.py PATH`, and so are the splits
-    splits: dict = field(default_factory=dict)
+    captions[i]: the texts of image i, never empty;  labels, domains: places in classes, in domain_names
+    """
+
+    def __init__(self, root: str, files: list, inside="", format="files", splits=None, **contents):
+        self.root, self.files, self.inside = root, files, inside  # files are relative to root
+        self.format, self.splits = format, splits or {}  # for `python data.py PATH`
+        vars(self).update(contents)
 
     def __len__(self):
         return len(self.files)
@@ -52,23 +51,6 @@ class Files:
         if self.inside and not os.path.realpath(path).startswith(self.inside):
             raise ValueError(f"a link out of {self.inside}: --allow-outside reads it anyway")
         return open_image(path)
-
-
-@dataclass(eq=False)
-class Pairs(Files):
-    """Images with captions."""
-
-    captions: list  # captions[i] is the list of texts of image i, never empty
-
-
-@dataclass(eq=False)
-class Labelled(Files):
-    """Images with a class and perhaps a domain."""
-
-    labels: list  # places in classes
-    classes: list
-    domains: list | None = None  # places in domain_names
-    domain_names: list | None = None
 
 
 class Subset:
@@ -176,7 +158,7 @@ def group_captions(rows: list, where) -> list:
     return list(grouped.values())
 
 
-def build(listing: Listing, path: Path, split, default, image_root, allow_outside) -> Pairs | Labelled:
+def build(listing: Listing, path: Path, split, default, image_root, allow_outside) -> Images:
     """The data set of a split of a listing."""
     if not listing.rows:
         raise ValueError(f"{path}: no rows ({listing.format})")
@@ -202,23 +184,19 @@ def build(listing: Listing, path: Path, split, default, image_root, allow_outsid
         files = [row.file for row in rows]
     inside = "" if allow_outside or path.is_dir() else os.path.join(os.path.realpath(root), "")
     splits = dict(Counter(row.split for row in listing.rows if row.split))
-    common = dict(root=root, files=files, inside=inside, format=listing.format, splits=splits)
-    captions = [row.captions for row in rows]
-    if unlabelled:
-        return Pairs(**common, captions=captions)
-    # numbers come from all splits, so that a class has the same number in each of them
-    labels = natural({row.label for row in listing.rows} - {None})
-    names = listing.classes or {label: str(label).replace("_", " ") for label in labels}
-    number = {label: k for k, label in enumerate(names)}
-    labels, classes = [number[row.label] for row in rows], list(names.values())
-    domain_names = sorted({row.domain for row in listing.rows} - {None}) or None
-    if domain_names and (unknown := sum(row.domain is None for row in rows)):
-        raise ValueError(f"{path}: no domain in {unknown} rows; complete them, or delete them")
-    domains = domain_names and [domain_names.index(row.domain) for row in rows]
-    dataset = Labelled(**common, labels=labels, classes=classes, domains=domains, domain_names=domain_names)
-    if captioned:
-        dataset.captions = captions
-    return dataset
+    contents = {"captions": [row.captions for row in rows]} if captioned else {}
+    if not unlabelled:
+        # numbers come from all splits, so that a class has the same number in each of them
+        labels = natural({row.label for row in listing.rows} - {None})
+        names = listing.classes or {label: str(label).replace("_", " ") for label in labels}
+        number = {label: k for k, label in enumerate(names)}
+        domain_names = sorted({row.domain for row in listing.rows} - {None}) or None
+        if domain_names and (unknown := sum(row.domain is None for row in rows)):
+            raise ValueError(f"{path}: no domain in {unknown} rows; complete them, or delete them")
+        contents |= {"labels": [number[row.label] for row in rows], "classes": list(names.values())}
+        domains = domain_names and [domain_names.index(row.domain) for row in rows]
+        contents |= {"domains": domains, "domain_names": domain_names}
+    return Images(root, files, inside, listing.format, splits, **contents)
 
 
 def list_in(folder: Path) -> Path:
@@ -243,7 +221,7 @@ def open_dataset(path: str | Path, split: str | None = None, *, kind: str = "ima
              own, or one in it);  image_key, caption_key, label_key columns of a list;  caption_lines "yes" or
              "no": whether each line of a .txt is a caption (default: see Shards.lines_are_captions);
              allow_outside reads names that leave image_root
-    Returns: Pairs, Labelled, Shards or scenes.   Raises: ValueError, one line.
+    Returns: Images, Shards or scenes.   Raises: ValueError, one line.
     """
     dataset = read_dataset(path, split, **options)
     if not hasattr(dataset, kind):

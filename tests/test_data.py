@@ -69,7 +69,7 @@ def pairs(tmp_path):
     names = [f"{k:02d}.png" for k in range(23)]
     write_images(tmp_path / "pics", names)
     captions = [[f"picture {k} text {j}" for j in range(1 + k % 4)] for k in range(23)]
-    return data.Pairs(str(tmp_path / "pics"), names, captions)
+    return data.Images(str(tmp_path / "pics"), names, captions=captions)
 
 
 def batches(dataset, tokenizer, transform=None, **options):

@@ -19,7 +19,7 @@ from lab.reproduce import run_training
 from model import CLIP, Config
 from readers import scenes
 from readers import templates as prompts
-from readers.datasets import Labelled
+from readers.datasets import Images
 
 DOMAINS, CLASSES = ("art", "photo", "sketch"), ("cat", "dog", "elk", "fox", "hen")
 
@@ -75,7 +75,8 @@ def in_memory(sizes, base=10):
     domain_names = [f"d{d}" for d in range(len(sizes))]
     classes = [f"c{c:02}" for c in range(20)]
     files = [f"{d}-{k}" for d, n in enumerate(sizes) for k in range(n)]
-    return Labelled("root", files, labels, classes, domains, domain_names)
+    contents = dict(labels=labels, classes=classes, domains=domains, domain_names=domain_names)
+    return Images("root", files, **contents)
 
 
 def test_splits_are_domainbeds(golden):
@@ -231,7 +232,9 @@ def test_mistakes_are_named(folder, coop, tmp_path):
         assert known in said(source, "in-the-wild")
     assert "leave it out" in said(folder, "open-class", "art")
     message = said(coop, "domain-shift", "art")
-    assert "needs two domains or more, there are 0; --open-task all-classes or open-class needs none" in message
+    assert (
+        "needs two domains or more, there are 0; --open-task all-classes or open-class needs none" in message
+    )
     content = json.loads(coop.read_text())
     content["test"][4][0] = "gone.png"
     broken = coop.parent / "broken.json"
