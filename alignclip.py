@@ -52,8 +52,8 @@ BRANCHES = ("dv", "vvv", "qqv", "kkv")
 def default_blocks(depth: int) -> tuple[int, int]:
     """Index of the second branch's first block, and the number of aligned blocks, for a tower of any depth.
 
-    The branch has the last six blocks, but at most two thirds (rounded up). Up to five before it are aligned, and at
-    least one block.
+    The branch has the last six blocks, but at most two thirds (rounded up). At least one block is aligned,
+    and at most five of those before the branch.
     """
     first_dual_block = depth - min(6, depth - depth // 3)
     return first_dual_block, max(1, min(5, first_dual_block))

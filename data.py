@@ -217,14 +217,10 @@ class Batches:
 
     def __init__(self, source: Source, steps, workers: int = 0):
         self.source, self.seen, self.broken_count, self.broken = source, 0, 0, []
-        if workers:
-            # TRAP: without a generator, DataLoader draws from torch's global one, and a run with workers
-            # would differ from one without
-            options = dict(generator=torch.Generator(), pin_memory=torch.cuda.is_available())
-            options |= dict(sampler=steps, num_workers=workers, worker_init_fn=leave_signals)
-            self.packets = iter(DataLoader(source, batch_size=None, **options))
-        else:
-            self.packets = map(source.__getitem__, iter(steps))
+        # TRAP: without a generator, DataLoader draws from torch's global one and changes what a run draws
+        options = dict(generator=torch.Generator(), pin_memory=torch.cuda.is_available())
+        options |= dict(sampler=steps, num_workers=workers, worker_init_fn=leave_signals)
+        self.packets = iter(DataLoader(source, batch_size=None, **options))
 
     def __iter__(self):
         return self

@@ -6,11 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import data
 import train
 from alignclip import AlignCLIP
 from clipood import FineTune
 from llip import Llip
 from model import CLIP, Config
+from readers import scenes
 from scale.gradcache import training_step
 from scale.llip_tiles import TiledLlip
 
@@ -121,3 +123,17 @@ def test_the_shapes_of_a_compiled_run_do_not_change(monkeypatch, tmp_path, metho
     flags = "--compile --steps 4 --batch-size 8 --train-size 64 --threads 1 --overfit 0".split()
     assert train.main(["--method", method, *flags, "--out", str(tmp_path / method)]) == 0
     assert len(frames) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_lie_in_pinned_memory(monkeypatch, workers):
+    asked, loader = [], data.DataLoader
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        data,
+        "DataLoader",
+        lambda source, pin_memory, **options: asked.append(pin_memory) or loader(source, **options),
+    )
+    images = scenes.Scenes("val", 4)
+    assert len(list(data.eval_batches(images, data.preprocess(32), 2, workers=workers))) == 2
+    assert asked == [True]
