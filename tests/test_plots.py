@@ -31,6 +31,18 @@ def test_every_line_is_named_below(tmp_path):
         assert (picture[-3:] == 255).all()  # nothing is cut off
 
 
+def test_a_level_is_a_dotted_line_in_the_colour_of_its_label(tmp_path):
+    """It may lie outside of the values, and a label without one has none."""
+    series = {"a": [(0, 60.0), (1, 80.0)], "b": [(0, 70.0), (1, 90.0)]}
+    rows = []
+    for name, levels in (("with", {"one": {"b": 10.0}}), ("without", None)):
+        plots.lines(tmp_path / f"{name}.png", {"one": series}, levels=levels)
+        picture = pixels(tmp_path / f"{name}.png")[:300, :480]
+        counts = (picture == np.array(plots.colour(1))).all(-1).sum(1)
+        rows.append((counts > 150).any())
+    assert rows == [True, False]
+
+
 def test_bars_stand_on_zero_or_hang_from_it(tmp_path):
     plots.bars(tmp_path / "a.png", {"g": {"loss": (-1.0, 0.1), "gain": (2.0, 0.1)}})
     picture = pixels(tmp_path / "a.png")[:300]

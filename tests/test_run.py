@@ -238,12 +238,34 @@ def test_a_disk_that_cannot_be_read_now_is_no_damage(tmp_path, monkeypatch, code
     assert run.checkpoint.exists() and not (tmp_path / "checkpoint.damaged.pt").exists()
 
 
-@pytest.mark.parametrize("line", ["not json", "[1]", '{"loss": 1}', '"step"'])
+ODD = [
+    "not json",
+    "[1]",
+    '{"loss": 1}',
+    '"step"',
+    '{"step": 1, "loss": "x"}',
+    '{"step": 1, "zeroshot": {"a": 1}}',
+]
+
+
+@pytest.mark.parametrize("line", ODD)
 def test_foreign_metrics_are_named(tmp_path, line):
     run = open_run(tmp_path)
     (tmp_path / "metrics.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match="metrics.jsonl has a line that no run wrote"):
         run.metrics()
+
+
+def test_curves_are_in_per_cent_with_lines_of_chance(tmp_path, monkeypatch):
+    run, drawn = open_run(tmp_path), []
+    result = {"top1": 0.5, "top5": 0.75, "chance": {"top1": 0.25, "top5": 0.5}}
+    for step in (1, 2):
+        run.log(step=step, loss=1.0)
+        run.log(step=step, zeroshot=result | {"top1": step / 10})
+    monkeypatch.setattr(plots, "lines", lambda path, panels, levels: drawn.append((panels, levels)))
+    run.draw({"zeroshot": result})
+    (panels, levels), title = drawn[0], "zeroshot, per cent (dotted: chance)"
+    assert panels[title] == {"top1": [(1, 10.0), (2, 20.0)]} and levels == {title: {"top1": 25.0}}
 
 
 def test_a_child_does_not_keep_the_lock(tmp_path):

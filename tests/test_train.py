@@ -1,5 +1,6 @@
 """train.py: schedule, groups, resume to the bit, kills, errors, and that every method learns."""
 
+import itertools
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from baselines.methods import METHODS, presets
 from model import CLIP, CONFIGS
 from scale import costs
 from train import TrainConfig, configure, learning_rate, main, parameter_groups
-from util.run import find
+from util.run import StopSignal, find
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--train-size", "48", "--batch-size", "8", "--threads", "1", "--warmup", "2", "--device", "cpu"]
@@ -496,8 +498,11 @@ def test_a_finished_run_says_so_and_keeps_its_results(tmp_path, monkeypatch, cap
     assert "all 3 steps are done" in said and "| zeroshot | top1   | 50.00 |" in said
     assert "resuming" not in said and "trained in" not in said and "evaluated in" not in said
     assert len(asked) == 1 and results.stat().st_mtime_ns == times
-    for broken in (results.unlink, lambda: results.write_text("half")):
-        broken()
+    damaged = ("half", "[1]", '{"zeroshot": 3}', '{"zeroshot": {"top1": "a", "chance": {"top1": 0.1}}}')
+    for content in (None, *damaged):
+        results.unlink()
+        if content:
+            results.write_text(content)
         assert run(tmp_path / "run", *flags, "--resume", str(tmp_path / "run")) == 0
         said = capsys.readouterr().out
         assert "all 3 steps are done" in said and "trained in" not in said
@@ -505,7 +510,7 @@ def test_a_finished_run_says_so_and_keeps_its_results(tmp_path, monkeypatch, cap
         # the scale moved by 0.1 a step; what chance is has not
         lines = [[x for x in text.splitlines() if "expected loss" in x] for text in (first, said)]
         assert lines[0] == lines[1] != []
-    assert len(asked) == 3
+    assert len(asked) == 6
     assert run(tmp_path / "run", "--steps", 4, *flags[2:], "--resume", "auto") == 2
     assert "steps 3 -> 4" in capsys.readouterr().err
 
@@ -627,8 +632,12 @@ def test_a_resumed_run_finds_its_data_in_another_place(tmp_path, capsys):
         captions_file(tmp_path / name, "red green blue pink".split())
     flags = ["--batch-size", 4, "--method", "clip", "--steps", 2]
     assert run(tmp_path / "run", *flags, "--train-data", tmp_path / "here" / "pairs.csv") == 0
+    # every flag is the run's own, also those that may change
+    assert main(["--resume", str(tmp_path / "run")]) == 0 and "moved" not in capsys.readouterr().out
     again = ["--resume", str(tmp_path / "run"), "--train-data", str(tmp_path / "there" / "pairs.csv")]
     assert main(again) == 0
+    moved = f"--train-data moved: {tmp_path}/here/pairs.csv -> {tmp_path}/there/pairs.csv"
+    assert moved in capsys.readouterr().out
     captions_file(tmp_path / "there", "red green blue pink".split(), size=99)
     assert main(again) == 2
     assert "images, captions or labels were replaced" in capsys.readouterr().err
@@ -691,3 +700,30 @@ def test_a_checkpoint_that_lacks_something_is_one_line(tmp_path, capsys):
         assert run(tmp_path / "run", "--steps", 2, "--resume", "auto") == 2
         error = capsys.readouterr().err
         assert f"does not fit this run ('{key}')" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("clock", ["stands still", "goes back"])
+def test_the_loop_does_not_need_a_clock(tmp_path, monkeypatch, capsys, clock):
+    times = itertools.repeat(100.0) if clock == "stands still" else itertools.count(1e6, -3600.0)
+    monkeypatch.setattr(time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(time, "time", lambda: next(times))
+    assert run(tmp_path / "run", "--steps", 3, "--log-every", 1, "--val-data", "scenes") == 0
+    said = capsys.readouterr().out
+    assert "step      3/3" in said and not re.search(r"(ETA|trained in|evaluated in) -", said)
+
+
+def test_a_run_says_when_its_warm_up_is_too_long_and_when_nothing_is_evaluated(tmp_path, capsys):
+    assert run(tmp_path / "run", "--steps", 2, "--warmup", 3) == 0
+    said = capsys.readouterr().out
+    assert "the warm-up of 3 steps is longer than the run" in said and "no validation data" in said
+    assert run(tmp_path / "other", "--steps", 2, "--warmup", 2) == 0
+    assert "warm-up" not in capsys.readouterr().out
+
+
+def test_a_signal_gives_the_other_signals_back(monkeypatch):
+    """TRAP: after a stop, Ctrl-C in the same process must act at once."""
+    before = signal.getsignal(signal.SIGINT)
+    stop = StopSignal()
+    assert signal.getsignal(signal.SIGINT) != before
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.agreed() and signal.getsignal(signal.SIGINT) == before

@@ -23,7 +23,7 @@ def no_nan(scores: Tensor) -> Tensor:
 
 def hit_rates(place: Tensor, name: str, ks: tuple[int, ...]) -> dict[str, float]:
     """Share of queries with fewer than k items before their right answer; place (N,) counts those items."""
-    return {f"{name}@{k}": (place < k).double().mean().item() for k in ks}
+    return {f"{name}@{k}": (place < k).cpu().double().mean().item() for k in ks}
 
 
 def not_below(scores: Tensor, own: Tensor) -> Tensor:
@@ -97,7 +97,8 @@ def average_precision(scores: Tensor, relevant: Tensor) -> Tensor:
 
     Args: scores (B, N), relevant (B, N) bool.   Returns: (B,) double, NaN for a row without relevant columns.
     """
-    hits = ordered_hits(no_nan(scores), relevant).double()  # (B, N)
+    # MPS has no float64
+    hits = ordered_hits(no_nan(scores), relevant).cpu().double()  # (B, N)
     precision = hits.cumsum(1) / torch.arange(1, hits.shape[1] + 1, device=hits.device)  # (B, N)
     return (precision * hits).sum(1) / hits.sum(1)  # (B,)
 
@@ -173,14 +174,14 @@ class Relevance:
     def __init__(self, relevant: Tensor, device, k: int = 10):
         self.relevant, self.device, self.k = relevant, device, min(k, len(relevant))
         self.true = self.false = torch.full((relevant.shape[1], self.k), -math.inf, device=device)
-        self.rows = [torch.zeros(0, 2, dtype=torch.float64, device=device)]
+        self.rows = [torch.zeros(0, 2, dtype=torch.float64)]
 
     def add(self, first: int, scores: Tensor) -> None:
         """scores (b, T) of images first, first + 1, ... of this rank's share."""
         scores = no_nan(scores)
         relevant = self.relevant[first : first + len(scores)].to(self.device)  # (b, T)
         true, false = scores.masked_fill(~relevant, -math.inf), scores.masked_fill(relevant, -math.inf)
-        top = (true.amax(1) > false.amax(1)).double()  # (b,)
+        top = (true.amax(1) > false.amax(1)).cpu().double()  # (b,)
         self.rows.append(torch.stack([average_precision(scores, relevant), top], 1))
         self.true, self.false = keep_best(self.true, true), keep_best(self.false, false)
 
@@ -191,7 +192,7 @@ class Relevance:
         is_true = torch.arange(2 * self.k, device=self.device).expand_as(both) >= self.k
         top = ordered_hits(both, is_true)[:, : self.k]  # (T, k)
         i2t_map, i2t_p1 = rows.mean(0).tolist()
-        return {"i2t_map": i2t_map, "i2t_p@1": i2t_p1, f"t2i_p@{self.k}": top.double().mean().item()}
+        return {"i2t_map": i2t_map, "i2t_p@1": i2t_p1, f"t2i_p@{self.k}": top.cpu().double().mean().item()}
 
     def chance(self) -> dict[str, float]:
         rights, share = self.relevant.sum(1), self.relevant.double().mean().item()
@@ -212,7 +213,7 @@ def map_figures(maps: Tensor, masks: Tensor) -> Tensor:
     iou       intersection over union with the part of the map above half of its range
     Args: maps (N, H, W) >= 0, of any scale;  masks (N, H, W), nonzero on the foreground   Returns: (N', 4)
     """
-    maps, masks = maps.flatten(1).double(), masks.flatten(1) != 0  # (N, H W)
+    maps, masks = maps.flatten(1).cpu().double(), masks.flatten(1).cpu() != 0  # (N, H W)
     maps, masks = maps[masks.any(1)], masks[masks.any(1)]
     area = masks.double().mean(1)  # (N',)
     mass = torch.where(maps.sum(1, keepdim=True) > 0, maps, 1.0)  # (N', H W), of an empty map uniform
