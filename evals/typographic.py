@@ -70,14 +70,6 @@ def wrong_labels(labels: list[int], classes: int, seed: int = 0) -> list[int]:
     return [(y + step) % classes for y, step in zip(labels, steps)]
 
 
-def cosines(model: DualEncoder, dataset, text_features, **options) -> Tensor:
-    """Cosine of every image to every class (N, C). Learned prompts have no scale: their scores unchanged."""
-    logits = torch.cat([rows for _, rows in evaluate.score_rows(model, dataset, text_features, **options)])
-    if model.takes_captions:
-        logits = (logits - (model.logit_bias or 0.0)) / model.logit_scale.exp()
-    return logits.cpu()
-
-
 def note_figures(scores: dict, labels: Tensor, written: Tensor, cosine: bool = True) -> dict[str, dict]:
     """The effect of notes, for each kind of image.
 
@@ -114,7 +106,12 @@ def typographic(
         text = evaluate.encode_classes(model, tokenizer, dataset.classes, templates, **sizes)
         for kind, noted in kinds.items():
             label = f"{options['progress']}, {kind}" if options.get("progress") else ""
-            scores[kind] = cosines(model, noted, text, **options | {"progress": label})
+            batches = evaluate.score_rows(model, noted, text, **options | {"progress": label})
+            rows = torch.cat([rows for _, rows in batches])  # (N, C)
+            # learned prompts have no scale: their scores stay unchanged
+            if model.takes_captions:
+                rows = (rows - (model.logit_bias or 0.0)) / model.logit_scale.exp()
+            scores[kind] = rows.cpu()
     labels, target = torch.tensor(dataset.labels), torch.tensor(written)
     return note_figures(scores, labels, target, model.takes_captions)
 

@@ -1,5 +1,7 @@
 """Small random models of every kind, saved as run directories."""
 
+import json
+
 import torch
 
 import pretrained
@@ -34,3 +36,11 @@ def save_run(path, make, config=DEEPER):
 def save_all(root):
     """Writes a run directory for each model; {name: path}."""
     return {name: save_run(root / name, make, CONFIG) for name, make in MODELS.items()}
+
+
+def evaluate_all(main, runs, out):
+    """Runs a program of evals/ on 20 scenes and every model of save_all.   Returns: its results.json."""
+    paths = [str(runs[name]) for name in MODELS]
+    flags = ["--more", *paths[1:], "--data", "scenes", "--limit", "20", "--device", "cpu", "--out", str(out)]
+    assert main(["--model", paths[0], *flags]) == 0
+    return json.loads((out / "results.json").read_text())

@@ -1,11 +1,11 @@
 """Spectra that are known, and the program for every kind of model."""
 
-import json
 import math
 
 import pytest
 import torch
 from PIL import Image
+from small_models import evaluate_all
 
 from evals import spectrum
 
@@ -27,21 +27,12 @@ def test_spectrum_of_a_known_covariance():
     assert spectrum.spectrum_row("x", z.view(4, 2, 4))[1][-1] is None
 
 
-def command(model, *flags):
-    return spectrum.main(["--model", str(model), "--device", "cpu", *map(str, flags)])
-
-
 def test_spectrum_command(small_runs, tmp_path, capsys):
-    flags = ["--data", "scenes", "--limit", 20, "--out", tmp_path / "out"]
-    others = [small_runs[name] for name in ("siglip", "llip", "pooled")]
-    assert command(small_runs["clip"], "--more", *others, *flags) == 0
-    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    result = evaluate_all(spectrum.main, small_runs, tmp_path)
     assert [row["vectors"] for row in result["rows"]] == [20, 20, 60, 60]
-    said = capsys.readouterr()
-    assert all(f"spectrum {p}  20 of 20 images" in said.err for p in (small_runs["clip"], *others))
-    assert result["models"] == [str(p) for p in (small_runs["clip"], *others)]
     assert all(len(v) == 16 for v in result["log_singular_values"].values())
-    assert Image.open(tmp_path / "out" / "spectrum.png").width > 300
-    assert f"drawn in {tmp_path / 'out' / 'spectrum.png'}" in said.out
-    assert command(small_runs["clip"], *flags, "--limit", 9) == 2
+    assert Image.open(tmp_path / "spectrum.png").width > 300
+    assert f"drawn in {tmp_path / 'spectrum.png'}" in capsys.readouterr().out
+    flags = ["--model", str(small_runs["clip"]), "--data", "scenes", "--limit", "9", "--device", "cpu"]
+    assert spectrum.main(flags) == 2
     assert "9 x 1 vectors span less than the width 16" in capsys.readouterr().err
