@@ -35,7 +35,7 @@ from evals.mixture_pictures import kinds_in
 from llip import PLAIN_BYTES, Llip, plain_bytes
 from readers import scene_captions as words
 from readers import scenes
-from readers.datasets import Files
+from readers.datasets import Images
 from readers.templates import PHOTO, fill
 from util.evaluation import DataFlags, ModelFlags, load_options, start, write_results
 from util.flags import parse
@@ -47,7 +47,7 @@ NAMES, SHUFFLES = 4, 200  # names of a token; random comparisons
 TINY = torch.finfo(torch.float64).tiny
 
 
-class Photos(Files):
+class Photos(Images):
     """Image files that are shown upright."""
 
     def image(self, i: int) -> Image.Image:
