@@ -273,6 +273,7 @@ class Flags(LoadFlags):
     method: Literal[tuple(METHODS)] = "surgery"  # of a CLIP; for an Llip there is one kind of map
     size: int | None = None  # images are resized to a square of so many pixels (default: the model's)
     subtract_shared: bool = False  # feature surgery: subtract what all texts share
+    max_pixels: int | None = None  # of the image (default: 96 million, 24 for some formats: docs/data.md)
     vocab: str = ""  # vocabulary (default: the run's own, else OpenAI's)
 
 
@@ -285,10 +286,10 @@ def open_for_maps(source: str, vocab: str = "", **load_options) -> tuple:
     return model, tokenizer
 
 
-def read_image(path: str) -> Image.Image:
+def read_image(path: str, max_pixels: int | None = None) -> Image.Image:
     """The picture as RGB, its first frame, upright.   Raises: ValueError naming the file."""
     try:
-        with open_image(path) as image, decoding():
+        with open_image(path, max_pixels) as image, decoding():
             return ImageOps.exif_transpose(image).convert("RGB")
     except IMAGE_ERRORS as error:
         raise ValueError(f"{path}: not a readable image ({error})") from None
@@ -326,7 +327,7 @@ def main(argv: list[str]) -> None:
     fits = out.parent.is_dir() and out.suffix.lower() == ".png"
     if not fits or out.resolve() == Path(flags.image).resolve():
         raise ValueError(f"--out {out}: give another name, which ends in .png, in a folder that exists")
-    image = read_image(flags.image)
+    image = read_image(flags.image, flags.max_pixels)
     model, tokenizer = open_for_maps(flags.model, flags.vocab, **load_options(flags))
     patch, size = model.visual.patch_size, model.config.image_size if flags.size is None else flags.size
     if not patch <= size <= MAX_SIZE or size % patch:

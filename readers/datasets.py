@@ -36,7 +36,7 @@ class Images:
 
     def __init__(self, root: str, files: list, inside="", format="files", splits=None, **contents):
         self.root, self.files, self.inside = root, files, inside  # files are relative to root
-        self.format, self.splits = format, splits or {}  # for `python data.py PATH`
+        self.format, self.splits, self.max_pixels = format, splits or {}, None
         vars(self).update(contents)
 
     def __len__(self):
@@ -50,7 +50,7 @@ class Images:
         # checked for each image: for all of them at the start it would take minutes on a network disk
         if self.inside and not os.path.realpath(path).startswith(self.inside):
             raise ValueError(f"a link out of {self.inside}: --allow-outside reads it anyway")
-        return open_image(path)
+        return open_image(path, self.max_pixels)
 
 
 class Subset:
@@ -212,11 +212,11 @@ def list_in(folder: Path) -> Path:
     raise ValueError(f"{folder}: no images found; looked for {looked_for}, or {one}")
 
 
-def open_dataset(path: str | Path, split: str | None = None, *, kind: str = "image", **options):
+def open_dataset(path, split: str | None = None, *, kind: str = "image", max_pixels=None, **options):
     """The data set at a path, in any of the formats of docs/data.md.
 
     Args:    split that must exist; None: default_split if there are splits, otherwise everything;
-             kind: what the data must have, "captions" or "labels", or "image" for any
+             kind "captions", "labels" or "image": what the data must have;  max_pixels: see readers/limits.py
     Options: default_split;  image_root the folder that names in a list are relative to (default: the list's
              own, or one in it);  image_key, caption_key, label_key columns of a list;  caption_lines "yes" or
              "no": whether each line of a .txt is a caption (default: see Shards.lines_are_captions);
@@ -226,6 +226,7 @@ def open_dataset(path: str | Path, split: str | None = None, *, kind: str = "ima
     dataset = read_dataset(path, split, **options)
     if not hasattr(dataset, kind):
         raise ValueError(f"{path} has no {kind}, which are needed here")
+    dataset.max_pixels = max_pixels
     return dataset
 
 

@@ -5,45 +5,33 @@ does all decoding and resizing, so that preprocess equals OpenAI's transform bit
 """
 
 import contextlib
-import functools
-import io
 import math
-import os
 import re
-import stat
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from readers import limits
+from util.files import open_file
 from util.text import one_line, warn
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-# Limits of one image. Within them decoding adds less than 600 MB to a process (tests/test_images.py).
-MAX_IMAGE_BYTES = 64 << 20
-MAX_PIXELS = 96_000_000  # PNG and baseline JPEG: 4 bytes for a pixel
-MAX_PIXELS_COSTLY = 24_000_000  # everything else: decoders need up to 22 bytes for a pixel
-MAX_JPEG_SEGMENTS = 10_000  # before the first scan; a JPEG with more counts as costly
-MAX_JPEG_SCANS = 64  # an ordinary progressive JPEG has about 10
 STRIP = 1 << 20  # pixels of a large image that are copied at a time
-WARNED = set()  # what this process has warned of
 IMAGE_SUFFIXES = tuple(".jpg .jpeg .png .webp .ppm .bmp .pgm .tif .tiff .gif".split())
-# Formats that Pillow decodes within this process. TRAP: for EPS it starts Ghostscript, which runs the file.
-FORMATS = "JPEG PNG WEBP GIF BMP PPM TIFF JPEG2000 AVIF MPO ICO TGA PCX BLP CUR DCX DDS DIB FLI FTEX GBR ICNS"
-FORMATS += " IM IMT MCIDAS MSP PCD PIXAR PSD QOI SGI SUN XBM XPM XVTHUMB"
+# TRAP: for EPS Pillow starts Ghostscript, which runs the file; and many old formats have slow decoders
+Image.init()
+FORMATS = "JPEG MPO PNG WEBP GIF BMP DIB PPM TIFF JPEG2000 AVIF ICO TGA PCX SGI".split()
+# Pillow compares twice this number with all pictures within a file, as those of an icon
+Image.MAX_IMAGE_PIXELS = limits.MAX_PIXELS // 2
+SMALLER = "make the image smaller, or raise --max-pixels"
 IMAGE_ERRORS = (OSError, ValueError)  # what open_image and the transforms raise for a broken image
-
-
-def warn_once(text: str, key) -> None:
-    if key not in WARNED:
-        WARNED.add(key)
-        warn(text)
 
 
 @contextlib.contextmanager
@@ -51,61 +39,27 @@ def decoding():
     """Turns whatever Pillow raises on a broken file into a ValueError, and prints its warnings once."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # check_limits is stricter
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # open_image is stricter
         try:
             yield
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{one_line(error).partition(',')[0]}: {SMALLER}") from error
+        except UnidentifiedImageError:
+            raise OSError(f"cannot identify the image: none of {', '.join(FORMATS)}") from None
         except IMAGE_ERRORS:
             raise
         except Exception as error:
             raise ValueError(f"cannot decode the image: {one_line(error)}") from error
     for w in caught:
-        warn_once(f"{one_line(w.message)} (printed once)", (w.filename, w.lineno))
+        warn(f"{one_line(w.message)} (printed once)", (w.filename, w.lineno))
 
 
-@functools.cache
-def formats() -> list[str]:
-    """Those of FORMATS that this Pillow knows."""
-    Image.init()
-    return [name for name in FORMATS.split() if name in Image.OPEN]
-
-
-def one_scan(data: bytes) -> bool:
-    """Whether a JPEG has all components in its first scan and may be decoded row by row.
-
-    Raises: ValueError for a JPEG with very many scans, each of which takes as long as a whole image.
-    """
-    at, components, progressive = 2, -1, False
-    for _ in range(MAX_JPEG_SEGMENTS):
-        if data[at : at + 1] != b"\xff" or data[at + 1] == 0xDA:
-            break
-        marker, fill = data[at + 1], data[at + 1] == 0xFF
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame header
-            components, progressive = data[at + 9], marker not in (0xC0, 0xC1)
-        at += 1 if fill else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    if (scans := data.count(b"\xff\xda", at)) > MAX_JPEG_SCANS:
-        raise ValueError(f"{scans} JPEG scans, more than the {MAX_JPEG_SCANS} allowed: save the image again")
-    return data[at + 4 : at + 5] == bytes([max(components, 0)]) and not progressive
-
-
-def check_limits(image: Image.Image) -> None:
-    """Raises: ValueError for an image whose decoding would take too much memory or time."""
-    cheap = image.format == "PNG"
-    if image.format in ("JPEG", "MPO"):
-        image.fp.seek(0)
-        # TRAP: a JPEG with its components in several scans needs as much memory as a progressive one
-        cheap = one_scan(image.fp.read()) and image.mode != "CMYK"
-    limit = MAX_PIXELS if cheap else MAX_PIXELS_COSTLY
-    if math.prod(image.size) > limit:
-        allowed = f"more than the {limit // 10**6} million allowed for this kind of {image.format}"
-        raise ValueError(f"{image.width}x{image.height} pixels are {allowed}: make the image smaller")
-
-
-def strips(image: Image.Image, box: tuple) -> Iterator[Image.Image]:
-    """The part (left, top, right, bottom) of an image, a few rows at a time."""
+def strips(image: Image.Image, box: tuple) -> Iterator[tuple[int, Image.Image]]:
+    """The part (left, top, right, bottom) of an image, a few rows at a time, and where in it they begin."""
     left, top, right, bottom = box
     rows = max(1, STRIP // (right - left))
     for y in range(top, bottom, rows):
-        yield image.crop((left, y, right, min(y + rows, bottom)))
+        yield y - top, image.crop((left, y, right, min(y + rows, bottom)))
 
 
 def resized(image: Image.Image, box: tuple, size: tuple, interpolation: str) -> Image.Image:
@@ -116,55 +70,54 @@ def resized(image: Image.Image, box: tuple, size: tuple, interpolation: str) -> 
         return (image if whole else image.crop(box)).resize(size, kind)
     # Pillow multiplies colours by alpha, resizes the rows, rounds, and then resizes the columns
     mode = {"RGBA": "RGBa", "LA": "La"}.get(image.mode, image.mode)
-    rows, y = Image.new(mode, (size[0], bottom - top)), 0
-    for strip in strips(image, box):
+    rows = Image.new(mode, (size[0], bottom - top))
+    for y, strip in strips(image, box):
         rows.paste(strip.convert(mode).resize((size[0], strip.height), kind), (0, y))
-        y += strip.height
     return rows.resize(size, kind).convert(image.mode)
 
 
-def grey(image: Image.Image) -> Image.Image:
+def grey(image: Image.Image, data: bytes) -> Image.Image:
     """An image with integers of 16 or 32 bits as one with 8 bits; docs/data.md says which value is white."""
-    box, header = (0, 0, *image.size), b""
-    if image.format == "PNG":  # Pillow has read up to the pixels
-        end = image.fp.tell()
-        image.fp.seek(0)
-        header = image.fp.read(end)
-    most = max(int(np.asarray(strip).max()) for strip in strips(image, box))
+    box = (0, 0, *image.size)
+    most = max(int(np.asarray(strip).max()) for _, strip in strips(image, box))
     white = next((usual for usual in (255, 4095, 65535) if usual >= most), most)
     if image.format == "TIFF" and image.tag_v2.get(281, (0,))[0] > 0:  # MaxSampleValue
         white = image.tag_v2[281][0]
     # TRAP: the PNG standard shifts such values to the upper bits, and then 65535 is white
-    elif (bits := re.search(rb"\0\0\0\x01sBIT(.)", header, re.DOTALL)) and most < 1 << bits[1][0]:
+    elif (bits := re.search(rb"(?s)\0{3}\x01sBIT(.)", data.partition(b"IDAT")[0])) and not most >> bits[1][0]:
         white = (1 << bits[1][0]) - 1
     text = f"grey values of more than 8 bits: 0 to {white} become black to white in the first such image"
-    warn_once(f"{text}, and another image may get another range (docs/data.md, Images)", "grey")
-    result, y = Image.new("L", image.size), 0
-    for strip in strips(image, box):
+    warn(f"{text}, and another image may get another range (docs/data.md, Images)", "grey")
+    result = Image.new("L", image.size)
+    for y, strip in strips(image, box):
         values = np.asarray(strip).astype(np.int64).clip(0, white) * 256 // (white + 1)
         result.paste(Image.fromarray(values.astype(np.uint8)), (0, y))
-        y += strip.height
     return result
 
 
-def open_image(source: str | bytes) -> Image.Image:
-    """An image from a path or from its bytes: opened, not yet decoded, within limits of bytes and pixels.
+def open_image(source: str | bytes, max_pixels: int | None = None) -> Image.Image:
+    """An image of a path or of bytes: opened, not yet decoded, within the limits of limits.py or max_pixels.
 
     An animation gives its first frame. Orientation tags are ignored, as in OpenAI's pipeline.
     Raises: ValueError or OSError: not an image, not one of FORMATS, too large, or damaged.
     """
-    if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
-        raise ValueError("a folder, pipe, socket or device, not an image file")
-    size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
-    if size > MAX_IMAGE_BYTES:
-        raise ValueError(f"{size} bytes, more than the {MAX_IMAGE_BYTES} allowed for one image")
+    if not isinstance(source, bytes):
+        with open_file(source) as file:
+            source = file.read(limits.MAX_IMAGE_BYTES + 1)
+    limits.check_count(len(source), limits.MAX_IMAGE_BYTES, "bytes")
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, (max_pixels or 0) // 2 + 1)
     with decoding():
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats())
-        check_limits(image)
+        row_by_row, file = limits.check_file(source), limits.CountedReads(source)
+        image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+        file.left = limits.MAX_READS_PIXELS
+        usual = limits.MAX_PIXELS if row_by_row and image.mode != "CMYK" else limits.MAX_PIXELS_COSTLY
+        if math.prod(image.size) > (most := max_pixels or usual):
+            allowed = f"more than the {most:,} allowed for this kind of {image.format}"
+            raise ValueError(f"{image.width}x{image.height} pixels are {allowed}: {SMALLER}")
         if image.mode == "F":
             raise ValueError("floating-point pixels without a known range: save the image with 8 bits")
         if image.mode.startswith("I"):  # Pillow's own conversion of 16-bit grey clips it to white
-            image = grey(image)
+            image = grey(image, source)
     return image
 
 
@@ -197,7 +150,7 @@ class Preprocess:
         # TRAP: the long side is cut to an integer, not rounded
         target = tuple(size if side == short else int(size * side / short) for side in image.size)
         target = (size, size) if self.resize_mode == "squash" else target
-        if math.prod(target) + math.prod(image.size) > MAX_PIXELS + MAX_PIXELS_COSTLY:
+        if math.prod(target) > limits.MAX_PIXELS_COSTLY:
             raise ValueError(f"{image.width}x{image.height} pixels are too long and thin to resize")
         if target != image.size:
             image = resized(image, (0, 0, *image.size), target, self.interpolation)

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from readers.folders import natural
-from readers.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, open_image
+from readers.images import IMAGE_SUFFIXES, limits, open_image
 from tokenizer import strip_specials
 from util.files import write_text
 from util.report import Progress
@@ -179,7 +179,7 @@ class Shards:
     """
 
     domains = domain_names = None
-    splits = {}
+    splits, max_pixels = {}, None  # open_dataset sets it
 
     def __init__(self, spec: str, caption_lines: str | None = None, window: int = 16, cache=None):
         user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
@@ -254,7 +254,7 @@ class Shards:
     def image(self, i: int) -> Image.Image:
         shard, offset, size = self.table[i, :3].tolist()
         # one byte more than allowed is enough for open_image to refuse it
-        return open_image(self.read(shard, offset, min(size, MAX_IMAGE_BYTES + 1)))
+        return open_image(self.read(shard, offset, min(size, limits.MAX_IMAGE_BYTES + 1)), self.max_pixels)
 
     def epoch_order(self, rng: np.random.Generator) -> np.ndarray:
         """The order of an epoch: archives are shuffled, then samples inside windows of archives."""

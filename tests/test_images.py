@@ -19,7 +19,8 @@ from PIL import Image, ImageFile, TiffImagePlugin
 
 import data
 from evals import surgery
-from readers import images
+from readers import images, limits
+from util import text
 
 SIZE = 16
 
@@ -41,7 +42,7 @@ def grey_file(values: np.ndarray, kind, form: str, **options) -> bytes:
 
 @pytest.fixture(autouse=True)
 def no_notes_yet():
-    images.WARNED.clear()
+    text.WARNED.clear()
 
 
 # Grey values of 16 and 32 bits --------------------------------------------------------------------
@@ -87,8 +88,8 @@ def test_the_bits_that_a_png_names_are_its_range(bits, shift, white):
 def test_one_note_says_that_the_range_belongs_to_the_file(capsys):
     for most in (255, 4095):
         images.open_image(grey_file(noise(9, 9, 1, most), "<u2", "PNG"))
-    text = capsys.readouterr().err
-    assert text.count("\n") == 1 and "warning: grey values of more than 8 bits: 0 to 255" in text
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "warning: grey values of more than 8 bits: 0 to 255" in said
 
 
 # Limits -------------------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ FAST = ("progressive", "tiff")
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in LARGE])
 def test_an_image_within_the_limits_needs_less_than_600_mb(tmp_path, name):
     mode, side, form, options = LARGE[name]
-    if form not in images.formats():
+    if form not in images.FORMATS:
         pytest.skip(f"this Pillow has no {form}")
     Image.new(mode, (side, side)).save(tmp_path / "x", form, **options)
     megabytes, seconds = measure(tmp_path / "x")
@@ -168,14 +169,14 @@ def test_an_image_within_the_limits_needs_less_than_600_mb(tmp_path, name):
     ],
 )
 def test_each_format_has_its_limit(monkeypatch, form, mode, options, limit):
-    monkeypatch.setattr(images, "MAX_PIXELS", 96_000)
-    monkeypatch.setattr(images, "MAX_PIXELS_COSTLY", 24_000)
+    monkeypatch.setattr(limits, "MAX_PIXELS", 96_000)
+    monkeypatch.setattr(limits, "MAX_PIXELS_COSTLY", 24_000)
     for pixels in (limit * 1000, limit * 1000 + 100):
         file = file_of(Image.new(mode, (pixels // 100, 100)), form, **options)
         if pixels == limit * 1000:
             images.open_image(file).load()
         else:
-            with pytest.raises(ValueError, match="pixels are more than the 0 million allowed .* smaller"):
+            with pytest.raises(ValueError, match="pixels are more than the [0-9,]+ allowed .* --max-pixels"):
                 images.open_image(file)
 
 
@@ -189,7 +190,7 @@ def test_a_jpeg_with_one_scan_for_each_component_is_costly(monkeypatch):
     head, scan = scans_in(file_of(Image.new("RGB", (64, 64)), "JPEG", subsampling=0))
     separate = b"\0\x08\x01\x01\0\0\x3f\0" + scan[12:]
     images.open_image(head + b"\xff\xda" + scan)
-    monkeypatch.setattr(images, "MAX_PIXELS_COSTLY", 4000)
+    monkeypatch.setattr(limits, "MAX_PIXELS_COSTLY", 4000)
     images.open_image(head + b"\xff\xda" + scan)
     with pytest.raises(ValueError, match="64x64 pixels"):
         images.open_image(head + b"\xff\xda" + separate)
@@ -200,7 +201,7 @@ def test_a_jpeg_with_very_many_scans_is_refused():
     images.open_image(file)
     parts = scans_in(file)
     last = b"\xff\xda" + parts[-1].removesuffix(b"\xff\xd9")
-    with pytest.raises(ValueError, match="510 JPEG scans, more than the 64 allowed"):
+    with pytest.raises(ValueError, match="65 JPEG scans, more than the 64 allowed"):
         images.open_image(file.removesuffix(b"\xff\xd9") + last * 500 + b"\xff\xd9")
 
 
@@ -209,7 +210,7 @@ def test_the_most_scans_take_bounded_time(tmp_path):
     file = file_of(Image.new("RGB", (4890, 4890)), "JPEG", progressive=True, subsampling=0)
     parts = scans_in(file)
     last = b"\xff\xda" + parts[-1].removesuffix(b"\xff\xd9")
-    more = images.MAX_JPEG_SCANS + 1 - len(parts)
+    more = limits.MAX_JPEG_SCANS + 1 - len(parts)
     (tmp_path / "x.jpg").write_bytes(file.removesuffix(b"\xff\xd9") + last * more + b"\xff\xd9")
     megabytes, seconds = measure(tmp_path / "x.jpg")
     print("64 scans:", round(megabytes), "MB", round(seconds, 1), "s")

@@ -43,6 +43,7 @@ class WhereFlags:
     caption_key: str = ""  # column of a list with the captions (default: by the usual names)
     label_key: str = ""  # column of a list with the labels (default: by the usual names)
     caption_lines: Literal["yes", "no"] | None = None  # each line of a .txt is a caption (default: guessed)
+    max_pixels: int | None = None  # of an image (default: 96 million, 24 for some formats: docs/data.md)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,8 @@ import contextlib
 import math
 import sys
 
+WARNED = set()  # what this process has warned of
+
 
 def printable(text: str) -> str:
     """The text without what could break a line or command a terminal: such characters become "?"."""
@@ -21,9 +23,11 @@ def say(*values, file=None) -> None:
         print(*values, file=file or sys.stdout, flush=True)
 
 
-def warn(text: str) -> None:
-    """One line on stderr, "warning: ...": the work goes on, and the user should know something."""
-    say(f"warning: {printable(text)}", file=sys.stderr)
+def warn(text: str, once: object = None) -> None:
+    """One line on stderr, "warning: ...": the work goes on, and the user should know; of each `once` one."""
+    if once is None or once not in WARNED:
+        WARNED.add(once)
+        say(f"warning: {printable(text)}", file=sys.stderr)
 
 
 def number(x: float) -> str:

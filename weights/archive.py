@@ -20,7 +20,7 @@ import pickletools
 import struct
 import zipfile
 import zlib
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -45,6 +45,7 @@ TYPES += "Int I32 int32, Short I16 int16, Char I8 int8, Byte U8 uint8, Bool BOOL
 TYPES = [names.split() for names in TYPES.split(", ")]
 STORAGES = {f"torch {storage}Storage": getattr(torch, dtype) for storage, _, dtype in TYPES}
 SAFETENSORS = {name: getattr(torch, dtype) for _, name, dtype in TYPES}
+Storage = namedtuple("Storage", "key dtype numel")
 
 
 class Name(str):
@@ -56,13 +57,6 @@ class Stub:
 
     def __init__(self, name: str):
         self.name, self.state = name, None
-
-
-@dataclass(frozen=True)
-class Storage:
-    key: str
-    dtype: torch.dtype
-    numel: int
 
 
 @dataclass(frozen=True)
@@ -84,10 +78,6 @@ class Array:
         if 0 not in self.shape and last >= self.storage.numel:
             raise ValueError(f"a tensor ends at element {last}, its storage at {self.storage.numel}")
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.storage.dtype.itemsize
-
 
 @dataclass
 class Checkpoint:
@@ -104,7 +94,7 @@ class Checkpoint:
 
         Raises: ValueError for a storage that is missing, short or damaged, or views that repeat its elements.
         """
-        if sum(a.nbytes for a in arrays.values()) > self.size:
+        if sum(math.prod(a.shape) * a.storage.dtype.itemsize for a in arrays.values()) > self.size:
             raise ValueError(f"{self.path}: its tensors are declared larger than the file")
         found, storages = {}, defaultdict(dict)
         for name, array in arrays.items():
@@ -237,8 +227,9 @@ def read_safetensors(path: Path, file, size: int) -> Checkpoint:
             raise ValueError(f"tensor {name!a:.60}: {dtype!a:.20} of {len(shape)} dimensions: not supported")
         stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         storage = Storage(name, SAFETENSORS[dtype], math.prod(shape))
+        nbytes = storage.numel * storage.dtype.itemsize
         content[name] = Array(storage, tuple(shape), stride)
-        if (type(begin), type(end)) != (int, int) or begin < 0 or content[name].nbytes != end - begin:
+        if (type(begin), type(end)) != (int, int) or begin < 0 or nbytes != end - begin:
             raise ValueError(f"tensor {name!a:.60}: bytes {begin!a:.20} to {end!a:.20} for shape {shape}")
         spans[name] = (path, 8 + length + begin, end - begin, None)
     return Checkpoint(path, "safetensors", content, spans)

@@ -10,6 +10,7 @@ import copy
 import io
 import json
 import os
+import pickletools
 import random
 import resource
 import signal
@@ -35,10 +36,24 @@ import pretrained  # noqa: E402
 from baselines.metaclip import Corpus, read_entries  # noqa: E402
 from model import CLIP, Config  # noqa: E402
 from readers import datasets, images, shards  # noqa: E402
+from reliability.pictures import file_of  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from weights import layouts  # noqa: E402
 
 SECONDS, MEMORY = 60, 1 << 30  # per input; bytes beyond what the process has at its start
+# What no reader may do, whatever it reads: events of Python's audit hooks
+NEVER = (
+    "os.system os.exec os.posix_spawn os.spawn os.fork os.forkpty pty.spawn subprocess.Popen socket.connect"
+)
+NEVER = {
+    *NEVER.split(),
+    "socket.connect",
+    "pickle.find_class",
+    "os.remove",
+    "os.rename",
+    "os.chmod",
+    "os.kill",
+}
 EXTREME = [0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 2**63 - 1, 2**64 - 1]
 NASTY = [
     b"\0",
@@ -227,9 +242,62 @@ def mutate_lines(good: bytes, rng: random.Random, tokens) -> bytes:
     return b"\n".join(lines)
 
 
+NAMES = "os system, builtins eval, builtins exec, builtins open, subprocess Popen, posix system, torch load, "
+NAMES += "torch._utils _rebuild_tensor_v2, torch FloatStorage, collections OrderedDict, builtins getattr, "
+NAMES += "torch._utils _rebuild_parameter, copyreg _reconstructor, runpy run_path"
+NAMES = [name.replace(" ", "\n") for name in NAMES.split(", ")]
+TEXTS = "os system eval storage cpu 0 state_dict w __class__ touch-x /etc/passwd".split()
+
+
+def argument(op, rng: random.Random) -> bytes:
+    """An opcode with an argument that fits, mostly."""
+    word, number = rng.choice(TEXTS).encode(), rng.choice([0, 1, 2, 3, 9, 255, 2**31, 2**63 - 1])
+    plain = {"uint1": "<B", "uint2": "<H", "int4": "<i", "uint4": "<I", "uint8": "<Q", "float8": ">d"}
+    if op.arg is None or rng.random() < 0.01:
+        return b""
+    if op.name in ("GLOBAL", "INST"):
+        return rng.choice(NAMES).encode() + b"\n"
+    if op.arg.name in plain:
+        return struct.pack(plain[op.arg.name], rng.choice([number, rng.randrange(4)]) % 100)
+    if op.arg.name.endswith(("1", "4", "8")):  # bytes after their length
+        size = {"1": "<B", "4": "<I", "8": "<Q"}[op.arg.name[-1]]
+        return struct.pack(size, len(word) if rng.random() < 0.97 else 200) + word
+    if op.arg.name.startswith(("string", "unicode")):
+        return b"'" * (op.name == "STRING") + word + b"'" * (op.name == "STRING") + b"\n"
+    return b"%d\n" % (number % 100)
+
+
+def random_pickle(good: bytes, rng: random.Random, tokens) -> bytes:
+    """A checkpoint around a pickle of random opcodes: calls of every function that NAMES lists, and more."""
+    likely = [op for op in pickletools.opcodes if op.name in LIKELY]
+    program = b"\x80\x02"
+    for _ in range(rng.choice([3, 10, 40, 200])):
+        op = rng.choice(likely if rng.random() < 0.7 else pickletools.opcodes)
+        program += b"" if op.name == "STOP" else op.code.encode("latin-1") + argument(op, rng)
+        if rng.random() < 0.1:  # a call
+            program += b"c" + rng.choice(NAMES).encode() + b"\n(X\7\0\0\0touch-xtR"
+    program += b"."
+    if rng.random() < 0.3:
+        return LEGACY_HEAD + program * rng.choice([1, 3])
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as new:
+        new.writestr("a/data.pkl", program)
+        new.writestr("a/data/0", bytes(64))
+        if rng.random() < 0.3:
+            new.writestr("a/constants.pkl", b"N.")
+    return file.getvalue()
+
+
+LIKELY = "GLOBAL REDUCE BINPERSID TUPLE TUPLE1 TUPLE2 MARK EMPTY_DICT EMPTY_LIST EMPTY_TUPLE SETITEM NONE "
+LIKELY += (
+    "BINUNICODE SHORT_BINUNICODE BININT1 BINPUT BINGET MEMOIZE BUILD NEWOBJ STACK_GLOBAL DICT LIST APPENDS"
+)
+LIKELY = {*LIKELY.split(), "SETITEMS", "NEWTRUE"}
+LEGACY_HEAD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.}X\1\0\0\0xNs."
 # format: (mutation that knows the format, share of the inputs that get it)
 DEEPER = {
     "checkpoint (zip)": (mutate_zip, 0.8),
+    "random pickles": (random_pickle, 1),
     "PNG": (mutate_png, 0.5),
     "JSONL": (mutate_json, 0.5),
     "JSON": (mutate_json, 0.5),
@@ -258,10 +326,13 @@ def mutant(name: str, number: int) -> bytes:
 
 
 def picture(form: str, mode="RGB", **options) -> bytes:
-    pixels = np.random.default_rng(0).integers(0, 255, (24, 31, len(mode)), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels.squeeze(), mode).save(file, form, **options)
-    return file.getvalue()
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 31, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    image = image.convert("I").convert("I;16") if mode == "I;16" else image.convert(mode)
+    return file_of(image, form, **options)
+
+
+PLAIN_PPM = b"P3\n# a comment\n4 3\n255\n" + b" ".join(b"%d" % (7 * k) for k in range(36))
 
 
 def read_picture(path: Path):
@@ -403,6 +474,95 @@ FORMATS = {
         images.IMAGE_ERRORS,
         [b"VP8 ", b"VP8L", b"VP8X", b"ANMF", b"ALPH"],
     ),
+    "GIF": (
+        ".gif",
+        [picture("GIF", "P"), picture("GIF", "L", comment=b"x"), picture("GIF", "P", transparency=3)],
+        read_picture,
+        images.IMAGE_ERRORS,
+        [b"!\xfe", b"!\xf9\4", b"!\xff\x0bNETSCAPE2.0", b",", b";"],
+    ),
+    "BMP": (
+        ".bmp",
+        [picture("BMP"), picture("BMP", "P"), picture("BMP", "1"), picture("DIB")],
+        read_picture,
+        images.IMAGE_ERRORS,
+        [b"BM", b"\x28\0\0\0", b"\1\0\0\0", b"\3\0\0\0"],
+    ),
+    "PPM": (
+        ".ppm",
+        [picture("PPM"), picture("PPM", "L"), picture("PPM", "1"), picture("PPM", "I;16"), PLAIN_PPM],
+        read_picture,
+        images.IMAGE_ERRORS,
+        [b"P1", b"P2", b"P3", b"P5", b"P6", b"Pf", b"PyP", b"#", b" 100 ", b" 65535 "],
+    ),
+    "TIFF": (
+        ".tif",
+        [
+            *(picture("TIFF", compression=c) for c in ("raw", "tiff_lzw", "jpeg", "tiff_adobe_deflate")),
+            *(picture("TIFF", mode) for mode in ("L", "I;16", "CMYK", "RGBA", "1", "P")),
+            picture("TIFF", "1", compression="group4"),
+            picture("TIFF", big_tiff=True),
+        ],
+        read_picture,
+        images.IMAGE_ERRORS,
+        [b"II*\0", b"MM\0*", b"II+\0", b"\x11\1", b"\x44\1", b"\x16\1", b"\5\0", b"\x07\0"],
+    ),
+    "JPEG 2000": (
+        ".jp2",
+        [
+            picture("JPEG2000"),
+            picture("JPEG2000", "RGBA", no_jp2=True),
+            picture("JPEG2000", "L", tile_size=(8, 8)),
+        ],
+        read_picture,
+        images.IMAGE_ERRORS,
+        [
+            b"\xff\x4f",
+            b"\xff\x51",
+            b"\xff\x52",
+            b"\xff\x53",
+            b"\xff\x90",
+            b"\xff\x93",
+            b"jp2c",
+            b"ihdr",
+            b"pclr",
+        ],
+    ),
+    "AVIF": (
+        ".avif",
+        [picture("AVIF"), picture("AVIF", "RGBA")],
+        read_picture,
+        images.IMAGE_ERRORS,
+        [b"meta", b"iloc", b"iinf", b"ipco", b"ispe", b"grid", b"auxC", b"moov"],
+    ),
+    "ICO": (
+        ".ico",
+        [picture("ICO", sizes=[(16, 16), (24, 24)]), picture("ICO", "RGBA", bitmap_format="bmp")],
+        read_picture,
+        images.IMAGE_ERRORS,
+        [b"\0\0\1\0", b"\x89PNG", b"IHDR", b"\x28\0\0\0"],
+    ),
+    "TGA, PCX, SGI": (
+        ".tga",
+        [
+            picture("TGA"),
+            picture("TGA", compression="tga_rle"),
+            picture("PCX"),
+            picture("PCX", "P"),
+            picture("SGI"),
+        ],
+        read_picture,
+        images.IMAGE_ERRORS,
+        [b"\x0a\5\1\x08", b"\1\xda\1\1", b"\0\0\x0a\0"],
+    ),
+    "MPO": (
+        ".jpg",
+        [picture("MPO"), picture("JPEG", "CMYK")],
+        read_picture,
+        images.IMAGE_ERRORS,
+        [b"MPF\0", b"\xff\xd8", b"\xff\xe2", b"\xff\xda", b"\xff\xd9"],
+    ),
+    "random pickles": (".pt", [checkpoint_file("zip")], read_weights, (ValueError, OSError), []),
     "tar shard": (
         ".tar",
         [tar_file()],
@@ -471,11 +631,11 @@ def folder_of_lists(place: Path) -> None:
     (place / "link.png").symlink_to(place.parent / "secret.png")
 
 
-def read_mutants(name: str, first: int, last: int, report) -> None:
-    """Reads inputs first..last of a format and reports each failure, then the totals."""
+def read_mutants(name: str, first: int, last: int, report, budget: float) -> None:
+    """Reads inputs first..last of a format, for so many seconds; reports each failure, then the totals."""
     suffix, good, reader, errors, _ = FORMATS[name]
     signal.signal(signal.SIGALRM, alarm)
-    read, refused = 0, 0
+    read, refused, end = 0, 0, time.monotonic() + budget
     with tempfile.TemporaryDirectory() as outer:
         place = Path(outer) / "data"
         place.mkdir()
@@ -483,6 +643,8 @@ def read_mutants(name: str, first: int, last: int, report) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (pages + MEMORY,) * 2)
         sys.stderr = io.StringIO()
+        forbidden = []
+        sys.addaudithook(lambda event, _: forbidden.append(event) if event in NEVER else None)
         # the valid files must be readable
         for content in good:
             (place / f"x{suffix}").write_bytes(content)
@@ -490,6 +652,7 @@ def read_mutants(name: str, first: int, last: int, report) -> None:
         for i in range(first, last):
             path = place / f"x{suffix}"
             path.write_bytes(mutant(name, i))
+            forbidden.clear()
             signal.alarm(SECONDS)
             try:
                 reader(path)
@@ -503,14 +666,18 @@ def read_mutants(name: str, first: int, last: int, report) -> None:
                 report({"input": i, "what": f"{type(error).__name__}: {str(error)[:200]}"})
             finally:
                 signal.alarm(0)
+            if forbidden:
+                report({"input": i, "what": f"the reader did {', '.join(forbidden)}"})
+            if time.monotonic() > end:
+                break
             sys.stderr.seek(0)
             sys.stderr.truncate()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    report({"read": read, "refused": refused, "peak_mb": round(peak)})
+    report({"tried": read + refused, "read": read, "refused": refused, "peak_mb": round(peak)})
 
 
-def fuzz(name: str, count: int) -> dict:
-    """Reads `count` mutants of a format in a child process.
+def fuzz(name: str, count: int, budget: float = 600) -> dict:
+    """Reads `count` mutants of a format in a child process, or as many as it can in `budget` seconds.
 
     Returns: {"tried", "read", "refused", "peak_mb", "seconds", "failures": [...]}
     """
@@ -520,7 +687,7 @@ def fuzz(name: str, count: int) -> dict:
         try:
             os.close(ends)
             with open(lines, "w", buffering=1) as out:
-                read_mutants(name, 0, count, lambda x: out.write(json.dumps(x) + "\n"))
+                read_mutants(name, 0, count, lambda x: out.write(json.dumps(x) + "\n"), budget)
             os._exit(0)
         except BaseException as error:
             os.write(2, f"{name}: {error!r}\n".encode())
@@ -534,7 +701,7 @@ def fuzz(name: str, count: int) -> dict:
     if code:
         failures.append(f"the reader's process ended with {code}")
     seconds = time.monotonic() - began
-    return {"tried": count, **total, "seconds": seconds, "failures": failures}
+    return {"tried": 0, **total, "seconds": seconds, "failures": failures}
 
 
 if __name__ == "__main__":

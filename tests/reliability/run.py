@@ -34,7 +34,7 @@ for folder in (ROOT, ROOT / "tests"):
 import torch  # noqa: E402
 
 from baselines.methods import METHODS  # noqa: E402
-from reliability import fuzz, invocations, kills, outputs  # noqa: E402
+from reliability import fuzz, invocations, kills, outputs, pictures  # noqa: E402
 from util.files import PART, write_json  # noqa: E402
 from util.flags import parse  # noqa: E402
 from util.program import leave, program  # noqa: E402
@@ -348,14 +348,34 @@ def file_jobs():
 # Mutants, commands, determinism
 
 
+# formats of which the long form reads more
+MORE = {
+    *"JPEG PNG WebP GIF BMP PPM TIFF AVIF ICO MPO".split(),
+    "JPEG 2000",
+    "TGA, PCX, SGI",
+    "random pickles",
+}
+
+
 def fuzz_jobs(count: int, formats=fuzz.FORMATS):
     for name in formats:
+        number = 5 * count if name in MORE and count > 1000 else count
 
-        def work(place, name=name):
-            found = no_failures(fuzz.fuzz(name, count))
-            return f"{found['read']:,} read, {found['refused']:,} refused, at most {found['peak_mb']} MB"
+        def work(place, name=name, number=number):
+            found = no_failures(fuzz.fuzz(name, number))
+            done = f"{found['read']:,} read, {found['refused']:,} refused, at most {found['peak_mb']} MB"
+            return found["tried"], done
 
-        yield Job(f"mutated: {name}", count, 1 + count * 0.003, work)
+        yield Job(f"mutated: {name}", number, 1 + number * 0.003, work)
+
+
+def picture_jobs(quick: bool):
+    def work(place):
+        found = no_failures(pictures.check(list(pictures.FILES)[:: 5 if quick else 1]))
+        most = f"at most {found['seconds']:.1f} s and {found['megabytes']:.0f} MB"
+        return found["tried"], f"refused, or read; {most}"
+
+    yield Job("hostile images of 10 MB: time and memory", len(pictures.FILES), 90, work)
 
 
 def command_jobs(every: int = 1, apart: int = 10):
@@ -394,6 +414,7 @@ PARTS = {
     "disk": lambda quick: disk_jobs(),
     "stops": lambda quick: stop_jobs(),
     "files": lambda quick: file_jobs(),
+    "pictures": picture_jobs,
     "fuzz": lambda quick: fuzz_jobs(100 if quick else 2000),
     "commands": lambda quick: command_jobs(),
     "determinism": lambda quick: determinism_jobs(("llip", "alignclip") if quick else METHODS),
