@@ -149,21 +149,22 @@ def measure(model: Llip, tokenizer, dataset, captions: Captions, flags) -> dict[
             with evaluate.towers(device, flags.precision):
                 maps, *sides = surgery.llip_token_maps(model, images), *model.encode_image(images)
             keys, values = (side.float() for side in sides)  # (b, H, M, K) each
-            phi = model.mixing_weights(keys, text[0]).double()  # (b, T, H, M)
+            # MPS has no float64
+            phi = model.mixing_weights(keys, text[0]).cpu().double()  # (b, T, H, M)
             parts = {"by_caption": phi.sum(0), "squares": (phi**2).mean(1).sum(0)}
             parts["entropy"] = -(phi * phi.clamp(min=TINY).log()).sum(-1).mean(1).sum(0)
             parts["largest"] = phi.amax(-1).mean(1).sum(0)
-            sums = {name: sums.get(name, 0) + part.cpu() / len(dataset) for name, part in parts.items()}
-            kept["by_image"].append(phi.mean(1).cpu())
+            sums = {name: sums.get(name, 0) + part / len(dataset) for name, part in parts.items()}
+            kept["by_image"].append(phi.mean(1))
             kept["maps"].append(maps.float().cpu())
             for row, i in enumerate(ids.tolist()):
-                some = caption[image == i].to(device)
+                some = caption[image == i]
                 own_text = tuple(part[some] for part in text)
                 logits = model.pair_logits((keys[row, None], values[row, None]), own_text)  # (1, some)
                 if keys.shape[2] > 1:
                     logits = torch.cat([logits, without_each(model, keys[row], values[row], own_text)])
-                kept["cosines"].append((logits / model.logit_scale.exp()).t().double().cpu())
-                kept["used"].append(phi[row, some].mean(1).float().cpu())
+                kept["cosines"].append((logits / model.logit_scale.exp()).t().cpu().double())
+                kept["used"].append(phi[row, some].mean(1).float())
     return sums | {name: torch.cat(parts) for name, parts in kept.items()}
 
 

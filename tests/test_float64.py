@@ -4,6 +4,7 @@ The CPU plays the device. What comes from Tensor.cpu() or NumPy is marked as bei
 """
 
 import pytest
+import small_models
 import torch
 from conftest import checkpoint
 from test_label_task import clip, folder  # noqa: F401  (fixtures)
@@ -12,6 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 import tasks
 import train
+from evals import linear_probe, maps, mixtures, typographic
+from readers import scenes
 
 
 class Host(torch.Tensor):
@@ -74,3 +77,20 @@ def test_training_evaluation_and_resume(device, tmp_path, request, method):
         (tmp_path / "run" / name).unlink()
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
     assert checkpoint(tmp_path / "run")["step"] == 2
+
+
+def test_maps_mixtures_and_notes(device, monkeypatch):
+    """The functions of evals/ that meet the device; what goes to it is no longer on the host."""
+    real = torch.Tensor.to
+    strip = lambda self, *where, **how: real(self.as_subclass(torch.Tensor), *where, **how)  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "to", strip)
+    plain, llip = (small_models.MODELS[name](small_models.CONFIG).eval() for name in ("clip", "llip"))
+    tokenizer, size = small_models.TOKENIZER, small_models.CONFIG.image_size
+    things, drawn = scenes.Objects("test", 4, image_size=size), scenes.Scenes("test", 4, image_size=size)
+    with Device():
+        for model, names in ((plain, (*maps.NAMES, "centre")), (llip, maps.LLIP)):
+            maps.measure(model, tokenizer, things, names)
+            typographic.typographic(model, things, tokenizer)
+            linear_probe.encode(model, things)
+        captions = mixtures.scene_captions(drawn)
+        mixtures.measure(llip, tokenizer, drawn, captions, mixtures.Flags(model=""))
