@@ -91,6 +91,7 @@ def check_jpeg2000(data: bytes) -> None:
     for part in data.split(b"\xff\x90\x00\x0a"):
         for *flags, levels, width, height, precincts in COD.findall(part.partition(b"\xff\x93")[0]):
             precincts = precincts[: levels[0] + 1] if b"".join(flags)[0] & 1 else b""
-            smallest = min((exponent for p in precincts for exponent in (p & 15, p >> 4)), default=15)
-            if min(width, height)[0] < 2 or smallest < 5:  # code blocks of 16, precincts of 32 pixels a side
+            # each resolution has half the sides of the next
+            least = min((e + k for k, p in enumerate(precincts[::-1]) for e in (p & 15, p >> 4)), default=15)
+            if min(width, height)[0] < 2 or least < 5:  # code blocks of 16, precincts of 32 pixels a side
                 raise ValueError("JPEG 2000 in very small blocks: save the image again")

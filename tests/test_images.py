@@ -16,8 +16,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, SHARED
 from PIL import Image, ImageFile, TiffImagePlugin
+from reliability import pictures
 
 import data
+import evaluate
+import train
 from evals import surgery
 from readers import images, limits
 from util import text
@@ -280,3 +283,87 @@ def test_pictures_of_heat_maps_are_upright(tmp_path):
     picture.save(tmp_path / "a.jpg", exif=exif)
     assert surgery.read_image(str(tmp_path / "a.jpg")).size == (20, 40)
     assert images.open_image(str(tmp_path / "a.jpg")).size == (40, 20)
+
+
+# Files that ask for much --------------------------------------------------------------------------
+
+QUICK = ["JPEG: empty segments", "JPEG: fill bytes", "JPEG: segments after the pixels", "PNG: profiles"]
+QUICK += ["PNG: profiles at the end", "PNG: texts", "GIF: one comment", "GIF: comments", "GIF: extensions"]
+QUICK += ["ICO: a picture of 176 million pixels", "ICO: a bitmap of 353 million pixels", "ICO: pictures"]
+QUICK += ["PPM: comments between numbers", "PPM: comments between bits", "PPM: a long header", "TIFF: strips"]
+QUICK += ["TIFF: short strips", "TIFF: tags", "TIFF: a tile of a gigabyte", "AVIF: 50,000 items"]
+QUICK += ["JPEG 2000: code blocks of 4", "JPEG 2000: precincts of 4", "JPEG 2000: precincts of 4 in a tile"]
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_files_of_very_many_parts_are_refused_at_once(name):
+    """Each once took seconds or gigabytes; a process of its own is measured."""
+    spent = pictures.cost(pictures.FILES[name]())
+    assert spent["said"].startswith("ValueError") and "\n" not in spent["said"], spent
+    assert spent["seconds"] < 3 and spent["megabytes"] < 150, spent
+
+
+def test_ordinary_files_of_every_format_are_within_the_limits():
+    """As cameras, phones and programs write them: profiles, comments, previews, a film after the image."""
+    picture = Image.fromarray(noise(200, 160).astype(np.uint8))
+    profile, film = b"p" * 200_000, os.urandom(20_000_000)
+    jpeg = file_of(picture, "JPEG", progressive=True, icc_profile=profile, comment=b"a # comment")
+    files = [jpeg + film, file_of(picture, "PNG", icc_profile=profile), file_of(picture, "MPO")]
+    files += [b"P3\n# CREATOR: a program\n2 1\n255\n" + b"1 2 3 4 5 6\n"]
+    files += [file_of(picture, "TIFF", compression="tiff_lzw", tiffinfo={278: 1}, icc_profile=profile)]
+    files += [file_of(picture, "TIFF", big_tiff=True), file_of(picture, "AVIF", quality=50)]
+    files += [
+        file_of(picture, "JPEG2000", tile_size=(64, 64), codeblock_size=(32, 32), precinct_size=(64, 64))
+    ]
+    files += [file_of(picture, "GIF", comment=b"x" * 10_000), file_of(picture, "WEBP", icc_profile=profile)]
+    files += [file_of(picture, "ICO"), file_of(picture, "BMP"), file_of(picture, "SGI")]
+    for file in files:
+        assert images.open_image(file).convert("RGB").getextrema() is not None
+
+
+@pytest.mark.slow
+def test_no_file_of_10_mb_takes_long_or_much():
+    found = pictures.check()
+    assert not found["failures"] and found["tried"] == len(pictures.FILES)
+
+
+def test_max_pixels_lowers_and_raises_the_limits_of_every_format(monkeypatch):
+    monkeypatch.setattr(limits, "MAX_PIXELS_COSTLY", 5000)
+    for form in ("PNG", "JPEG", "WEBP", "TIFF", "JPEG2000", "GIF", "ICO"):
+        file = file_of(Image.new("RGB", (100, 60)), form, **({"sizes": [(100, 60)]} if form == "ICO" else {}))
+        with pytest.raises(ValueError, match="more than the 5,999 allowed .* --max-pixels"):
+            images.open_image(file, 5999)
+        images.open_image(file, 6000).load()
+
+
+@pytest.mark.parametrize("program", ["data", "training", "evaluation"])
+def test_max_pixels_is_a_flag(tmp_path, capsys, program):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for k in range(12):
+        Image.new("RGB", (80, 50) if k == 3 else (20, 20)).save(folder / f"{k}.png")
+    rows = [
+        "filepath,title,label",
+        *(f"images/{k}.png,a {'dog cat'.split()[k % 2]},{k % 2}" for k in range(12)),
+    ]
+    (tmp_path / "l.csv").write_text("\n".join(rows))
+    flags = ["--max-pixels", "3999"]
+    if program == "data":
+        assert data.main([str(tmp_path / "l.csv"), "--out", str(tmp_path / "s.png"), *flags]) == 0
+        said = capsys.readouterr().err
+        assert "another image replaces" in said and "3.png: 80x50 pixels are more than the 3,999" in said
+        return
+    argv = ["--method", "clip", "--train-data", str(tmp_path / "l.csv"), "--out", str(tmp_path / "run")]
+    argv += "--image-size 16 --vocab learn --batch-size 6 --steps 3 --threads 1 --device cpu".split()
+    status = train.main([*argv, "--caption-key", "title", *(flags if program == "training" else [])])
+    said = capsys.readouterr().err
+    assert status == 0, said
+    if program == "training":
+        assert "another image replaces" in said and "3.png: 80x50 pixels" in said
+        return
+    argv = ["zeroshot", "--model", str(tmp_path / "run"), "--data", str(tmp_path / "l.csv")]
+    argv += ["--label-key", "label", "--templates", "a {}"]
+    assert evaluate.main(argv) == 0
+    assert evaluate.main([*argv, *flags]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(error) == 1 and "3.png" in error[0] and "--max-pixels" in error[0]
