@@ -118,18 +118,6 @@ def open_inputs(flags, model: Llip) -> tuple:
     return dataset, plain_captions([[fill(PHOTO[0], dataset.classes[label])] for label in dataset.labels])
 
 
-def without_each(model: Llip, keys: Tensor, values: Tensor, text: tuple) -> Tensor:
-    """Logits of one image's captions when one token is removed before the softmax.
-
-    Args:    keys and values (H, M, K), or M + P with all_tokens;  text features of T captions
-    Returns: (M, T), row k without mixture token k
-    """
-    every = torch.arange(keys.shape[1], device=keys.device)
-    rest = torch.stack([every[every != k] for k in range(model.visual.tokens)])  # (M, M - 1)
-    keys, values = (x[:, rest].transpose(0, 1) for x in (keys, values))  # (M, H, M - 1, K)
-    return model.pair_logits((keys, values), text)
-
-
 def measure(model: Llip, tokenizer, dataset, captions: Captions, flags) -> dict[str, Tensor]:
     """One pass over the images.
 
@@ -154,6 +142,8 @@ def measure(model: Llip, tokenizer, dataset, captions: Captions, flags) -> dict[
             parts = {"by_caption": phi.sum(0), "squares": (phi**2).mean(1).sum(0)}
             parts["entropy"] = -(phi * phi.clamp(min=TINY).log()).sum(-1).mean(1).sum(0)
             parts["largest"] = phi.amax(-1).mean(1).sum(0)
+            every = torch.arange(keys.shape[2], device=device)  # M, or M + P with all_tokens
+            rest = torch.stack([every[every != k] for k in range(model.visual.tokens)])  # (M, M - 1)
             sums = {name: sums.get(name, 0) + part / len(dataset) for name, part in parts.items()}
             kept["by_image"].append(phi.mean(1))
             kept["maps"].append(maps.float().cpu())
@@ -161,8 +151,10 @@ def measure(model: Llip, tokenizer, dataset, captions: Captions, flags) -> dict[
                 some = caption[image == i]
                 own_text = tuple(part[some] for part in text)
                 logits = model.pair_logits((keys[row, None], values[row, None]), own_text)  # (1, some)
-                if keys.shape[2] > 1:
-                    logits = torch.cat([logits, without_each(model, keys[row], values[row], own_text)])
+                if len(every) > 1:
+                    # row k without mixture token k: (M, H, M - 1, K) each
+                    others = tuple(side[row][:, rest].transpose(0, 1) for side in (keys, values))
+                    logits = torch.cat([logits, model.pair_logits(others, own_text)])  # (1 + M, some)
                 kept["cosines"].append((logits / model.logit_scale.exp()).t().cpu().double())
                 kept["used"].append(phi[row, some].mean(1).float())
     return sums | {name: torch.cat(parts) for name, parts in kept.items()}
