@@ -140,8 +140,7 @@ class FineTune(LabelMethod):
         super().__init__()
         require_clip(clip)
         if text.dim() != 2 or text.shape[1] != clip.config.embed_dim:
-            wanted = f"(classes, {clip.config.embed_dim})"
-            raise ValueError(f"text features {tuple(text.shape)}: expected {wanted}")
+            raise ValueError(f"text {tuple(text.shape)}: expected (classes, {clip.config.embed_dim})")
         length = text.norm(dim=-1)
         if not torch.allclose(length, torch.ones_like(length), atol=1e-3):
             worst = length[(length - 1).abs().argmax()]

@@ -143,9 +143,7 @@ def check_vocabulary(model: nn.Module, tokenizer) -> None:
         raise ValueError(f"the tokenizer has {own} tokens, the model {wanted}: give --vocab, as in training")
 
 
-def encode_classes(
-    model: nn.Module, tokenizer, classes: list, templates: tuple[str, ...], batch_size=256, precision="fp32"
-):
+def encode_classes(model, tokenizer, classes, templates: tuple[str, ...], batch_size=256, precision="fp32"):
     """Text features of classes: every name in every template, combined by model.ensemble_text.
 
     Radford et al. 2021, section 3.1.4; for Llip, Lavoie et al. 2024, appendix A.

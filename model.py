@@ -119,9 +119,7 @@ class Transformer(nn.Module):
         self.width, self.grad_checkpointing = width, False
         self.resblocks = nn.ModuleList(Block(width, heads, mlp, activation) for _ in range(layers))
 
-    def forward(
-        self, x: Tensor, mask: Mask = None, keep_tokens: KeepTokens = None, before: Callable | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask = None, keep_tokens: KeepTokens = None, before=None) -> Tensor:
         """before(block number, x) -> x changes the input of a block."""
         for number, block in enumerate(self.resblocks):
             x = before(number, x) if before else x

@@ -58,8 +58,7 @@ CACHED_WORDS, CACHED_LENGTH = 2**16, 40  # the cache keeps the first words it me
 
 def clean(text: str) -> str:
     """Normalise text exactly as OpenAI's tokenizer does: mojibake, HTML entities, spaces, case."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return regex.sub(r"\s+", " ", text).strip().lower()
+    return regex.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip().lower()
 
 
 def split(text: str) -> list[str]:
@@ -259,8 +258,7 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
             raise ValueError(f"id {wrong[0]} is outside the vocabulary of {self.vocab_size}")
-        text = b"".join(self.pieces[i] for i in ids).decode("utf-8", errors="replace")
-        return text.replace(WORD_END, " ")
+        return b"".join(self.pieces[i] for i in ids).decode("utf-8", errors="replace").replace(WORD_END, " ")
 
     def __call__(self, texts: str | list[str], context_length: int = 77, strict: bool = False) -> Tensor:
         """Rows of ids for the text tower (B, L): start, text, end, zeros.

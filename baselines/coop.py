@@ -183,8 +183,7 @@ class PromptLearner(LabelMethod):
         """
         if class_tokens is not None and not self.new_classes:
             raise ValueError("class-specific contexts can score the classes of training only")
-        tokens = self.class_tokens if class_tokens is None else self.trim(class_tokens)
-        return self.cosines(images, tokens)
+        return self.cosines(images, self.class_tokens if class_tokens is None else self.trim(class_tokens))
 
     def dual_encoder(self, clip: CLIP | None = None) -> nn.Module:
         return Prompted(self) if clip is None else clip

@@ -39,8 +39,7 @@ class FLYP(LabelMethod):
         self.register_buffer("class_tokens", class_tokens[:, :used], persistent=False)  # (C, L')
 
     def first_loss(self, classes: int, batch_size: int) -> str:
-        value = super().first_loss(batch_size, batch_size)
-        return f"{value}; images of one class in a batch keep the loss above 0"
+        return f"{super().first_loss(batch_size, batch_size)}; images of one class keep it above 0"
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The logged accuracy is among this rank's prompts."""

@@ -71,9 +71,7 @@ class TeS(LabelMethod):
     starts_as = "both heads start at random"
     whole_batch = one_process = True
 
-    def __init__(
-        self, clip: CLIP, text: Tensor, *, tau: float = 0.03, lambda_v: float = 0.2, lambda_t: float = 0.4
-    ):
+    def __init__(self, clip: CLIP, text: Tensor, *, tau=0.03, lambda_v=0.2, lambda_t=0.4):
         super().__init__()
         require_clip(clip)
         if text.dim() != 2:

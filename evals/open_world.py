@@ -19,8 +19,6 @@ import statistics
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
-
 import data
 import evaluate
 from baselines.saved import fine_tuned
@@ -43,9 +41,7 @@ def harmonic(base: float, new: float) -> float:
     return 2 * base * new / (base + new) if base + new else 0.0
 
 
-def evaluate_protocol(
-    model: nn.Module, protocol: Protocol, tokenizer, templates=prompts.PHOTO, **options
-) -> dict:
+def evaluate_protocol(model, protocol: Protocol, tokenizer, templates=prompts.PHOTO, **options) -> dict:
     """Accuracy on every part of a protocol, each among its own class names.
 
     REF: images are resized bilinearly, as in the loaders of CLIPood and AlignCLIP; CLIP's resize is bicubic.

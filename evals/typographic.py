@@ -90,9 +90,7 @@ def note_figures(scores: dict, labels: Tensor, written: Tensor, cosine: bool = T
     return figures
 
 
-def typographic(
-    model: DualEncoder, dataset, tokenizer, templates=prompts.PHOTO, seed: int = 0, **options
-) -> dict:
+def typographic(model: DualEncoder, dataset, tokenizer, templates=prompts.PHOTO, seed=0, **options) -> dict:
     """Evaluates clean images, the same with a blank note, and with a wrong class name on the note.
 
     Args:    options of evaluate.score_rows
