@@ -12,7 +12,7 @@ image_side and text_side are these features: one tensor each for CLIP, a tuple o
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -136,8 +136,9 @@ def resize_positions(
 ) -> Tensor:
     """Interpolates the patch positions of a position embedding to another grid of patches.
 
-    No equation. open_clip uses bicubic interpolation with antialias, the default here; Hugging Face bicubic
-    without; OpenAI's ViT-L/14@336 and CLIP Surgery bilinear. They differ by 4 to 23 % on a smooth grid.
+    No equation. open_clip (model.py, resize_pos_embed) uses bicubic interpolation with antialias, the default
+    here; Hugging Face bicubic without; OpenAI's ViT-L/14@336 and CLIP Surgery bilinear. They differ by 4 to
+    23 % on a smooth grid.
     Args:    positions (extra + P, D), P a square number;  extra: first rows, which are copied
              size: (rows, columns) of the new grid
     Returns: (extra + rows * columns, D); `positions` itself if the grid has this size already
@@ -246,6 +247,15 @@ class DualEncoder(nn.Module):
         """exp(logit_scale) * cosines (+ logit_bias)."""
         logits = self.logit_scale.exp() * cosines
         return logits if self.logit_bias is None else logits + self.logit_bias
+
+    def set_image_size(self, size: int) -> None:
+        """Interpolates the position embeddings for images of `size` pixels.   Raises: ValueError."""
+        if size % self.visual.patch_size:
+            raise ValueError(f"images of {size} pixels are not whole patches of {self.visual.patch_size}")
+        grid = (size // self.visual.patch_size,) * 2
+        positions = resize_positions(self.visual.positional_embedding.detach(), self.visual.tokens, grid)
+        self.visual.positional_embedding = nn.Parameter(positions)
+        self.visual.image_size, self.config = size, replace(self.config, image_size=size)
 
     def set_grad_checkpointing(self, enabled: bool = True) -> None:
         """Recomputes every block in the backward pass: 1/3 more FLOPs, memory of one block per tower."""

@@ -83,8 +83,11 @@ class PairTask(Task):
         super().__init__(c, s)
         self.train, self.tests = pair_data(c)
         self.tokenizer = pair_tokenizer(c, self.train.captions, vocabulary)
-        start = starting_point(c, self.tokenizer.vocab_size)
+        start = replace(CONFIGS[c.model], vocab_size=self.tokenizer.vocab_size)
+        start = load_start(c) if c.init else replace(start, image_size=c.image_size or start.image_size)
         self.model = METHODS[c.method].module.build(s, start, c.batch_size)
+        if c.freeze:
+            freeze(self.model, c)
         self.clip, self.config = self.model, self.model.config
         if (own := self.tokenizer.vocab_size) != self.config.vocab_size:
             both = f"{c.init} has {self.config.vocab_size} token embeddings, the tokenizer {own} tokens"
@@ -223,19 +226,28 @@ def pair_tokenizer(c, captions, vocabulary: Path | None = None) -> Tokenizer:
     return Tokenizer.from_openai() if vocab == "openai" else pretrained.tokenizer_for("", vocab)
 
 
-def starting_point(c, vocab_size: int):
-    """The sizes of --model, for random weights, or the model of --init."""
-    if not c.init:
-        config = CONFIGS[c.model]
-        return replace(config, image_size=c.image_size or config.image_size, vocab_size=vocab_size)
+def load_start(c) -> nn.Module:
+    """The model of --init, for images of --image-size.   Raises: ValueError if it cannot have this size."""
     model = pretrained.load(c.init)
-    check_image_size(c, model.config.image_size)
+    if c.image_size not in (0, model.config.image_size):
+        if getattr(model, "all_tokens", False):
+            raise ValueError(f"--image-size {c.image_size}: {c.init} has matrices of its own for every patch")
+        model.set_image_size(c.image_size)
     return model
 
 
-def check_image_size(c, size: int) -> None:
-    if c.image_size not in (0, size):
-        raise ValueError(f"--image-size {c.image_size}, but {c.init} has {size}: leave it out")
+# the parameters of a tower; the pooling of Llip is in neither
+TOWERS = {"image": ("visual.",), "text": ("transformer.", "token_embedding.", "positional_embedding")}
+TOWERS["text"] += ("ln_final.", "text_projection")
+
+
+def freeze(model: nn.Module, c) -> None:
+    """Keeps a tower of --init as it is: LiT (Zhai et al. 2022, arXiv:2111.07991), which locks the images."""
+    if c.freeze not in TOWERS or not c.init:
+        raise ValueError(f"--freeze {c.freeze}: image or text, the tower of --init that stays as it is")
+    for name, parameter in model.named_parameters():
+        if name.startswith(TOWERS[c.freeze]):
+            parameter.requires_grad_(False)
 
 
 # Fine-tuning on classes -------------------------------------------------------------------------------------
@@ -253,13 +265,12 @@ class LabelTask(Task):
             raise ValueError("--vocab learn: a checkpoint keeps the vocabulary it was trained with")
         self.tokenizer = pair_tokenizer(c, (), vocabulary)
         # all ranks may encode classes together, which NCCL does on GPUs only
-        clip = pretrained.load(c.init).to(distributed.setup(c.device))
+        clip = load_start(c).to(distributed.setup(c.device))
         try:
             require_clip(clip)
         except ValueError as error:
             raise ValueError(f"{c.init}: {error}") from None
         self.clip, self.config = clip, clip.config
-        check_image_size(c, self.config.image_size)
         scene = dict(image_size=self.config.image_size, size=c.train_size, bias=c.bias, test_seed=c.test_seed)
         parts = dict(whole=c.whole_target, shots=c.shots, seed=c.seed, scene=scene)
         self.protocol = protocol.protocol(c.train_data, c.open_task, c.target_domain, **parts, **where_of(c))
@@ -322,7 +333,7 @@ class LabelTask(Task):
     def evaluate(self, model: nn.Module) -> dict[str, dict]:
         """The start, the fine-tuned model, and its average, which is then the reported model."""
         if self.zero_shot is None:
-            start = pretrained.load(self.c.init).to(next(model.parameters()).device)
+            start = load_start(self.c).to(next(model.parameters()).device)
             self.zero_shot = self.score(start if self.mixed else self.model.dual_encoder(start))
         rows = {"zero-shot": self.zero_shot, "fine-tuned": self.score(self.model.dual_encoder())}
         if self.average is not None:

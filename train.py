@@ -48,7 +48,7 @@ class TrainConfig(WhereFlags):
     preset: str = ""  # a published run, which selects its method; listed above
     model: str = "tiny"  # tiny small ViT-S-16 ViT-B-32 ViT-B-16 ViT-L-14 ViT-L-14-336 ViT-H-14 ViT-bigG-14
     init: str = ""  # start from this checkpoint: a path, a run, or a name as ViT-B/32
-    image_size: int = 0  # pixels; 0: the model's own
+    image_size: int = 0  # pixels; 0: the model's own. Positions of --init are interpolated
     # data
     train_data: str = "scenes"  # scenes, broad, a CSV/TSV/JSON/JSONL list, a folder, shards a{00..99}.tar
     vocab: str = ""  # learn, openai, or a vocabulary file; empty: learn for models under 49,408 tokens
@@ -92,6 +92,7 @@ class PairConfig(TrainConfig):
     """The flags of methods that learn from image-caption pairs."""
 
     # pairs
+    freeze: str = ""  # image or text: this tower of --init is not trained (LiT)
     val_data: str = ""  # for retrieval; empty: the training data's own test or val split
     zeroshot_data: str = ""  # classes, or scenes; empty: the labels of the validation data, or scenes
     val_image_root: str = ""  # as --image-root, for --val-data; empty: --image-root

@@ -536,7 +536,7 @@ def test_mistakes_with_prompts_get_one_line(tmp_path, clip, capsys, flags, messa
         (["--batch-size", "7"], "--batch-size 7 is not divisible by 3 source domains: try 6"),
         (["--dry-run"], "--dry-run computes the cost of pre-training, not of --method clipood"),
         (["--vocab", "learn"], "a checkpoint keeps the vocabulary"),
-        (["--image-size", "224"], "has 16"),
+        (["--image-size", "20"], "images of 20 pixels are not whole patches of 8"),
         (["--margin", "-1"], "--margin -1.0: must be in [0, 1,000,000.0]"),
         (
             ["--method", "alignclip", "--guidance-temperature", "0"],
