@@ -33,6 +33,7 @@ from torch import Tensor, nn
 import data
 import pretrained
 from baselines import saved
+from pretrained import check_vocabulary
 from readers import scenes
 from readers import templates as prompts
 from scale import distributed, llip_tiles
@@ -135,12 +136,6 @@ def score_rows(
 def text_options(options: dict) -> dict:
     """The options of score_rows that encode_text and encode_classes also take."""
     return {name: options[name] for name in ("batch_size", "precision") if name in options}
-
-
-def check_vocabulary(model: nn.Module, tokenizer) -> None:
-    """TRAP: a tokenizer of another vocabulary runs without an error and scores like chance."""
-    if (own := tokenizer.vocab_size) != (wanted := model.config.vocab_size):
-        raise ValueError(f"the tokenizer has {own} tokens, the model {wanted}: give --vocab, as in training")
 
 
 def encode_classes(model, tokenizer, classes, templates: tuple[str, ...], batch_size=256, precision="fp32"):

@@ -5,7 +5,6 @@ not in the shapes, and a wrong one loads silently and costs several points: docs
 they come from. No weight may be missing or left.
 """
 
-import inspect
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from util.program import leave, program
 from util.run import read_config as run_config
 from util.text import one_line, printable
 from weights import archive, layouts
-from weights.download import NAMES, canonical_name, fetch
+from weights.download import fetch
 
 CLASSES = {c.__name__: c for c in (CLIP, Llip, PooledTokens)}
 FOLDER_FILES = "checkpoint.pt model.safetensors model.safetensors.index.json open_clip_model.safetensors "
@@ -37,6 +36,9 @@ LLIP_TEMPERATURE = {(768, 512): 5.0, (1024, 768): 1.0, (1280, 1024): 5.0, (1664,
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "module")
 NOT_WEIGHTS = "input_resolution context_length vocab_size position_ids attn_mask n_averaged".split()
 ARGUMENT = {"heads": "mixture_heads", "activation": "quick_gelu"}  # where the names differ
+# what the shapes do not tell, or not always (a size that is no multiple of the patch)
+KNOWN = {"activation": str, "vision_heads": int, "text_heads": int, "image_size": int, "preprocessing": dict}
+KNOWN |= {"heads": int, "temperature": float | int, "pooling": str}
 
 
 def load(
@@ -56,9 +58,9 @@ def load(
              files are QuickGELU), but may not contradict a configuration; the temperature may.
     Returns: CLIP, Llip or PooledTokens in fp32, in eval mode, on the CPU.   Raises: ValueError, OSError.
     """
-    activation = {None: None, True: "quick_gelu", False: "gelu"}[quick_gelu]
-    explicit = {"activation": activation, "vision_heads": vision_heads, "text_heads": text_heads}
-    explicit |= {"heads": mixture_heads, "temperature": temperature, "pooling": pooling}
+    explicit = {"activation": {True: "quick_gelu", False: "gelu"}.get(quick_gelu), "heads": mixture_heads}
+    explicit |= {"vision_heads": vision_heads, "text_heads": text_heads}
+    explicit |= {"temperature": temperature, "pooling": pooling}
     explicit = {key: value for key, value in explicit.items() if value is not None}
     path = locate(source)
     try:
@@ -66,15 +68,20 @@ def load(
         arrays, description = weights(checkpoint)
         layout = layouts.detect(arrays)
         state = layouts.to_openai(checkpoint.tensors(arrays))
-        if description is None:
-            if checkpoint.kind == "TorchScript archive" or layout == "Llip":
-                known = {"activation": "quick_gelu"} | explicit
-            else:
-                known = explicit | layouts.settings_beside(path, layout)
-            description = infer(state, known)
-        description = agree(description, explicit)
+        stated = flat(description or {})
+        if description is not None:
+            stated |= {"temperature": temperature} if temperature else {}
+            known = {"vision_heads": None, "text_heads": None}  # here they are never guessed
+            known |= {key: value for key, value in stated.items() if key in KNOWN}
+        elif checkpoint.kind == "TorchScript archive" or layout == "Llip":
+            known = {"activation": "quick_gelu"} | explicit
+        else:
+            known = explicit | layouts.settings_beside(path, layout)
+        found = infer(state, known)
+        agree(found, explicit, "was given")
+        agree(found, stated, "is in its description")
         with torch.device("meta"), NoStart():
-            model = build(description)
+            model = build(found)
         fill(model, state)
     except (ValueError, LookupError, ArithmeticError, RuntimeError) as error:
         text = printable(one_line(error))
@@ -88,25 +95,22 @@ def load(
 
 def locate(source: str | Path) -> Path:
     """A file, the weights in a folder, or a download."""
-    path, name = Path(source).expanduser(), canonical_name(str(source))
+    path = Path(source).expanduser()
     if path.is_dir():
         found = [path / file for file in FOLDER_FILES.split() if (path / file).exists()]
         if not found:
             raise ValueError(f"{path}: a folder without any of {FOLDER_FILES}")
         return found[0]
-    if path.exists():
-        return path
-    if name in NAMES:
-        return fetch(name)
-    raise ValueError(f"{source}: no such file, and not one of {', '.join(NAMES)}")
+    return path if path.exists() else fetch(str(source))
 
 
 def tokenizer_beside(source: str | Path) -> Tokenizer | None:
-    """The vocabulary that a run of ours keeps with its checkpoint, or None."""
+    """The vocabulary that a run of ours, or a Hugging Face repository, keeps with its checkpoint, or None."""
     path = Path(source).expanduser()
     path = (path if path.is_dir() else path.parent) / "tokenizer.json"
-    # Hugging Face repositories have another file of this name
-    return Tokenizer.load(path) if path.is_file() and is_saved(path) else None
+    if path.is_file() and is_saved(path):
+        return Tokenizer.load(path)
+    return layouts.read_settings(path, layouts.from_huggingface_tokenizer)
 
 
 def tokenizer_for(source: str | Path, vocab: str | None = None) -> Tokenizer:
@@ -114,11 +118,15 @@ def tokenizer_for(source: str | Path, vocab: str | None = None) -> Tokenizer:
     return (not vocab and tokenizer_beside(source)) or open_vocabulary(vocab)
 
 
+def check_vocabulary(model: nn.Module, tokenizer) -> None:
+    """TRAP: a tokenizer of another vocabulary runs without an error and scores like chance."""
+    if (own := tokenizer.vocab_size) != (wanted := model.config.vocab_size):
+        raise ValueError(f"the tokenizer has {own} tokens, the model {wanted}: give --vocab, as in training")
+
+
 def weights(checkpoint: archive.Checkpoint) -> tuple[dict[str, archive.Array], dict | None]:
     """The model's tensors by name, without their wrappers; and the "model" entry of our files, or None."""
-    content, description = entries(checkpoint), None
-    if checkpoint.kind == "TorchScript archive":
-        content = archive.flatten(checkpoint.content)
+    content, description = checkpoint.content, None
     for _ in WRAPPERS:
         entry = content.get("model")
         if "state_dict" in content and isinstance(entry, dict) and "class" in entry:
@@ -129,11 +137,6 @@ def weights(checkpoint: archive.Checkpoint) -> tuple[dict[str, archive.Array], d
     if not arrays:
         raise ValueError("no state dict in it: save model.state_dict()")
     return arrays, description
-
-
-def entries(checkpoint: archive.Checkpoint) -> dict:
-    """The content of a checkpoint; empty if it is not a dict."""
-    return checkpoint.content if isinstance(checkpoint.content, dict) else {}
 
 
 def more_than_clip(task: object, config: dict) -> str:
@@ -149,6 +152,10 @@ def more_than_clip(task: object, config: dict) -> str:
 
 def infer(state: dict[str, Tensor], known: dict, config: Config | None = None) -> dict:
     """The description of a model from its shapes and known properties.   Raises: ValueError."""
+    for key, value in known.items():
+        number = KNOWN[key] not in (str, dict)
+        if not isinstance(value, KNOWN[key]) or value is True or (number and not 0 < value < 1e9):
+            raise ValueError(f"{ARGUMENT.get(key, key)} is {archive.short(value)}")
     config = config or read_config(state, known)
     found = {"class": "CLIP", "config": asdict(config)}
     if {"k_proj", "q_proj"} <= state.keys():
@@ -160,8 +167,8 @@ def infer(state: dict[str, Tensor], known: dict, config: Config | None = None) -
     elif state["visual.proj"].dim() == 3:
         found |= {"class": "PooledTokens", "mixture_tokens": len(state["visual.proj"])}
         found["pooling"] = known.get("pooling", "learned" if "query" in state else None)
-        if found["pooling"] == "learned":
-            found |= {key: known.get(key) for key in ("heads", "temperature")}
+        used = ("heads", "temperature") if found["pooling"] == "learned" else ()
+        found |= {key: known.get(key) for key in ("heads", "temperature") if key in used or key in known}
     if unknown := [ARGUMENT.get(k, k) for k in found if found[k] is None]:
         text = f"{' and '.join(unknown)} of this {found['class']}"
         raise ValueError(f"{text} cannot be read from the weights: give the value of the training")
@@ -196,13 +203,13 @@ def read_config(state: dict[str, Tensor], known: dict) -> Config:
     side = math.isqrt(max(positions[0] - tokens, 0))
     if side == 0 or side**2 != positions[0] - tokens:
         raise ValueError(f"{positions[0]} image positions: not {tokens} tokens and a square of patches")
-    if "activation" not in known:
+    if known.get("activation") not in ("quick_gelu", "gelu"):
         text = "the activation is not in the weights, and a wrong one costs accuracy: quick_gelu=True, "
         text += "--quick-gelu (OpenAI, MetaCLIP, DFN), or False, --no-quick-gelu (most others)"
         raise ValueError(text)
-    size = side * conv1[-1]
-    if known.get("size") not in (None, size):
-        raise ValueError(f"images of {known['size']} pixels by the files beside it, {size} by its weights")
+    size = known.get("image_size", side * conv1[-1])
+    if size // conv1[-1] != side:
+        raise ValueError(f"image_size {size}, but the weights are for {side * conv1[-1]} pixels")
     return Config(
         embed_dim=shape("text_projection", 2)[1],
         image_size=size,
@@ -210,21 +217,26 @@ def read_config(state: dict[str, Tensor], known: dict) -> Config:
         context_length=shape("positional_embedding", 2)[0],
         vocab_size=words[0],
         activation=known["activation"],
-        preprocessing=known.get("preprocessing", {}),
+        preprocessing=layouts.check_preprocessing(known.get("preprocessing", {})),
         **tower("vision", "visual.transformer.resblocks.", conv1[0]),
         **tower("text", "transformer.resblocks.", words[1]),
     )
 
 
-def agree(description: dict, explicit: dict) -> dict:
-    """The description with an explicit temperature.   Raises: ValueError if other arguments contradict it."""
-    config = description.get("config")
-    stated = description | (config if isinstance(config, dict) else {})
-    for key, value in explicit.items():
-        name = ARGUMENT.get(key, key)
-        if key not in stated or (key != "temperature" and stated[key] != value):
-            raise ValueError(f"{name}: the checkpoint says {short(stated.get(key))}, {value} was given")
-    return description | {key: explicit[key] for key in explicit if key == "temperature"}
+def flat(description: dict) -> dict:
+    """All values of a description, with those of its config in place of it."""
+    # older checkpoints say "shared": False, a variant of Llip that was never published
+    rest = {k: v for k, v in description.items() if k != "config" and (k != "shared" or v is not False)}
+    return rest | (description["config"] if isinstance(description.get("config"), dict) else {})
+
+
+def agree(description: dict, stated: dict, where: str) -> None:
+    """Raises: ValueError if a stated value is not that of the description."""
+    found = flat(description)
+    for key, value in stated.items():
+        if key not in found or type(value) is not type(found[key]) or value != found[key]:
+            both = f"{archive.short(found.get(key))}, {value if key in ARGUMENT else archive.short(value)}"
+            raise ValueError(f"{ARGUMENT.get(key, key)!s:.40}: the checkpoint says {both} {where}")
 
 
 def describe(model: DualEncoder) -> dict:
@@ -236,49 +248,9 @@ def describe(model: DualEncoder) -> dict:
 
 
 def build(description: dict) -> DualEncoder:
-    """The model of a description, with random weights.
-
-    Raises: ValueError for an unknown class, and for a missing, unknown or absurd value.
-    """
-    # older checkpoints say "shared": False, a variant of Llip that was never published
-    arguments = {k: v for k, v in description.items() if k != "shared" or v is not False}
-    name, config = arguments.pop("class", None), arguments.pop("config", None)
-    if type(name) is not str or name not in CLASSES or not isinstance(config, dict):
-        raise ValueError(f"model description: class {short(name)}, expected {', '.join(CLASSES)}")
-
-    sizes = inspect.signature(Config).parameters
-    check("config's ", config, sizes, [key for key in sizes if key != "preprocessing"])  # older files lack it
-    own = {"preprocessing": layouts.check_preprocessing(config.get("preprocessing", {}))}
-    parameters = {k: p for k, p in inspect.signature(CLASSES[name]).parameters.items() if k != "config"}
-    needed = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
-    check("", arguments, parameters, needed)
-    return CLASSES[name](Config(**config | own), **arguments)
-
-
-def check(place: str, values: dict, parameters: dict, needed: list[str]) -> None:
-    """Raises: ValueError for a value that is unknown, missing, or of the wrong type or size."""
-    for key, value in values.items():
-        if key not in parameters or not plausible(key, value, parameters[key].annotation):
-            raise ValueError(f"model description: {place}{key!s:.40} is {short(value)}")
-    if missing := [key for key in needed if key not in values]:
-        raise ValueError(f"model description: {place}{missing[0]} is missing")
-
-
-def plausible(key: str, value: object, kind: object) -> bool:
-    """Whether a value has the type of a parameter, and a size that a model can have."""
-    if kind is int:
-        return type(value) is int and 1 <= value <= (512 if key.endswith(("layers", "heads")) else 2**20)
-    if kind in (bool, str):
-        return type(value) is kind and (key != "activation" or value in ("quick_gelu", "gelu"))
-    if value is None or kind is dict:
-        return kind == float | None or isinstance(value, dict)
-    return type(value) in (int, float) and abs(value) < 1e9 and (value > 0 or key == "bias")
-
-
-def short(value: object) -> str:
-    """For messages. TRAP: the repr of a container in a hostile file can be larger than memory."""
-    plain = isinstance(value, (str, int, float, bool, type(None)))
-    return f"{value!a:.40}" if plain else f"a {getattr(value, 'name', type(value).__name__)!s:.40}"
+    """The model of a description, with random weights."""
+    others = {key: value for key, value in description.items() if key not in ("class", "config")}
+    return CLASSES[description["class"]](Config(**description["config"]), **others)
 
 
 class NoStart(TorchFunctionMode):
@@ -305,11 +277,12 @@ def fill(model: nn.Module, state: dict[str, Tensor]) -> None:
     model.load_state_dict(state, assign=True)
 
 
-def save(model: DualEncoder, path: str | Path, layout: str = "openai") -> Path:
+def save(model: DualEncoder, path: str | Path, layout="openai", tokenizer: Tokenizer | None = None) -> Path:
     """Writes a checkpoint in fp32 that load reads, atomically.
 
     Args: layout "openai": one file {"state_dict": OpenAI's names, "model": describe(model)}, which
-          open_clip reads too; "huggingface": a folder for transformers.CLIPModel.from_pretrained.
+          open_clip reads too; "huggingface": a folder for transformers.CLIPModel.from_pretrained, and with
+          the tokenizer also for CLIPProcessor.from_pretrained.
     """
     path, description = Path(path), describe(model)
     state = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in model.state_dict().items()}
@@ -320,8 +293,11 @@ def save(model: DualEncoder, path: str | Path, layout: str = "openai") -> Path:
     elif layout == "huggingface":
         if description["class"] != "CLIP" or "logit_bias" in state:
             raise ValueError(f"{path}: Hugging Face's layout holds a CLIP without logit_bias only")
+        if tokenizer is not None:
+            check_vocabulary(model, tokenizer)
         path.mkdir(parents=True, exist_ok=True)
-        write_json(path / "config.json", layouts.to_huggingface_config(model.config))
+        for name, content in layouts.to_huggingface_files(model.config, tokenizer).items():
+            write_json(path / name, content)
         with replacing(path / "model.safetensors") as file:
             layouts.write_safetensors(layouts.to_huggingface(state), file)
     else:
@@ -334,6 +310,7 @@ class Flags(LoadFlags):
     checkpoint: str  # file, folder, or a name as ViT-B/32
     to: str = ""  # convert to this layout: openai or huggingface
     out: str = ""  # file (openai) or folder (huggingface) to write
+    vocab: str = ""  # huggingface: write this vocabulary (default: the one beside it, else OpenAI's)
 
 
 @program
@@ -346,13 +323,15 @@ def main(argv: list[str]) -> None:
     checkpoint = archive.read(locate(source))
     arrays, description = weights(checkpoint)
     found = {"file": checkpoint.path, "format": checkpoint.kind}
-    found |= {"layout": "ours" if description else layouts.detect(arrays)} | describe(model)
-    found |= found.pop("config") | {"preprocessing": model.config.preprocessing or "as OpenAI's"}
+    found |= {"layout": "ours" if description else layouts.detect(arrays)} | flat(describe(model))
+    found["preprocessing"] = model.config.preprocessing or "as OpenAI's"
     found |= {"parameters": f"{sum(p.numel() for p in model.parameters()):,}"}
     if to:
-        if reason := more_than_clip(entries(checkpoint).get("task"), run_config(source)):
+        if reason := more_than_clip(checkpoint.content.get("task"), run_config(source)):
             raise ValueError(f"{source}: {reason}, so {to}'s layout cannot hold it: use evaluate.open_model")
-        found["written"] = save(model, out, to)
+        beside = flags.vocab or tokenizer_beside(source) or model.config.vocab_size == 49408
+        tokenizer = tokenizer_for(source, flags.vocab) if beside and to == "huggingface" else None
+        found["written"] = save(model, out, to, tokenizer)
     for name, value in found.items():
         print(f"{name:15} {value}")
 

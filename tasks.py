@@ -86,12 +86,9 @@ class PairTask(Task):
         start = replace(CONFIGS[c.model], vocab_size=self.tokenizer.vocab_size)
         start = load_start(c) if c.init else replace(start, image_size=c.image_size or start.image_size)
         self.model = METHODS[c.method].module.build(s, start, c.batch_size)
-        if c.freeze:
-            freeze(self.model, c)
+        freeze(self.model, c)
         self.clip, self.config = self.model, self.model.config
-        if (own := self.tokenizer.vocab_size) != self.config.vocab_size:
-            both = f"{c.init} has {self.config.vocab_size} token embeddings, the tokenizer {own} tokens"
-            raise ValueError(f"{both}: name its vocabulary with --vocab")
+        pretrained.check_vocabulary(self.model, self.tokenizer)
         rows = c.batch_size // distributed.world_size()
         llip_tiles.select(self.model, getattr(s, "pairs", "auto"), rows, c.batch_size)
         alone = distributed.world_size() == 1 and c.accumulate == 1
@@ -237,17 +234,16 @@ def load_start(c) -> nn.Module:
 
 
 # the parameters of a tower; the pooling of Llip is in neither
-TOWERS = {"image": ("visual.",), "text": ("transformer.", "token_embedding.", "positional_embedding")}
-TOWERS["text"] += ("ln_final.", "text_projection")
+TOWERS = {"": (), "image": ("visual.",)}
+TOWERS["text"] = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
 
 
 def freeze(model: nn.Module, c) -> None:
     """Keeps a tower of --init as it is: LiT (Zhai et al. 2022, arXiv:2111.07991), which locks the images."""
-    if c.freeze not in TOWERS or not c.init:
+    if c.freeze not in TOWERS or (c.freeze and not c.init):
         raise ValueError(f"--freeze {c.freeze}: image or text, the tower of --init that stays as it is")
     for name, parameter in model.named_parameters():
-        if name.startswith(TOWERS[c.freeze]):
-            parameter.requires_grad_(False)
+        parameter.requires_grad_(not name.startswith(TOWERS[c.freeze]))
 
 
 # Fine-tuning on classes -------------------------------------------------------------------------------------

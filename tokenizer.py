@@ -199,13 +199,17 @@ class Tokenizer:
         del words[START], words[END]
         return cls(learn_merges(words, vocab_size - 514))
 
-    def save(self, path: str | Path) -> None:
-        """Write the merges as OpenAI's file does: one "left right" per line below a header."""
-        names, lines = list(NAMES), [HEADER.format(len(self.merges))]
+    def spelled(self) -> tuple[list[str], list[str]]:
+        """The merges, each as "left right", and the name of each id, both spelled as in OpenAI's file."""
+        names, lines = list(NAMES), []
         for left, right in self.merges:
             lines.append(f"{names[left]} {names[right]}")
             names.append(names[left] + names[right])
-        write_text(path, "\n".join([*lines, ""]))
+        return lines, [*names, START, END]
+
+    def save(self, path: str | Path) -> None:
+        """Write the merges as OpenAI's file does: one "left right" per line below a header."""
+        write_text(path, "\n".join([HEADER.format(len(self.merges)), *self.spelled()[0], ""]))
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":

@@ -144,6 +144,5 @@ def is_tiny(source: str) -> bool:
     if not Path(source).exists():
         return False  # a name to download
     _, description = pretrained.weights(archive.read(pretrained.locate(source)))
-    config = (description or {}).get("config")
-    width = config.get("vision_width") if isinstance(config, dict) else None
+    width = pretrained.flat(description or {}).get("vision_width")
     return isinstance(width, int) and width < methods.TINY_WIDTH

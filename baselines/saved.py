@@ -61,7 +61,7 @@ def read(source: str) -> Saved:
     if not Path(source).expanduser().exists():
         return Saved(source, {}, {})
     checkpoint, config = archive.read(pretrained.locate(source)), read_config(source)
-    task = pretrained.entries(checkpoint).get("task")
+    task = checkpoint.content.get("task")
     task = task if isinstance(task, dict) else {}
     learned = task.get("learned")
     learned = checkpoint.tensors(learned) if isinstance(learned, dict) else {}

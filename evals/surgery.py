@@ -340,8 +340,7 @@ def main(argv: list[str]) -> None:
     square = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
     with torch.no_grad():
         own = data.preprocess_of(model.config)
-        pixels = data.normalise(square, own.mean, own.std)  # (3, S, S)
-        maps = heat_maps(model, pixels, tokens, flags.method, blank)
+        maps = heat_maps(model, data.normalise(square, own.mean, own.std), tokens, flags.method, blank)
     labels = [Path(flags.image).name, *flags.texts]
     map_sheet(out, [(image, maps, labels)], f"{method}, {Path(flags.model).name}, {size} pixels")
     print(f"{out}: {len(flags.texts)} texts, {method}")

@@ -92,7 +92,6 @@ def test_open_clip_config(tmp_path):
         (processor(resample=2), {"mean": MEAN, "std": STD, "interpolation": "bilinear"}),
         (processor(size={"height": 16, "width": 16}), {"mean": MEAN, "std": STD, "resize_mode": "squash"}),
         (processor(size=16, crop_size=16), {"mean": MEAN, "std": STD}),  # older files
-        (processor(do_normalize=False), {"mean": [0, 0, 0], "std": [1, 1, 1]}),
         (processor(image_mean=data.MEAN, image_std=data.STD), {}),
     ],
 )
@@ -135,15 +134,15 @@ def test_the_tag_of_laions_large_model(tmp_path, name):
 OPEN_CLIP = [
     ({"resize_mode": "longest"}, "resize_mode 'longest' is not supported"),
     ({"interpolation": "random"}, "interpolation 'random' is not supported"),
-    ({"interpolation": ["bicubic"]}, "interpolation 'list' is not supported"),
+    ({"interpolation": ["bicubic"]}, "interpolation a list is not supported"),
     ({"mode": "L"}, "mode 'L' is not supported"),
     ({"size": [16, 24]}, "only one square size"),
-    ({"size": 24}, "24 pixels by the files beside it, 16 by its weights"),
+    ({"size": 24}, "image_size 24, but the weights are for 16 pixels"),
     ({"mean": 0.5}, "mean is not a list of three numbers"),
     ({"mean": [0.5, 0.5]}, "mean is not a list"),
     ({"mean": [0.5, 0.5, "x"]}, "mean is not a list"),
-    ({"mean": [0.5, 0.5, float("nan")]}, "mean .* cannot normalise"),
-    ({"std": [0.5, 0.0, 0.5]}, "std .* cannot normalise"),
+    ({"mean": [0.5, 0.5, float("nan")]}, "mean is not a list"),
+    ({"std": [0.5, 0.0, 0.5]}, "std is not a list"),
     ({"gamma": 2.2}, "gamma"),
 ]
 PROCESSORS = [
@@ -153,8 +152,9 @@ PROCESSORS = [
     ({"size": {"longest_edge": 16}}, "longest_edge"),
     ({"do_center_crop": False}, "do_center_crop False"),
     ({"do_rescale": False}, "do_rescale False"),
+    ({"do_normalize": False}, "do_normalize False"),
     ({"rescale_factor": 1.0}, "rescale_factor 1.0"),
-    ({"size": {"shortest_edge": 24}, "crop_size": 24}, "24 pixels by the files"),
+    ({"size": {"shortest_edge": 24}, "crop_size": 24}, "image_size 24, but"),
     ({"size": "16"}, "only one square size"),
     ({"image_std": {}}, "std is not a list"),
 ]
@@ -267,5 +267,3 @@ def test_both_layouts_and_the_program_keep_it(tmp_path, capsys):
     assert "preprocessing   {'mean': [0.1, 0.2, 0.3]" in capsys.readouterr().out
     assert pretrained.main([str(pretrained.save(model_of(), tmp_path / "y.pt"))]) == 0
     assert "preprocessing   as OpenAI's" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="mean"):
-        pretrained.build({"class": "CLIP", "config": pretrained.describe(model_of(mean=[1]))["config"]})

@@ -59,6 +59,12 @@ class Stub:
         self.name, self.state = name, None
 
 
+def short(value: object) -> str:
+    """For messages. TRAP: the repr of a container in a hostile file can be larger than memory."""
+    plain = isinstance(value, (str, int, float, bool, type(None)))
+    return f"{value!a:.40}" if plain else f"a {getattr(value, 'name', type(value).__name__)!s:.40}"
+
+
 @dataclass(frozen=True)
 class Array:
     """A tensor that is still in the file; offset and stride count elements of its storage."""
@@ -85,7 +91,7 @@ class Checkpoint:
 
     path: Path
     kind: str  # "TorchScript archive", "torch.save file" or "safetensors"
-    content: object = None
+    content: dict = field(default_factory=dict)
     spans: dict = field(default_factory=dict)  # storage key -> (file, first byte, bytes, crc or None)
     size: int = 0  # bytes of all its files
 
@@ -148,7 +154,7 @@ def read(path: str | Path, index: bool = True) -> Checkpoint:
             if type(error) is not ValueError:
                 text = f"not readable, damaged or hostile ({type(error).__name__}: {text:.120})"
             raise ValueError(f"{path}: {text}") from error
-    found.size = size
+    found.size, found.content = size, found.content if isinstance(found.content, dict) else {}
     return found
 
 
@@ -190,8 +196,9 @@ def read_zip(path: Path, file, size: int) -> Checkpoint:
     if root + "byteorder" in spans and read_span(*spans.pop(root + "byteorder")) != b"little":
         raise ValueError("written on a big-endian machine: not supported")
     content = read_pickle(BytesIO(read_span(*spans[root + "data.pkl"])), root + "data/")
-    kind = "TorchScript archive" if root + "constants.pkl" in members else "torch.save file"
-    return Checkpoint(path, kind, content, spans)
+    script = root + "constants.pkl" in members
+    content = flatten(content) if script else content
+    return Checkpoint(path, "TorchScript archive" if script else "torch.save file", content, spans)
 
 
 def read_legacy(path: Path, file) -> Checkpoint:

@@ -1,7 +1,6 @@
 """Released weights by name: downloaded once, continued after an interruption, and verified.
 
-OpenAI's files have known hashes and go where OpenAI's own code keeps them, ~/.cache/clip. Meta published no
-hashes for the Llip files. If several processes need a file, one of them downloads it and the others wait.
+OpenAI's files have known hashes and go where OpenAI's own code keeps them. Meta published none for Llip's.
 """
 
 import hashlib
@@ -32,19 +31,15 @@ NAMES = {
 }
 
 
-def canonical_name(name: str) -> str:
-    """OpenAI's spelling ViT-L/14@336px to ViT-L-14-336."""
-    return name.replace("/", "-").replace("@", "-").removesuffix("px")
-
-
 def fetch(name: str, folder: Path = CACHE) -> Path:
     """The file of a released model, from the cache or the network.
 
     Raises: ValueError for an unknown name and for a damaged file in the cache; OSError as download.
     """
-    if canonical_name(name) not in NAMES:
-        raise ValueError(f"{name!a:.60}: not one of {', '.join(NAMES)}")
-    sha256, filename = NAMES[canonical_name(name)]
+    known = name.replace("/", "-").replace("@", "-").removesuffix("px")  # OpenAI's spelling ViT-L/14@336px
+    if known not in NAMES:
+        raise ValueError(f"{name}: no such file, and not one of {', '.join(NAMES)}")
+    sha256, filename = NAMES[known]
     path = Path(folder).expanduser() / filename
     if not path.exists():
         if not sha256:

@@ -1,11 +1,4 @@
-"""Parameter names and configurations of other projects, turned into OpenAI's names, which are ours.
-
-layout        names                                  change
-OpenAI        unchanged                              -
-open_clip     text. before the text tower's names    removed (CustomTextCLIP)
-Hugging Face  text_model., vision_model.             in_proj stacked, projections transposed
-Llip          k_proj, q_proj, pred.out_proj          the names of the first release are updated
-"""
+"""Names, shapes and files of other projects, turned into OpenAI's, which are ours, and back."""
 
 import json
 import re
@@ -18,12 +11,13 @@ from torch import Tensor
 
 from model import Config
 from readers.images import FILTERS, MEAN, STD
+from tokenizer import END, START, Tokenizer, parse_merges
 from util.files import read_text
 from util.text import one_line
 from weights import archive
 
-# Hugging Face's names and OpenAI's: the beginnings, then the parts of a block
-BEGINNINGS = (
+# Parts of Hugging Face's names and of OpenAI's; an earlier one is replaced first
+NAMES = (
     ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
     ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
     ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
@@ -36,9 +30,9 @@ BEGINNINGS = (
     ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
     ("text_model.final_layer_norm.", "ln_final."),
     ("text_projection.weight", "text_projection"),
+    *(("self_attn.out_proj", "attn.out_proj"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2")),
+    *(("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")),
 )
-INSIDE = (("self_attn.out_proj", "attn.out_proj"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"))
-INSIDE += (("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"))
 TRANSPOSED = ("visual.proj", "text_projection")  # nn.Linear holds the transpose
 # Options of open_clip that do not change what these towers compute
 OPEN_CLIP_OPTIONS = "width layers heads head_width mlp_ratio image_size patch_size patch_dropout "
@@ -81,7 +75,7 @@ def to_openai(state: dict[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"{name} holds NaN or infinite values: its training had diverged")
     if layout == "Hugging Face":
         found = from_huggingface(found)
-    if layout == "Llip":
+    if layout == "Llip":  # names of the first release
         if "out_proj" in found:
             found["pred.out_proj"] = found.pop("out_proj")
         if (first := found.get("visual.class_embedding", torch.empty(0, 0))).dim() == 1:
@@ -91,10 +85,7 @@ def to_openai(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def translate(name: str, to: int) -> str:
     """Hugging Face's name to OpenAI's (to = 1), or back (to = 0)."""
-    for pair in BEGINNINGS:
-        if name.startswith(pair[1 - to]):
-            name = pair[to] + name[len(pair[1 - to]) :]
-    for pair in INSIDE:
+    for pair in NAMES:
         name = name.replace(pair[1 - to], pair[to])
     return name
 
@@ -138,13 +129,13 @@ def read_settings(path: Path, convert: Callable) -> dict | None:
 
 def settings_beside(path: Path, layout: str) -> dict:
     """Activation, heads and preprocessing by the files in a checkpoint's folder.   Raises: ValueError."""
+    own, theirs = "open_clip_config.json", ["preprocessor_config.json", "processor_config.json"]
     if layout == "Hugging Face":
-        found, names = read_settings(path.parent / "config.json", from_huggingface_config), [*STATED]
+        found, names = read_settings(path.parent / "config.json", from_huggingface_config), [*theirs, own]
     else:
-        found = read_settings(path.parent / "open_clip_config.json", from_open_clip_config)
-        names = [*reversed(STATED)]
+        found, names = read_settings(path.parent / own, from_open_clip_config), [own, *theirs]
+    stated = (read_settings(path.parent / name, preprocessing_of) for name in names)
     half = {"mean": [0.5] * 3, "std": [0.5] * 3} if HALF in path.name.lower().replace("-", "_") else {}
-    stated = (read_settings(path.parent / name, STATED[name]) for name in names)
     return (found or {}) | next(filter(None, stated), {"preprocessing": half})
 
 
@@ -176,51 +167,47 @@ def from_open_clip_config(settings: dict) -> dict:
     return heads | {"activation": "quick_gelu" if settings.get("quick_gelu", False) else "gelu"}
 
 
-def from_open_clip_preprocessing(settings: dict) -> dict | None:
-    """The preprocess_cfg of open_clip_config.json; missing values are OpenAI's."""
+def preprocessing_of(settings: dict) -> dict | None:
+    """The size and the preprocessing that a file states; missing values are OpenAI's; None without any."""
+    if "model_cfg" not in settings:
+        return from_huggingface_preprocessing(settings.get("image_processor", settings))
     if (own := settings.get("preprocess_cfg")) is None:
         return None
     size, mode, _ = own.pop("size", None), own.pop("mode", "RGB"), own.pop("fill_color", 0)
     if mode != "RGB":
         raise ValueError(f"mode {mode!a:.40} is not supported, only RGB")
-    return {"size": one_size(size), "preprocessing": check_preprocessing(own)}
+    return stated(own, size)
 
 
-def from_huggingface_preprocessing(settings: dict) -> dict | None:
-    """transformers' CLIPImageProcessor; missing values have its defaults, which are OpenAI's."""
-    settings = settings.get("image_processor", settings)
-    if settings.keys() <= {"processor_class", "auto_map"}:
-        return None  # an older processor_config.json
+def from_huggingface_preprocessing(settings: dict) -> dict:
+    """transformers' CLIPImageProcessor, whose defaults are OpenAI's values."""
     kind = settings.get("image_processor_type", settings.get("feature_extractor_type", "CLIP"))
     if not str(kind).startswith("CLIP"):
         raise ValueError(f"image processor {kind!a:.40} is not supported, only CLIPImageProcessor")
-    size, crop = settings.get("size", 224), settings.get("crop_size", 224)
+    size, cut = settings.get("size"), settings.get("do_center_crop", True)
     squash = isinstance(size, dict) and "height" in size
     if isinstance(size, dict) and not squash and [*size] != ["shortest_edge"]:
         raise ValueError(f"size {[*size]!a:.60} is not supported, only shortest_edge, or height and width")
-    for flag in ("do_resize", "do_rescale") if squash else ("do_resize", "do_rescale", "do_center_crop"):
-        if not settings.get(flag, True):
-            raise ValueError(f"{flag} {settings[flag]!a:.20} is not supported")
-    if abs(255 * settings.get("rescale_factor", 1 / 255) - 1) > 1e-6:
-        raise ValueError(f"rescale_factor {settings['rescale_factor']!a:.20} is not supported, only 1 / 255")
+    steps = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
+    steps |= {"do_center_crop": cut if squash else True, "rescale_factor": 1 / 255}
+    for step, value in steps.items():
+        if settings.get(step, value) != value:
+            raise ValueError(f"{step} {settings[step]!a:.20} is not supported, only {value}")
     own = {"resize_mode": "squash" if squash else "shortest"}
     own |= {"mean": settings.get("image_mean"), "std": settings.get("image_std")}
-    if not settings.get("do_normalize", True):
-        own |= {"mean": [0, 0, 0], "std": [1, 1, 1]}
     resample = settings.get("resample", FILTERS["bicubic"])
     own["interpolation"] = next((name for name, number in FILTERS.items() if number == resample), resample)
-    sizes = (size, crop) if settings.get("do_center_crop", True) else (size,)
-    return {"size": one_size(*sizes), "preprocessing": check_preprocessing(own)}
+    return stated(own, size, settings.get("crop_size") if cut else None)
 
 
-def one_size(*sizes) -> int | None:
-    """The side of the square that these sizes have in common; None if no size is given."""
+def stated(values: dict, *sizes) -> dict:
+    """Preprocessing, and the side of the square that all given sizes have in common.   Raises: ValueError."""
     sides = set()
-    for size in sizes:
+    for size in filter(None, sizes):
         sides |= {*size.values()} if isinstance(size, dict) else {*size} if isinstance(size, list) else {size}
-    if len(sides) != 1:
+    if len(sides) > 1:
         raise ValueError(f"{' and '.join(map(str, sides)):.60} pixels: only one square size is supported")
-    return sides.pop()
+    return {"preprocessing": check_preprocessing(values)} | ({"image_size": sides.pop()} if sides else {})
 
 
 def check_preprocessing(values: dict) -> dict:
@@ -228,29 +215,53 @@ def check_preprocessing(values: dict) -> dict:
     if unknown := [str(name)[:40] for name in values if name not in OPENAI]:
         raise ValueError(f"preprocessing {', '.join(unknown[:3])!a} is not supported by this implementation")
     found = {name: x for name, x in values.items() if x not in (None, OPENAI[name])}
-    for name in ("mean", "std"):
-        x = found.get(name, OPENAI[name])
-        if not isinstance(x, list) or [type(number) in (int, float) for number in x] != [True] * 3:
-            raise ValueError(f"{name} is not a list of three numbers")
-        if not all(abs(number) < 1e3 for number in x) or (name == "std" and min(x) <= 0):
-            raise ValueError(f"{name} {x!a:.80} cannot normalise an image")
     for name, choices in (("interpolation", [*FILTERS]), ("resize_mode", ["shortest", "squash"])):
         if (value := found.get(name, choices[0])) not in choices:
-            shown = value if isinstance(value, (str, int)) else type(value).__name__
-            raise ValueError(f"{name} {shown!a:.40} is not supported, only {' and '.join(choices)}")
+            raise ValueError(f"{name} {archive.short(value)} is not supported, only {' and '.join(choices)}")
+    for name, least in (("mean", -1e3), ("std", 1e-6)):
+        x = found.get(name, OPENAI[name])
+        if not isinstance(x, list) or [type(n) in (int, float) and least < n < 1e3 for n in x] != [True] * 3:
+            raise ValueError(f"{name} is not a list of three numbers that can normalise an image")
     return found
 
 
-# The files that state the preprocessing; beside Hugging Face's weights the first one counts, else the last
-STATED = dict.fromkeys(("preprocessor_config.json", "processor_config.json"), from_huggingface_preprocessing)
-STATED["open_clip_config.json"] = from_open_clip_preprocessing
+def to_huggingface_files(c: Config, tokenizer: Tokenizer | None) -> dict[str, dict]:
+    """The files beside the weights, for transformers' CLIPModel and, with a tokenizer, CLIPProcessor.
+
+    huggingface.json holds what is the same for every model. TRAP: a padding token is special everywhere: with
+    "!", which has id 0, a typed "!" would become id 0 too.
+    """
+    files = json.loads(Path(__file__).with_name("huggingface.json").read_text(encoding="utf-8"))
+    own, square = OPENAI | c.preprocessing, {"height": c.image_size, "width": c.image_size}
+    size = square if own["resize_mode"] == "squash" else {"shortest_edge": c.image_size}
+    images = {"size": size, "crop_size": square, "resample": int(FILTERS[own["interpolation"]])}
+    files["preprocessor_config.json"] |= images | {"image_mean": own["mean"], "image_std": own["std"]}
+    files["config.json"] = to_huggingface_config(c)
+    files["tokenizer_config.json"]["model_max_length"] = c.context_length
+    if tokenizer is None:
+        return {name: content for name, content in files.items() if not name.startswith("tokenizer")}
+    (merges, names), whole = tokenizer.spelled(), files["tokenizer.json"]
+    whole["model"] |= {"merges": merges, "vocab": {name: i for i, name in enumerate(names)}}
+    whole["post_processor"] |= {"cls": [START, tokenizer.start], "sep": [END, tokenizer.end]}
+    return files
+
+
+def from_huggingface_tokenizer(settings: dict) -> Tokenizer:
+    """A tokenizer.json of transformers.   Raises: ValueError if it is not laid out as CLIP's."""
+    merges, vocab = settings["model"]["merges"], settings["model"]["vocab"]
+    lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+    found = Tokenizer(parse_merges(lines, "merges"))
+    if vocab != {name: i for i, name in enumerate(found.spelled()[1])}:
+        raise ValueError("its vocabulary is not laid out as CLIP's: name another one with --vocab")
+    return found
 
 
 def to_huggingface_config(c: Config) -> dict:
     """A config.json for transformers.CLIPModel. Its other values have transformers' defaults."""
     text = {"vocab_size": c.vocab_size, "max_position_embeddings": c.context_length}
     # TRAP: an end token of 2 means argmax pooling to transformers, any other its first occurrence
-    text |= {"bos_token_id": c.vocab_size - 2, "eos_token_id": c.vocab_size - 1, "pad_token_id": 0}
+    text |= dict.fromkeys(("eos_token_id", "pad_token_id"), c.vocab_size - 1)
+    text["bos_token_id"] = c.vocab_size - 2
     vision = {"image_size": c.image_size, "patch_size": c.patch_size}
     names = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
     for tower, found in (("text", text), ("vision", vision)):
