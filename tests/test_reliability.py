@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from reliability import fuzz, outputs
+from reliability import fuzz, outputs, streams
 from reliability import run as reliability
 
 from baselines.methods import METHODS
@@ -59,6 +59,16 @@ def test_ctrl_c(tmp_path, place):
     assert found["tried"] > 10 and not found["failures"]
 
 
+def test_streams_signals_and_odd_values(tmp_path):
+    (tmp_path / "s").mkdir()
+    assert streams.signals(tmp_path / "s", ("SIGXCPU",)) == 1
+    assert streams.streams(tmp_path, (">&-",)) == 1
+
+
+def test_odd_values(tmp_path):
+    assert streams.nonsense(tmp_path, ("llip",), every=25) > 5
+
+
 @pytest.mark.parametrize("name", fuzz.FORMATS)
 def test_mutated_files(name):
     held(reliability.fuzz_jobs(100, [name]))
@@ -78,7 +88,7 @@ def test_the_fuzzer_notices(monkeypatch):
 
 def test_every_job_of_the_table_exists(capsys):
     # one job more if a test before this one imported lab.latent_text, which adds its method to the list
-    jobs = 49 + len(METHODS)
+    jobs = 67 + len(METHODS)
     assert reliability.main(["--list"]) == 0 and f"{jobs} jobs" in capsys.readouterr().out
 
 

@@ -26,6 +26,7 @@ from model import CLIP, CONFIGS
 from scale import costs
 from train import TrainConfig, configure, learning_rate, main, parameter_groups
 from util.run import StopSignal, find
+from util.text import duration
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--train-size", "48", "--batch-size", "8", "--threads", "1", "--warmup", "2", "--device", "cpu"]
@@ -709,6 +710,7 @@ def test_the_loop_does_not_need_a_clock(tmp_path, monkeypatch, capsys, clock):
     monkeypatch.setattr(time, "time", lambda: next(times))
     assert run(tmp_path / "run", "--steps", 3, "--log-every", 1, "--val-data", "scenes") == 0
     said = capsys.readouterr().out
+    assert duration(-5.0) == "0.0 s"
     assert "step      3/3" in said and not re.search(r"(ETA|trained in|evaluated in) -", said)
 
 

@@ -34,7 +34,7 @@ for folder in (ROOT, ROOT / "tests"):
 import torch  # noqa: E402
 
 from baselines.methods import METHODS  # noqa: E402
-from reliability import fuzz, invocations, kills, outputs, pictures  # noqa: E402
+from reliability import fuzz, invocations, kills, outputs, pictures, streams  # noqa: E402
 from util.files import PART, write_json  # noqa: E402
 from util.flags import parse  # noqa: E402
 from util.program import leave, program  # noqa: E402
@@ -293,6 +293,28 @@ def stop_jobs():
     )
 
 
+def stream_jobs(quick: bool):
+    """Streams, signals, ranks that are lost or never meet, clocks, and odd values."""
+    good = "goes on, saved to the end"
+    some = streams.STREAMS[::3] if quick else streams.STREAMS
+    yield Job("closed, full and broken streams", len(some), 40, lambda p: (streams.streams(p, some), good))
+    stops = streams.SIGNALS[2:] if quick else streams.SIGNALS
+    outcome = "saves, one line, no worker left"
+    what = "a signal for a run and its loader workers"
+    yield Job(what, len(stops), 30, lambda p: (streams.signals(p, stops), outcome))
+    yield tested("ranks that do not meet", 15, "test_distributed.py", "meet or stopped", "one line on each")
+    if not quick:
+        what = "train.py and evaluate.py: a rank stopped or killed"
+        yield Job(what, 8, 160, lambda p: (streams.lost(p), "one line of the other within the timeout"))
+    every, what = (40 if quick else 1), "odd values for every flag of train.py"
+    yield Job(
+        what, 300 // every, 300 / every, lambda p: (streams.nonsense(p, every=every), "one line, or a run")
+    )
+    words = "clock or damaged_checkpoint or lacks or finished or another_place or warm"
+    yield tested("clocks, damaged results and checkpoints, data that moved", 15, "test_train.py", words)
+    yield tested("errors of torch, memory, files; no float64 on a device", 8, "test_program.py")
+
+
 def tested(what: str, seconds: float, file: str, words: str = "", outcome="as it should") -> Job:
     """A row for tests of the suite: the number of tests, none of which may fail."""
     assert (ROOT / "tests" / file).is_file(), file
@@ -413,6 +435,7 @@ PARTS = {
     "ranks": lambda quick: rank_jobs(QUICK_RANKS if quick else None),
     "disk": lambda quick: disk_jobs(),
     "stops": lambda quick: stop_jobs(),
+    "streams": stream_jobs,
     "files": lambda quick: file_jobs(),
     "pictures": picture_jobs,
     "fuzz": lambda quick: fuzz_jobs(100 if quick else 2000),
