@@ -333,7 +333,7 @@ def main(argv: list[str]) -> None:
         tokenizer = tokenizer_for(source, flags.vocab) if beside and to == "huggingface" else None
         found["written"] = save(model, out, to, tokenizer)
     for name, value in found.items():
-        print(f"{name:15} {value}")
+        print(f"{name:15} {printable(value)}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from util.flags import parse
 from util.program import leave, program
 from util.report import format_table, plus_minus
 from util.run import read_config
+from util.text import say
 
 # what config.json of a fine-tuned run says
 WRITTEN = {"open_task": str, "target_domain": str, "whole_target": bool, "template": str, "seed": int}
@@ -167,7 +168,7 @@ def main(argv: list[str]) -> None:
     if distributed.rank() == 0:
         rows = summarise(records)
         print(table(rows))
-        print("test images, and the standard error of one run in %:", ", ".join(dict.fromkeys(counts)))
+        say("test images, and the standard error of one run in %:", ", ".join(dict.fromkeys(counts)))
         write_results(flags, {"task": "open-world", "data": flags.data, "rows": rows, "records": records})
     distributed.shutdown()
 

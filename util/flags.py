@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=form, allow_abbrev=False, **options)
 
     def error(self, message: str):
-        print(f"error: {message} (--help lists the flags)", file=sys.stderr)
+        print(f"error: {''.join(filter(str.isprintable, message))} (--help lists the flags)", file=sys.stderr)
         sys.exit(2)
 
 

@@ -20,7 +20,8 @@ def one_line(error: BaseException) -> str:
 def say(*values, file=None) -> None:
     """print for work that must go on when its reader is gone: a closed pipe or stream, a full log disk."""
     with contextlib.suppress(OSError, ValueError):
-        print(*values, file=file or sys.stdout, flush=True)
+        lines = " ".join(map(str, values)).split("\n")
+        print(*map(printable, lines), sep="\n", file=file or sys.stdout, flush=True)
 
 
 def warn(text: str, once: object = None) -> None:

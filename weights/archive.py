@@ -33,8 +33,7 @@ from util.text import one_line, printable
 
 OPERATIONS = 500_000  # of one pickle; Llip's G/14 with its optimizer has about 50,000
 DIRECTORY_BYTES = 4 << 20  # of the directory of a zip, a safetensors header or an index; usual are 0.5 MB
-# values of a state dict, characters of a name, dimensions of a tensor
-ENTRIES, NAME, DIMENSIONS = 100_000, 300, 8
+ENTRIES, NAME, DIMENSIONS = 100_000, 300, 8  # values of a state dict, characters of a name, of a tensor
 BROKEN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
 BROKEN += (EOFError, OSError, struct.error, zipfile.BadZipFile)
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of torch.save before 1.6
