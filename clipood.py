@@ -311,8 +311,7 @@ def main(argv: list[str]) -> None:
     if Path(c.out).exists():
         raise ValueError(f"{c.out} exists already: give another --out")
     model = pretrained.load(c.zero_shot)
-    mixed = wise_ft(model.state_dict(), pretrained.load(c.fine_tuned).state_dict(), c.alpha)
-    model.load_state_dict(mixed)
+    model.load_state_dict(wise_ft(model.state_dict(), pretrained.load(c.fine_tuned).state_dict(), c.alpha))
     print(f"written to {pretrained.save(model, c.out)}")
 
 

@@ -318,7 +318,7 @@ def retrieval_command(flags: RetrievalFlags, model: nn.Module, tokenizer) -> Non
 
 def zeroshot_command(flags: ZeroshotFlags, model: nn.Module, tokenizer) -> None:
     dataset = open_data(flags, model, "labels")
-    templates = scenes.TEMPLATES if flags.data == "scenes" else prompts.PHOTO
+    templates = scenes.TEMPLATES if flags.data == "scenes" else prompts.for_data(flags.data)
     templates = prompts.read_templates(list(flags.templates)) if flags.templates else templates
     classes = prompts.read_classes(flags.classnames, dataset.classes) if flags.classnames else dataset.classes
     place, answer = classify(model, dataset, tokenizer, templates, classes, **options_of(flags, "zeroshot"))

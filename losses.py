@@ -133,8 +133,7 @@ def attention_alignment(attention: Tensor, guidance: Tensor) -> Tensor:
     Returns: () nats.   Cost: no matrix products; autograd keeps 8 B P bytes
     """
     # an attention of exactly 0 would give log 0
-    tiny = torch.finfo(torch.float32).tiny
-    log_attention = at_least_fp32(attention).clamp_min(tiny).log()
+    log_attention = at_least_fp32(attention).clamp_min(torch.finfo(torch.float32).tiny).log()
     return F.kl_div(log_attention, at_least_fp32(guidance), reduction="batchmean")
 
 

@@ -164,8 +164,7 @@ class VisionTransformer(nn.Module):
         c, D = config, config.vision_width
         self.image_size, self.patch_size, self.tokens = c.image_size, c.patch_size, tokens or 1
         self.conv1 = nn.Conv2d(3, D, c.patch_size, stride=c.patch_size, bias=False)
-        shape = (D,) if tokens is None else (tokens, D)
-        self.class_embedding = nn.Parameter(torch.empty(shape))
+        self.class_embedding = nn.Parameter(torch.empty((D,) if tokens is None else (tokens, D)))
         self.positional_embedding = nn.Parameter(torch.empty(self.tokens + c.patches, D))
         self.ln_pre = nn.LayerNorm(D)
         self.transformer = Transformer(D, c.vision_layers, c.vision_heads, c.vision_mlp, c.activation)

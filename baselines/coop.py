@@ -172,8 +172,7 @@ class PromptLearner(LabelMethod):
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         logits = self(images)
-        accuracy = (logits.argmax(-1) == labels).float().mean()
-        return F.cross_entropy(logits, labels), {"accuracy": accuracy}
+        return F.cross_entropy(logits, labels), {"accuracy": (logits.argmax(-1) == labels).float().mean()}
 
     @torch.no_grad()
     def predict(self, images: Tensor, class_tokens: Tensor | None = None) -> Tensor:

@@ -25,6 +25,7 @@ from readers.folders import folders_in, natural, read_folder
 from readers.images import IMAGE_SUFFIXES, open_image
 from readers.lists import Listing, read_list
 from readers.shards import Shards, clean_captions
+from readers.templates import recognise
 from util.text import printable, warn
 
 
@@ -246,6 +247,9 @@ def read_dataset(
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
+    # TRAP: the folders beside the split file of a data set of CoOp are not its classes
+    if len(splits := list(path.glob("split_zhou_*.json"))) == 1:
+        path = splits[0]
     listing = read_folder(path, caption_lines) if path.is_dir() else None
     if listing is None:
         path = list_in(path) if path.is_dir() else path
@@ -253,4 +257,7 @@ def read_dataset(
             shards = "::".join(map(str, sorted(path.parent.glob("*.tar"))))
             return read_dataset(shards, split, caption_lines=caption_lines)
         listing = read_list(path, **keys)
+    if found := recognise(path, {row.domain for row in listing.rows if row.domain}):
+        form = f"{found.name}, template {found.template!r}: {listing.format}"
+        listing = listing._replace(format=form)
     return build(listing, path, split, default_split, image_root, allow_outside)

@@ -136,8 +136,7 @@ def sprites(side: int, image_size: int) -> np.ndarray:
     radius = max(2, MASTER * image_size // (48 * side))
     for k, kind in enumerate(KINDS):
         plain = master(kind)
-        lined = np.where(outline(plain, radius), LINE + 1, plain)
-        for outlined, tones in enumerate((plain, lined)):
+        for outlined, tones in enumerate((plain, np.where(outline(plain, radius), LINE + 1, plain))):
             for tone in range(bank.shape[-1]):
                 layer = Image.fromarray(((tones == tone + 1) * 255).astype(np.uint8))
                 bank[outlined, k, :, :, tone] = layer.resize((side, side), Image.Resampling.BOX)

@@ -1,34 +1,28 @@
 """Prompt templates by name; "{}" is replaced by the name of a class.
 
 photo        Radford et al. 2021 (arXiv:2103.00020), section 3.1.4: the default
-imagenet80   the 80 of the same paper (imagenet80.txt), openai/CLIP data/prompts.md @d05afc4 (MIT)
+imagenet80   the 80 of the same paper, and clip-CIFAR10 ...: those of its other data sets (zeroshot.json)
 imagenet7    7 of them; the same list says that they are enough
-OxfordPets   and the other names of CoOp's splits: one each, KaiyangZhou/CoOp @ff61507 trainers/coop.py
+OxfordPets   and the other names of benchmarks.txt: one each
 """
 
 import json
-import re
+import os
+from collections import namedtuple
 from pathlib import Path
 
 from util.files import read_text
 
+Benchmark = namedtuple("Benchmark", "name mark template")  # a line of benchmarks.txt
+LINES = Path(__file__).with_name("benchmarks.txt").read_text(encoding="utf-8").splitlines()
+BENCHMARKS = [Benchmark(*line.split(" | ")) for line in LINES if line[0] != "#"]
+SUITE = json.loads(Path(__file__).with_name("zeroshot.json").read_text(encoding="utf-8"))
 PHOTO = ("a photo of a {}.",)
-IMAGENET7 = (
-    *("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}."),
-    *("a {} in a video game.", "art of the {}.", "a photo of the small {}."),
-)
-IMAGENET80 = tuple(Path(__file__).with_name("imagenet80.txt").read_text().splitlines())
-# by NAME of split_zhou_NAME.json; Caltech101, ImageNet, StanfordCars and SUN397 use PHOTO
-COOP = {
-    "OxfordPets": ("a photo of a {}, a type of pet.",),
-    "OxfordFlowers": ("a photo of a {}, a type of flower.",),
-    "FGVCAircraft": ("a photo of a {}, a type of aircraft.",),
-    "DescribableTextures": ("{} texture.",),
-    "EuroSAT": ("a centered satellite photo of {}.",),
-    "Food101": ("a photo of {}, a type of food.",),
-    "UCF101": ("a photo of a person doing {}.",),
-}
-TEMPLATES = {"photo": PHOTO, "imagenet7": IMAGENET7, "imagenet80": IMAGENET80, **COOP}
+CLIP = {f"clip-{name}": tuple(facts["templates"]) for name, facts in SUITE.items() if name != "source"}
+IMAGENET80 = CLIP["clip-ImageNet"]
+IMAGENET7 = tuple(IMAGENET80[k] for k in (73, 7, 44, 69, 35, 67, 64))
+TEMPLATES = {"photo": PHOTO, "imagenet7": IMAGENET7, "imagenet80": IMAGENET80, **CLIP}
+TEMPLATES |= {found.name: (found.template,) for found in BENCHMARKS}
 
 
 def fill(template: str, name: str) -> str:
@@ -36,10 +30,16 @@ def fill(template: str, name: str) -> str:
     return template.replace("{}", name).replace("{c}", name)
 
 
+def recognise(path: Path, domains: set = frozenset()) -> Benchmark | None:
+    """The line of benchmarks.txt for a folder or a split file: by the split file, or by the domains."""
+    marks = [*(os.listdir(path) if path.is_dir() else [path.name]), ", ".join(sorted(domains))]
+    return next((benchmark for benchmark in BENCHMARKS if benchmark.mark in marks), None)
+
+
 def for_data(path: str) -> tuple[str, ...]:
-    """The templates that papers use with a data set: CoOp's for its splits, PHOTO for all others."""
-    named = re.search(r"split_zhou_(\w+)\.json$", str(path))
-    return COOP.get(named[1], PHOTO) if named else PHOTO
+    """The template that the papers use with a data set, PHOTO for all others."""
+    found = recognise(Path(path))
+    return (found.template,) if found else PHOTO
 
 
 def read_templates(words: list[str]) -> tuple[str, ...]:
@@ -58,11 +58,12 @@ def read_templates(words: list[str]) -> tuple[str, ...]:
 
 
 def read_classes(path: str, folders: list[str]) -> list:
-    """The class names of --classnames, in the order of the folders.
+    """The class names of --classnames, a file or clip-CIFAR10 ..., in the order of the folders.
 
     Raises: ValueError if a folder has no name, or the number of names differs.
     """
-    names = read_names(path)
+    suite = SUITE.get(path.removeprefix("clip-")) if path.startswith("clip-") else None
+    names = suite["classes"] if suite else read_names(path)
     if isinstance(names, list):
         if len(names) != len(folders):
             raise ValueError(f"{path}: {len(names)} names, but the data have {len(folders)} classes")
