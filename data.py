@@ -197,6 +197,8 @@ class EvalSource(Source):
 @atexit.register
 def end_workers() -> None:
     """TRAP: Python ends its children with SIGTERM, which our workers ignore, and would then wait for ever."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a worker is killed
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

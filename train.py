@@ -74,7 +74,7 @@ class TrainConfig(WhereFlags):
     precision: str = "auto"  # fp32 or bf16 (towers only); auto: bf16 on GPUs
     compile: bool = False  # torch.compile the towers
     grad_checkpointing: bool = False  # recompute blocks in the backward pass
-    device: str = "auto"  # cpu, cuda or auto
+    device: str = "auto"  # cpu, cuda, mps or auto
     threads: int = 0  # CPU threads per process; 0: torch's choice
     seed: int = 0  # of weights, data order, crops and captions
     out: str = ""  # run directory; empty: runs/METHOD, or the next free runs/METHOD-N

@@ -1,5 +1,6 @@
 """util/program.py: what a user sees of an error, and closed streams."""
 
+import io
 import json
 import os
 import signal
@@ -71,6 +72,31 @@ main([])"""
     command = f"{sys.executable} -c '{code.replace(chr(39), chr(34))}' <&- >&- 2>&-"
     subprocess.run(["bash", "-c", command], cwd=ROOT, check=True, timeout=60)
     assert (tmp_path / "file").read_text() == "content"
+
+
+def test_workers_that_are_left_open_end_silently(tmp_path):
+    code = """
+import data
+from readers.scenes import Scenes
+scenes, tokens = Scenes("train", 16), lambda texts, length: data.torch.zeros(len(texts), length)
+batches = data.train_batches(scenes, tokens, data.preprocess(32), batch_size=8, workers=3)
+next(batches)"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_terminal_that_lacks_a_character_gets_another_one(monkeypatch):
+    @program
+    def main(argv):
+        print("loss \u2192 0")
+
+    for encoding in ("ascii", "cp1252"):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main([]) == 0
+        stream.flush()
+        assert stream.buffer.getvalue().strip() == b"loss ? 0"
 
 
 def test_workers_leave_every_stopping_signal_to_the_main_process():
