@@ -161,9 +161,7 @@ def train(c: TrainConfig, s) -> dict:
     world = distributed.world_size()
     if c.batch_size % (world * c.accumulate):
         raise ValueError(f"batch {c.batch_size} is not divisible by {world} ranks x {c.accumulate} chunks")
-    same = asdict(c) | asdict(s) | dict.fromkeys(("device", "threads", "workers"))
-    if distributed.mean({"differs": distributed.broadcast(str(same)) != str(same)})["differs"]:
-        raise ValueError("the ranks were started with different flags")
+    distributed.check_same(asdict(c) | asdict(s))
     return loop(c, s, Run(c.out, c.resume, c.method), device)
 
 

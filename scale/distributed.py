@@ -222,6 +222,13 @@ def broadcast(value):
     return box[0]
 
 
+def check_same(flags: dict) -> None:
+    """Raises: ValueError on every rank if their flags differ, except for where each of them runs."""
+    text = str(flags | dict.fromkeys(("device", "threads", "workers")))
+    if mean({"differs": broadcast(text) != text})["differs"]:
+        raise ValueError("the ranks were started with different flags")
+
+
 def shutdown() -> None:
     """Leaves the process group. TRAP: gloo can hang at the normal exit: end the process with os._exit."""
     if dist.is_initialized():

@@ -460,6 +460,20 @@ def test_a_stopped_rank_is_one_line_for_the_others(monkeypatch):
     assert killed == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("other, refused", [({"lr": 1, "workers": 4}, False), ({"lr": 2}, True)])
+def test_ranks_compare_their_flags(monkeypatch, other, refused):
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=20))
+
+    def work():
+        distributed.setup("cpu")
+        distributed.check_same(other if distributed.rank() else {"lr": 1, "workers": 0})
+
+    port = free_port()
+    for status, said in ranks_apart(work, environment(0, port), environment(1, port)):
+        assert (status, said.count("\n")) == ((2, 1) if refused else (0, 0)), said
+        assert ("the ranks were started with different flags" in said) == refused
+
+
 def test_auto_is_mps_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for there in (True, False):
