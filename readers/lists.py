@@ -129,13 +129,14 @@ def read_table(path: Path, **keys) -> Listing:
 
 def read_records(path: Path, records, **keys) -> Listing:
     """JSON objects: {"image": file, "captions": [text, ...] or "caption": text, "split": name}."""
-    rows, names = [], None
+    rows, names, needed = [], (), {None}
     for number, record in enumerate(records, 1):
         where = f"{path}, record {number}"
         if not isinstance(record, dict):
             raise ValueError(f"{where}: {str(record)[:40]!r}, expected an object {{...}}")
-        if names is None or any(name and name not in record for name in names):
+        if not needed <= record.keys():
             names = choose_keys(list(record), where, **keys)
+            needed = set(names) - {None}
         image, texts, label, *more = (record.get(name) for name in (*names, "split", "domain"))
         rows.append(make_row(where, image, texts, more[0], label, more[1]))
     return Listing("JSON records", rows)
