@@ -149,7 +149,8 @@ def group_captions(rows: list, where) -> list:
         empty += max(len(row.captions), 1) - len(texts)
         first = grouped.get(row.file)
         if first is None and texts:
-            grouped[row.file] = row._replace(captions=texts)
+            row.captions[:] = texts
+            grouped[row.file] = row
         elif first is not None:
             first.captions.extend(texts)
             if row.label != first.label:
