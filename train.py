@@ -329,9 +329,10 @@ def cost_report(c: TrainConfig, s) -> str:
     """The report of --dry-run. The model is built on the meta device, without memory for its weights."""
     if c.init or c.epochs:
         raise ValueError("--dry-run counts a model of --model over --steps: leave out --init and --epochs")
+    config = CONFIGS[c.model]
     with torch.device("meta"):
-        start = tasks.starting_point(c, CONFIGS[c.model].vocab_size)
-        model = methods.METHODS[c.method].module.build(s, start, c.batch_size)
+        config = replace(config, image_size=c.image_size or config.image_size)
+        model = methods.METHODS[c.method].module.build(s, config, c.batch_size)
     lines, rows = costs.report(model, c, s.objective)
     return "\n".join([*lines, format_table(rows)])
 
