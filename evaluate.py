@@ -263,7 +263,8 @@ def open_model(source: str, vocab: str = "", *, towers: bool = False, **load_opt
              towers: the caller uses the towers themselves, not the scores;  load_options: of pretrained.load
     Raises:  ValueError, one line; with towers=True also for a model that is more than its towers.
     """
-    model, tokenizer = pretrained.load(source, **load_options), pretrained.tokenizer_for(source, vocab)
+    model = pretrained.load(source, **load_options)
+    tokenizer = pretrained.tokenizer_for(source, vocab, 49408 if towers else model.config.vocab_size)
     if not towers:
         check_vocabulary(model, tokenizer)
     run = saved.read(source)

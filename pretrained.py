@@ -108,14 +108,23 @@ def tokenizer_beside(source: str | Path) -> Tokenizer | None:
     """The vocabulary that a run of ours, or a Hugging Face repository, keeps with its checkpoint, or None."""
     path = Path(source).expanduser()
     path = (path if path.is_dir() else path.parent) / "tokenizer.json"
-    if path.is_file() and is_saved(path):
-        return Tokenizer.load(path)
-    return layouts.read_settings(path, layouts.from_huggingface_tokenizer)
+    try:
+        if path.is_file() and is_saved(path):
+            return Tokenizer.load(path)
+        return layouts.read_settings(path, layouts.from_huggingface_tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{error}: restore this file, or name another vocabulary with --vocab") from error
 
 
-def tokenizer_for(source: str | Path, vocab: str | None = None) -> Tokenizer:
+def tokenizer_for(source: str | Path, vocab: str | None = None, vocab_size: int = 49408) -> Tokenizer:
     """The tokenizer of a checkpoint: the vocabulary of this path, else that of the run, else OpenAI's."""
-    return (not vocab and tokenizer_beside(source)) or open_vocabulary(vocab)
+    beside = None if vocab else tokenizer_beside(source)
+    if not (beside or vocab) and vocab_size != 49408:
+        missing = (
+            f"{source}: there is no tokenizer.json beside the weights, and the model has {vocab_size} tokens"
+        )
+        raise ValueError(f"{missing}, so its vocabulary is not OpenAI's: name it with --vocab")
+    return beside or open_vocabulary(vocab)
 
 
 def check_vocabulary(model: nn.Module, tokenizer) -> None:

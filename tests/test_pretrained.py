@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 import data
+import evaluate
 import pretrained
 from llip import Llip, PooledTokens
 from model import CLIP, CONFIGS, Config
@@ -684,6 +685,22 @@ def test_tokenizer_beside(tmp_path):
     learned.save(tmp_path / "tokenizer.json")
     for source in (tmp_path, tmp_path / "checkpoint.pt"):
         assert pretrained.tokenizer_beside(source).encode("a cat") == learned.encode("a cat")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"#alignclip-bpe version 1, 6 merges\nc a\n", b"Xalignclip\n", b"\xf5"]
+)
+def test_a_damaged_vocabulary_of_a_run_is_named(tmp_path, content):
+    pretrained.save(make(), tmp_path / "checkpoint.pt")
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ValueError, match="tokenizer.json.*restore this file, or name another vocab.*--vocab"):
+        evaluate.open_model(str(tmp_path))
+
+
+def test_the_lost_vocabulary_of_a_run_is_not_replaced_by_openais(tmp_path):
+    pretrained.save(make(), tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="no tokenizer.json.* 60 tokens.*--vocab"):
+        evaluate.open_model(str(tmp_path))
 
 
 HARD = ["a photo of a cat!", "It's  12 o'clock ## #cats", "ünïcode — ok…", "WOW!! A CAT", "#... hash"]

@@ -66,7 +66,7 @@ class Run:
             if not lock(self.handle):
                 warn(f"{self.path} cannot be locked on this disk: start one process only")
         except BlockingIOError as error:
-            raise ValueError(f"{self.path} is in use by another process") from error
+            raise ValueError(f"{self.path} is in use by another process: choose another --out") from error
         self.handle.seek(0)
         self.handle.write(MARK)
         self.handle.flush()

@@ -252,7 +252,7 @@ def from_huggingface_tokenizer(settings: dict) -> Tokenizer:
     lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
     found = Tokenizer(parse_merges(lines, "merges"))
     if vocab != {name: i for i, name in enumerate(found.spelled()[1])}:
-        raise ValueError("its vocabulary is not laid out as CLIP's: name another one with --vocab")
+        raise ValueError("its vocabulary is not laid out as CLIP's")
     return found
 
 
