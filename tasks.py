@@ -213,11 +213,9 @@ def pair_tokenizer(c, captions, vocabulary: Path | None = None) -> Tokenizer:
         if distributed.rank() == 0:
             pretrained.locate(c.init)  # one download for all ranks
         distributed.broadcast(None)
-        beside = pretrained.tokenizer_beside(pretrained.locate(c.init))
-        if beside is not None and not c.vocab:
-            return beside
-    small = CONFIGS[c.model].vocab_size != 49408 and not c.init
-    vocab = c.vocab or ("learn" if small else "openai")
+        if not c.vocab:
+            return pretrained.tokenizer_for(pretrained.locate(c.init))
+    vocab = c.vocab or ("learn" if CONFIGS[c.model].vocab_size != 49408 else "openai")
     if vocab == "learn":
         return Tokenizer.learn((text for texts in captions for text in texts), CONFIGS[c.model].vocab_size)
     return Tokenizer.from_openai() if vocab == "openai" else pretrained.tokenizer_for("", vocab)

@@ -699,7 +699,7 @@ def test_a_damaged_vocabulary_of_a_run_is_named(tmp_path, content):
 
 def test_the_lost_vocabulary_of_a_run_is_not_replaced_by_openais(tmp_path):
     pretrained.save(make(), tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match="no tokenizer.json.* 60 tokens.*--vocab"):
+    with pytest.raises(ValueError, match="no tokenizer.json for its 60 tokens.*--vocab"):
         evaluate.open_model(str(tmp_path))
 
 

@@ -35,7 +35,6 @@ CASES = [
     (torch.cuda.OutOfMemoryError("CUDA out of memory"), 2, "not enough memory"),
     (OSError(12, "Cannot allocate memory: out of memory", "a.pt"), 2, "a.pt"),
     (FileNotFoundError(2, "No such file", "no.json"), 2, "error: no.json: No such file; is the path right?"),
-    (PermissionError(13, "Permission denied", "no.json"), 2, "error: no.json: Permission denied\n"),
     (RecursionError("maximum recursion depth exceeded"), 2, "nested too deeply"),
     (OverflowError("Python int too large to convert to C long"), 2, "too large"),
     (RuntimeError(GLOO), 1, "Timed out waiting 15000ms"),

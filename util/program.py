@@ -27,9 +27,8 @@ LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken
 def explain(error: Exception) -> tuple[str, int]:
     """One line about an error, and the exit status; an empty line for a fault of ours."""
     text = str(error)
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        remedy = "; is the path right?" if isinstance(error, FileNotFoundError) else ""
-        text = f"{error.filename}: {error.strerror}{remedy}"
+    if isinstance(error, FileNotFoundError) and error.filename:
+        text = f"{error.filename}: {error.strerror}; is the path right?"
     if isinstance(error, ValueError | OSError | OverflowError):
         return text, 2
     if isinstance(error, MemoryError | RecursionError) or any(words in text for words in NO_MEMORY):
