@@ -70,7 +70,7 @@ def start(flags, one_process: bool = False) -> torch.device:
         raise ValueError("this program runs in one process: start it without torchrun")
     if flags.out:
         path = output_folder(flags.out) / "results.json"
-        if path.exists() and not written_here(path):
+        if path.is_file() and not written_here(path):
             raise ValueError(f"{path} was not written by an evaluation: choose another --out")
     return device
 
