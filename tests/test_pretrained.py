@@ -362,6 +362,16 @@ def test_bare_siglip_weights_are_named(tmp_path, name):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("prefix", ["", "visual.", "module.visual."])
+def test_bare_resnet_towers_are_named(tmp_path, prefix):
+    state = {
+        f"{prefix}layer1.0.conv1.weight": torch.zeros(2),
+        f"{prefix}attnpool.c_proj.bias": torch.zeros(2),
+    }
+    with pytest.raises(ValueError, match="ResNet checkpoints are not supported"):
+        pretrained.load(saved(tmp_path, state))
+
+
 def test_shapes_that_no_layout_has_are_one_line(tmp_path):
     """Tensors with other numbers of dimensions, and of size 0."""
     others = (torch.zeros(()), torch.zeros(2), torch.zeros(2, 0, 1), torch.zeros(1, 2, 1, 1, 1))

@@ -85,6 +85,18 @@ def test_matrices_for_every_patch_cannot_be_interpolated(tmp_path, capsys):
     assert "matrices of its own for every patch" in error and error.count("\n") == 1
 
 
+def test_a_run_starts_from_an_export_with_its_vocabulary(tmp_path, small_runs, capsys):
+    folder = pretrained.save(pretrained.load(small_runs["clip"]), tmp_path / "hf", "huggingface", TOKENIZER)
+    flags = ["--method", "clip", "--steps", 1]
+    assert run(tmp_path / "run", folder, *flags) == 0
+    assert pretrained.tokenizer_beside(tmp_path / "run").merges == TOKENIZER.merges
+    (folder / "tokenizer.json").write_text('{"model": {"type": "WordPiece"}}')
+    assert run(tmp_path / "other", folder, *flags) == 2
+    assert "tokenizer.json is not as expected" in capsys.readouterr().err
+    TOKENIZER.save(tmp_path / "vocab")
+    assert run(tmp_path / "other", folder, *flags, "--vocab", tmp_path / "vocab") == 0
+
+
 # ---- a frozen tower
 
 

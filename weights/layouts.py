@@ -51,7 +51,7 @@ def plain_name(name: str) -> str:
 def detect(names: Iterable[str]) -> str:
     """The layout of a state dict.   Raises: ValueError for the towers of a ResNet or of SigLIP."""
     names = {plain_name(name) for name in names}
-    if any(re.match(r"visual\.(layer1|attnpool)\.", name) for name in names):
+    if any(re.match(r"(visual\.)?(layer1|attnpool)\.", name) for name in names):
         raise ValueError("ResNet checkpoints are not supported, only vision transformers")
     if names & {"vision_model.head.probe", "visual.trunk.attn_pool.latent", "text_model.head.weight"}:
         raise ValueError("SigLIP's towers (no class token) are not supported, only CLIP's")
