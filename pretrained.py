@@ -120,10 +120,7 @@ def tokenizer_for(source: str | Path, vocab: str | None = None, vocab_size: int 
     """The tokenizer of a checkpoint: the vocabulary of this path, else that of the run, else OpenAI's."""
     beside = None if vocab else tokenizer_beside(source)
     if not (beside or vocab) and vocab_size != 49408:
-        missing = (
-            f"{source}: there is no tokenizer.json beside the weights, and the model has {vocab_size} tokens"
-        )
-        raise ValueError(f"{missing}, so its vocabulary is not OpenAI's: name it with --vocab")
+        raise ValueError(f"{source}: no tokenizer.json for its {vocab_size} tokens: name it with --vocab")
     return beside or open_vocabulary(vocab)
 
 
