@@ -1,6 +1,6 @@
 """The reliability table: kills, lost ranks, full disks, hostile files, wrong commands. One command:
 
-    python tests/reliability/run.py                 50 kills of every kind of run, 2,000 inputs per format
+    python tests/reliability/run.py                 50 kills per kind of run, 2,000 to 10,000 mutants
     python tests/reliability/run.py --quick         a few of each; takes some minutes
     python tests/reliability/run.py --only fuzz     only some parts: PARTS
     python tests/reliability/run.py --list          all jobs, with the minutes that each takes on one core
