@@ -54,8 +54,11 @@ def fetch(name: str, folder: Path = CACHE) -> Path:
 
 def hash_of(file) -> str:
     """The sha256 of an open file, from its beginning."""
+    found = hashlib.sha256()
     file.seek(0)
-    return hashlib.file_digest(file, "sha256").hexdigest()
+    while block := file.read(CHUNK):
+        found.update(block)
+    return found.hexdigest()
 
 
 class SameScheme(urllib.request.HTTPRedirectHandler):

@@ -75,7 +75,7 @@ def signals(place: Path, some: tuple = SIGNALS) -> int:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            process_group=0,
+            start_new_session=True,
         )
         until = time.monotonic() + kills.WAIT
         while not (out / "checkpoint.previous.pt").exists() and time.monotonic() < until:
