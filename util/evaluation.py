@@ -65,9 +65,9 @@ def start(flags, one_process: bool = False) -> torch.device:
         if (value := getattr(flags, name, None)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
     device = distributed.setup(flags.device)
-    distributed.check_same(vars(flags))
     if one_process and distributed.world_size() > 1:
         raise ValueError("this program runs in one process: start it without torchrun")
+    distributed.check_same(vars(flags))
     if flags.out:
         path = output_folder(flags.out) / "results.json"
         if path.is_file() and not written_here(path):
