@@ -26,14 +26,11 @@ HELD_OUT = 960  # scenes for validation, and for each test
 
 @dataclass(frozen=True)
 class Protocol:
-    """Labelled data sets, perhaps with domains, to train on and to evaluate on, each among its classes.
-
-    val is None if the data have no third part;  tests: {"target" | "test" | "base" | "new": data set}
-    """
+    """Labelled data sets, perhaps with domains, to train on and to evaluate on, each among its classes."""
 
     train: object
-    val: object | None
-    tests: dict
+    val: object | None  # None if the data have no third part
+    tests: dict  # {"target" | "test" | "base" | "new": data set}
 
 
 def protocol(

@@ -52,18 +52,12 @@ TILE, MAX_SIZE = 256, 2048  # pixels: a picture's longer side, and what memory s
 
 @dataclass(frozen=True)
 class Recipe:
-    """A method: what it does with the positions of an image of another size, and how its last blocks mix.
+    """A method: what it does with the positions of an image of another size, and how its last blocks mix."""
 
-    embed      (visual, images) -> the first residual stream (B, 1 + P, D)
-    branch     attention of the second path, for alignclip.two_paths
-    last       without a second path: (block, x) -> (B, 1 + P, D), in place of the last block
-    own_class  the class token is that of the second path
-    """
-
-    embed: Callable
-    branch: str | Callable | None = None
-    last: Callable | None = None
-    own_class: bool = False
+    embed: Callable  # (visual, images) -> the first residual stream (B, 1 + P, D)
+    branch: str | Callable | None = None  # attention of the second path, for alignclip.two_paths
+    last: Callable | None = None  # without a second path: (block, x) -> (B, 1 + P, D), for the last block
+    own_class: bool = False  # the class token is that of the second path
 
 
 def embed_by_factor(visual: VisionTransformer, images: Tensor) -> Tensor:
