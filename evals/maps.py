@@ -83,13 +83,11 @@ def masks_of(dataset: scenes.Objects, ids: list[int]) -> Tensor:
 
 def names_as_text(model: DualEncoder, tokenizer) -> Tensor:
     """The kinds of thing in all templates: ids (C, templates, L) for Llip, else features (C, E)."""
-    C, T, device = len(scenes.KINDS), len(scenes.TEMPLATES), model.logit_scale.device
+    if not model.conditional:
+        return evaluate.encode_classes(model, tokenizer, scenes.KINDS, scenes.TEMPLATES)  # (C, E)
     texts = [fill(template, kind) for kind in scenes.KINDS for template in scenes.TEMPLATES]
-    tokens = tokenizer(texts, model.config.context_length).to(device)  # (C templates, L)
-    if model.conditional:
-        return tokens.view(C, T, -1)
-    group = torch.arange(C, device=device).repeat_interleave(T)
-    return model.ensemble_text(model.encode_text(tokens), group).float()  # (C, E)
+    tokens = tokenizer(texts, model.config.context_length).to(model.logit_scale.device)
+    return tokens.unflatten(0, (len(scenes.KINDS), -1))  # (C, templates, L)
 
 
 def measure(
