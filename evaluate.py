@@ -29,7 +29,6 @@ from pretrained import check_vocabulary
 from readers import scenes
 from readers import templates as prompts
 from scale import distributed, llip_tiles
-from scale.distributed import gather_rows
 from util import plots
 from util.evaluation import DataFlags, ModelFlags, load_options, options_of, start, where_of, write_results
 from util.flags import Parser, parse
@@ -44,10 +43,6 @@ def map_features(function: Callable, *features):
     if isinstance(features[0], tuple):
         return tuple(function(*parts) for parts in zip(*features))
     return function(*features)
-
-
-def cat_features(parts: list):
-    return map_features(lambda *tensors: torch.cat(tensors), *parts)
 
 
 @contextlib.contextmanager
@@ -81,7 +76,8 @@ def encode_text(model: nn.Module, tokens: Tensor, batch_size: int = 256, precisi
         with towers(device, precision):
             features = model.encode_text(tokens[rows, : int(end[rows].max()) + 1].to(device))
         parts.append(map_features(Tensor.float, features))
-    return map_features(lambda x: x[order.argsort().to(device)], cat_features(parts))
+    back = order.argsort().to(device)
+    return map_features(lambda *tensors: torch.cat(tensors)[back], *parts)
 
 
 def shared_out(count: int, encode: Callable):
@@ -90,7 +86,7 @@ def shared_out(count: int, encode: Callable):
     # a rank without rows could not know the number of columns, so every rank encodes all rows
     if count < W:
         return encode(0, count)
-    return map_features(gather_rows, encode(r * count // W, (r + 1) * count // W))
+    return map_features(distributed.gather_rows, encode(r * count // W, (r + 1) * count // W))
 
 
 def image_batches(
@@ -157,7 +153,7 @@ def encode_classes(model, tokenizer, classes, templates: tuple[str, ...], batch_
             group = [c for c, synonyms in enumerate(some) for _ in range(len(synonyms) * len(templates))]
             features = encode_text(model, tokens, batch_size, precision)
             parts.append(model.ensemble_text(features, torch.tensor(group, device=device)))
-        return cat_features(parts)
+        return map_features(lambda *tensors: torch.cat(tensors), *parts)
 
     return shared_out(len(names), encode)
 
@@ -187,7 +183,7 @@ def classify(
         for first, scores in score_rows(model, dataset, text, **options):
             place = places(scores, target[first : first + len(scores)])  # (b,)
             rows.append(torch.stack([place, no_nan(scores).argmax(1)], 1))
-        place, answer = gather_rows(torch.cat(rows)).cpu().unbind(1)  # (N,) each
+        place, answer = distributed.gather_rows(torch.cat(rows)).cpu().unbind(1)  # (N,) each
     return place, answer
 
 
