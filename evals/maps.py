@@ -139,15 +139,14 @@ def main(argv: list[str]) -> None:
     device = start(flags, one_process=True)
     # pictures are written last, so that no figure is lost if one of them fails
     rows, pictures = [], {}
-    for number, found in enumerate(each_model(flags, device, surgery.open_for_maps)):
-        source, model, tokenizer = found
+    models = each_model(flags, device, surgery.open_for_maps)
+    for number, (source, model, tokenizer) in enumerate(models):
         dataset = evaluate.open_data(flags, model, "labels")
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
         show = sorted(order[:SHOWN]) if flags.out else []
         names = LLIP if model.conditional else NAMES
         sought = names if number else (*names, "centre")
-        options = options_of(flags, source) | {"show": show}
-        scores, kept = measure(model, tokenizer, dataset, sought, **options)
+        scores, kept = measure(model, tokenizer, dataset, sought, show, **options_of(flags, source))
         for name, figures in scores.items():
             rows.append({"model": "no model" if name == "centre" else source, "map": name} | figures)
         if show:

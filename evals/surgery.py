@@ -289,24 +289,19 @@ def read_image(path: str, max_pixels: int | None = None) -> Image.Image:
         raise ValueError(f"{path}: not a readable image ({error})") from None
 
 
-def overlay(image: Image.Image, heat_map: Tensor) -> Image.Image:
-    """A map (rows, columns) in [0, 1] in the colours of plots.heat, darker where the image is dark."""
-    heat_map = heat_map[None, None].float().cpu()
-    heat_map = F.interpolate(heat_map, image.size[::-1], mode="bilinear")[0, 0]  # (height, width)
-    shade = 0.5 + np.asarray(image.convert("L"), dtype=np.float32)[..., None] / 510
-    return Image.fromarray((heat(heat_map.numpy()) * shade).astype(np.uint8))
-
-
 def map_sheet(path: str | Path, rows: list[tuple], title: str) -> None:
     """Writes images with maps over them: (image, maps (rows, columns, C), 1 + C labels) for each row.
 
-    The longer side of an image becomes TILE pixels, and each map is stretched to its own range.
+    The longer side of an image becomes TILE pixels. Each map is stretched to its own range, and darker where
+    the image is dark.
     """
     columns, pictures, texts = max(len(labels) for _, _, labels in rows), [], []
     for image, maps, labels in rows:
         size = [max(1, round(TILE * side / max(image.size))) for side in image.size]
         image = image.resize(size, Image.Resampling.BICUBIC)
-        over = [overlay(image, one) for one in stretch(maps[None])[0].unbind(-1)]
+        shade = 0.5 + np.asarray(image.convert("L"), dtype=np.float32)[..., None] / 510
+        stretched = stretch(maps[None].float().cpu(), size[::-1])[0].unbind(-1)  # (height, width) each
+        over = [Image.fromarray((heat(one.numpy()) * shade).astype(np.uint8)) for one in stretched]
         missing = columns - len(labels)
         pictures += [image, *over, *[Image.new("RGB", size, "white")] * missing]
         texts += [*labels, *[""] * missing]

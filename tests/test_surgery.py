@@ -473,14 +473,15 @@ def test_command_line_draws_a_sheet(method, run, tmp_path):
     assert all(np.abs(image - one).mean() > 10 for one in maps)  # each map covers the image
 
 
-def test_the_pictures_map_is_hot_where_the_map_is():
-    maps = torch.zeros(4, 4)
+def test_the_pictures_map_is_hot_where_the_map_is(tmp_path):
+    maps = torch.zeros(4, 4, 1)
     maps[1, 3] = 1
     grey = Image.new("RGB", (80, 40), "#808080")
-    drawn = np.asarray(surgery.overlay(grey, maps)).astype(int).sum(-1)
-    assert drawn.shape == (40, 80)
+    surgery.map_sheet(tmp_path / "a.png", [(grey, maps, ["", ""])], "")
+    page = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int).sum(-1)
+    drawn = page[26 : 26 + 128, 262 : 262 + 256]  # below the title, beside the image
     row, column = np.unravel_index(drawn.argmax(), drawn.shape)
-    assert 10 <= row < 20 and column >= 60
+    assert 32 <= row < 64 and column >= 192
 
 
 @pytest.mark.parametrize(
