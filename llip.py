@@ -41,14 +41,6 @@ def project_each(x: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("bmd,mde->bme", x, weight.to(x.dtype))
 
 
-class Mixer(nn.Module):
-    """Holds W_O under the name of the released checkpoints, pred.out_proj."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.out_proj = nn.Parameter(torch.randn(width, width) * width**-0.5)
-
-
 class Llip(DualEncoder):
     """CLIP whose image embedding depends on the caption (Lavoie et al. 2024, section 3; equations above).
 
@@ -87,7 +79,7 @@ class Llip(DualEncoder):
         self.k_proj = nn.Parameter(torch.randn(tokens, D, E) * D**-0.5)
         self.v_proj = nn.Parameter(torch.randn(tokens, D, E) * D**-0.5)
         self.q_proj = nn.Parameter(torch.randn(config.text_width, E) * config.text_width**-0.5)
-        self.pred = Mixer(E)
+        self.pred = nn.ParameterDict({"out_proj": torch.randn(E, E) * E**-0.5})  # W_O
         self.K_norm, self.V_norm, self.Q_norm = (nn.LayerNorm(E) if norm else nn.Identity() for _ in range(3))
         initialize(self)
 
@@ -177,7 +169,7 @@ class PooledTokens(CLIP):
         if pooling == "learned":
             self.k_proj = nn.Parameter(torch.randn(mixture_tokens, D, E) * D**-0.5)
             self.query = nn.Parameter(torch.randn(E))
-            self.pred = Mixer(E)
+            self.pred = nn.ParameterDict({"out_proj": torch.randn(E, E) * E**-0.5})  # W_O
 
     def build_visual(self, config: Config) -> nn.Module:
         visual = VisionTransformer(config, self.mixture_tokens, project=False)
