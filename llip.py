@@ -162,19 +162,15 @@ class PooledTokens(CLIP):
     ):
         if pooling not in ("register", "average", "learned"):
             raise ValueError(f"pooling {pooling!r}: expected register, average or learned")
-        self.pooling, self.mixture_tokens = pooling, mixture_tokens
-        super().__init__(config, scale, bias)
         D, E = config.vision_width, config.embed_dim
-        self.heads, self.temperature = heads, float(temperature)
+        visual = VisionTransformer(config, mixture_tokens, project=False)
+        visual.proj = nn.Parameter(torch.empty(mixture_tokens, D, E))
+        super().__init__(config, scale, bias, visual)
+        self.pooling, self.heads, self.temperature = pooling, heads, float(temperature)
         if pooling == "learned":
             self.k_proj = nn.Parameter(torch.randn(mixture_tokens, D, E) * D**-0.5)
             self.query = nn.Parameter(torch.randn(E))
             self.pred = nn.ParameterDict({"out_proj": torch.randn(E, E) * E**-0.5})  # W_O
-
-    def build_visual(self, config: Config) -> nn.Module:
-        visual = VisionTransformer(config, self.mixture_tokens, project=False)
-        visual.proj = nn.Parameter(torch.empty(self.mixture_tokens, config.vision_width, config.embed_dim))
-        return visual
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, E), not normalised."""

@@ -263,17 +263,14 @@ class DualEncoder(nn.Module):
 
 
 class CLIP(DualEncoder):
-    """CLIP, or with a bias SigLIP.
+    """CLIP, or with a bias SigLIP. `visual` replaces the image tower that config describes.
 
     Radford et al. 2021, Fig. 3:  logits = exp(logit_scale) * cos(image, text); the initial scale is 1/0.07
     """
 
-    def __init__(self, config: Config, scale: float = 1 / 0.07, bias: float | None = None):
-        super().__init__(config, self.build_visual(config), scale, bias)
+    def __init__(self, config: Config, scale: float = 1 / 0.07, bias: float | None = None, visual=None):
+        super().__init__(config, visual or VisionTransformer(config), scale, bias)
         initialize(self)
-
-    def build_visual(self, config: Config) -> nn.Module:
-        return VisionTransformer(config)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, E), not normalised."""
