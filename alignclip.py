@@ -33,12 +33,10 @@ their training loop, zhyhan/AlignCLIP@bb8c449. Its vision tower was never publis
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import clipood
 from attention import attend
@@ -115,13 +113,11 @@ def two_paths(
     Returns: x (B, 1 + P, D) plain path, z (B, 1 + P, D) or None if no block is left for the branch, and the
              attention rows, a list of (B, 1, 1 + P).
     """
-    transformer, rows, z = visual.transformer, [], None
-    run = dual_block
-    if transformer.grad_checkpointing and torch.is_grad_enabled():
-        run = partial(checkpoint, dual_block, use_reentrant=False)
-    for i, block in enumerate(transformer.resblocks):
+    rows, z = [], None
+    for i, block in enumerate(visual.transformer.resblocks):
         z = x if i == first_dual_block else z
-        x, y, row = run(block, x, branch if i >= first_dual_block else None, i < layers)
+        kind = branch if i >= first_dual_block else None
+        x, y, row = visual.transformer.run(dual_block, block, x, kind, i < layers)
         if y is not None:
             z = z + y  # (B, 1 + P, D)
         if row is not None:

@@ -124,11 +124,14 @@ class Transformer(nn.Module):
         for number, block in enumerate(self.resblocks):
             x = before(number, x) if before else x
             last = keep_tokens if block is self.resblocks[-1] else None
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, "qkv", mask, False, last, use_reentrant=False)
-            else:
-                x = block(x, mask=mask, keep_tokens=last)
+            x = self.run(block, x, "qkv", mask, False, last)
         return x  # (B, L, D), or the selected tokens
+
+    def run(self, function: Callable, *arguments):
+        """function(*arguments); with grad_checkpointing autograd keeps the arguments only and repeats it."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
 
 
 def resize_positions(
