@@ -5,6 +5,7 @@ of the flags, those of the method (DEFAULTS, then published settings for the tas
 for a CLIP of this project), the preset, the run that --resume continues, and the flags that are given.
 """
 
+import argparse
 import math
 import os
 from dataclasses import asdict, fields, replace
@@ -13,7 +14,7 @@ from pathlib import Path
 import pretrained
 from baselines import methods
 from model import CONFIGS
-from util.flags import Parser, add_flags, explicit, flag_of
+from util.flags import Parser, add_flags, flag_of
 from util.run import check_same_run, find, holds_checkpoint, read_config
 from util.text import say
 from weights import archive
@@ -113,17 +114,17 @@ def parse(configs: dict[str, type], argv: list[str], about: str) -> dict:
     name = chosen.method or owner or resumed.get("method") or next(iter(methods.METHODS))
     method = methods.find(name)
     lists = f"methods: {' '.join(methods.METHODS)}\npresets: {' '.join(methods.presets())}"
-    parser = Parser(f"{about}\n{lists}\n\nThe flags below are those of --method {name}.")
+    about = f"{about}\n{lists}\n\nThe flags below are those of --method {name}."
+    parser = Parser(about, argument_default=argparse.SUPPRESS)
     add_flags(parser, configs[method.module.TASK], **method.module.DEFAULTS)
     add_flags(parser, method.module.Settings, **method.changes)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0].split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
         raise ValueError(refusal(configs, word, name) if "--" in unknown[0] else f"{unknown[0]}: not a flag")
-    flags = {flag: value for flag, value in vars(args).items() if flag in explicit(argv)}
     if chosen.resume and resumed:
-        check_same_run(resumed, flags)
-    return resumed | flags
+        check_same_run(resumed, vars(args))
+    return resumed | vars(args)
 
 
 def resumed_flags(configs: dict[str, type], chosen) -> dict:

@@ -54,7 +54,9 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, positional: tuple = ()
             groups[heading] = parser.add_argument_group(heading)
         default = defaults.get(field.name, field.default)
         shown = "" if default in (MISSING, None, (), "") else f" [{default}]"
-        options, kind = dict(help=text.replace("%", "%%") + shown), types[field.name]
+        # with argument_default=SUPPRESS a parser returns only the flags that a command line sets itself
+        options, kind = dict(default=parser.argument_default or default), types[field.name]
+        options["help"] = text.replace("%", "%%") + shown
         # tuple[str, ...] and float | None are of the type of one value
         several, parts = typing.get_origin(kind) is tuple, typing.get_args(kind)
         if parts and typing.get_origin(kind) is not typing.Literal:
@@ -73,7 +75,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, positional: tuple = ()
             options |= {} if needed else dict(nargs="*" if several else "?")
         elif needed:
             options["required"] = True
-        groups[heading].add_argument(name, **options | ({} if needed else dict(default=default)))
+        groups[heading].add_argument(name, **options)
 
 
 def parse(cls: type, argv: list[str], description: str = "", positional: tuple[str, ...] = ()):
@@ -86,9 +88,3 @@ def parse(cls: type, argv: list[str], description: str = "", positional: tuple[s
 
 def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def explicit(argv: list[str]) -> set[str]:
-    """Names of the fields that a command line sets itself."""
-    words = [word.split("=")[0] for word in argv if word.startswith("--")]
-    return {word[2:].replace("-", "_").removeprefix("no_") for word in words}
