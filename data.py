@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 # ruff: noqa: F401  (other files use these names as data.preprocess, data.Images ...)
 from readers.benchmarks import base_new_classes, domainbed_split
-from readers.datasets import Images, Subset, open_dataset
+from readers.datasets import Images, Subset, evenly_spread, open_dataset
 from readers.images import IMAGE_ERRORS, MEAN, STD, Preprocess, RandomCrop, normalise, preprocess
 from readers.shards import Shards
 from util.evaluation import WhereFlags, where_of

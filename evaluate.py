@@ -271,10 +271,7 @@ def open_data(flags, model: nn.Module, kind: str):
         return drawn(flags.split or "test", flags.limit or 1024, image_size=model.config.image_size)
     where = where_of(flags) | {"kind": kind, "default_split": "test"}
     dataset = data.open_dataset(flags.data, flags.split or None, **where)
-    if flags.limit:
-        N, n = len(dataset), min(flags.limit, len(dataset))
-        dataset = data.Subset(dataset, [k * N // n for k in range(n)])  # folders are sorted by class
-    return dataset
+    return data.evenly_spread(dataset, flags.limit) if flags.limit else dataset
 
 
 @dataclass(frozen=True, kw_only=True)

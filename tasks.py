@@ -277,7 +277,8 @@ class LabelTask(Task):
         self.model = METHODS[c.method].module.build(s, clip, classes)
         self.mixed = bool(self.model.learned())  # prompts and TeS draw from all domains alike
         if c.overfit or self.mixed:
-            self.train = first_images(self.train, c.overfit or len(self.train))
+            self.train = data.evenly_spread(self.train, c.overfit or len(self.train))
+            self.train.domains = None  # they count as one
         self.domains = len(set(getattr(self.train, "domains", None) or [0]))
         self.check()
 
@@ -366,14 +367,6 @@ class LabelTask(Task):
         """Smoothed targets keep the loss above 0, so the predictions decide."""
         place, _ = evaluate.classify(self.model.dual_encoder(), self.train, self.tokenizer, self.templates)
         return bool((place == 0).all())
-
-
-def first_images(dataset, n: int) -> data.Subset:
-    """n images, evenly spread because folders are sorted by class, as one domain."""
-    n = min(n, len(dataset))
-    part = data.Subset(dataset, [k * len(dataset) // n for k in range(n)])
-    part.domains = None
-    return part
 
 
 TASKS = {"pairs": PairTask, "labels": LabelTask}

@@ -86,6 +86,12 @@ class Subset:
         return self.dataset.image(self.indices[i])
 
 
+def evenly_spread(dataset, n: int) -> Subset:
+    """At most n images, evenly spread, because folders are sorted by class."""
+    N, n = len(dataset), min(n, len(dataset))
+    return Subset(dataset, [k * N // n for k in range(n)])
+
+
 def choose_split(rows: list, split: str | None, default: str | None, where) -> list:
     """The rows of a split that must exist, or of the default if there are splits, or all."""
     names = sorted({row.split for row in rows if row.split is not None})
