@@ -35,10 +35,8 @@ TILE_TEXTS = 256  # most captions in a tile; times 16 on a GPU
 
 
 def tile_form(texts: int, tokens: int, heads: int, width: int) -> str:
-    """The form that takes fewer multiply-adds for these pairs in a training step."""
-    wide = heads * tokens
-    setup = tokens * width**2 + heads * tokens**2 * width  # G_i, shared by an image's captions
-    return "gram" if wide**2 + 1.5 * setup / max(1, texts) < width**2 else "value"
+    """The form that takes fewer FLOPs for these pairs in a training step."""
+    return min("value", "gram", key=lambda form: flops(1, max(1, texts), tokens, heads, width, True, form))
 
 
 def flops(images: int, texts: int, tokens: int, heads: int, width: int, train: bool, which: str = "") -> int:
@@ -49,6 +47,7 @@ def flops(images: int, texts: int, tokens: int, heads: int, width: int, train: b
     which = which or tile_form(texts, tokens, heads, width)
     wide = heads * tokens if which == "gram" else width
     linear = 2 * 2 * tokens * width  # scores and, over values, either mixture or <V, u>
+    # G_i, shared by an image's captions
     setup = 2 * images * (tokens * width**2 + heads * tokens**2 * width) * (which == "gram")
     once = 2 * texts * width**2 + 2 * width**3  # u, A
     passes = 3 if train else 1
