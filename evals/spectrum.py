@@ -27,8 +27,7 @@ def covariance_spectrum(tokens: Tensor) -> Tensor:
     Lavoie et al. 2024, Fig. 5: tokens concatenated on the batch axis, centred, C = Z^T Z / (N M).
     """
     z = tokens.flatten(0, 1).double()  # (N M, D)
-    z = z - z.mean(0)
-    return torch.linalg.svdvals(z.t() @ z / len(z))
+    return torch.linalg.svdvals(torch.cov(z.t(), correction=0))
 
 
 def effective_rank(values: Tensor) -> float:
@@ -42,8 +41,10 @@ def effective_rank(values: Tensor) -> float:
 
 def spectrum_row(source: str, tokens: Tensor) -> tuple[dict, list]:
     """A row of the table, and the natural logarithms by rank; None where a value is 0 within rounding."""
-    values = covariance_spectrum(tokens)
     N, M, D = tokens.shape
+    if N * M <= D:
+        raise ValueError(f"{source}: {N} x {M} vectors span less than the width {D}: use more images")
+    values = covariance_spectrum(tokens)
     zero = values[0] * D * torch.finfo(torch.float64).eps
     logs = [math.log(v) if v > zero else None for v in values.tolist()]
     row = {"model": source, "tokens": M, "vectors": N * M, "width": D}
@@ -59,10 +60,7 @@ def main(argv: list[str]) -> None:
     device, rows, curves = start(flags, one_process=True), [], {}
     for source, model, _ in each_model(flags, device, partial(evaluate.open_model, towers=True)):
         dataset = evaluate.open_data(flags, model, "image")
-        tokens = encode(model, dataset, **options_of(flags, f"spectrum {source}"))
-        N, M, D = tokens.shape
-        if N * M <= D:
-            raise ValueError(f"{source}: {N} x {M} vectors span less than the width {D}: use more images")
+        tokens = encode(model, dataset, **options_of(flags, f"spectrum {source}"))  # (N, M, D)
         row, curves[source] = spectrum_row(source, tokens)
         rows.append(row)
     print(format_table(rows, digits=2))
