@@ -167,9 +167,8 @@ class DomainSource(Source):
         super().__init__(dataset, transform, stream.seed)
         b, rest = divmod(len(pools) * batch_size, stream.world)
         if rest:
-            raise ValueError(
-                f"batch of {len(pools)} x {batch_size} images is not divisible by {stream.world} ranks"
-            )
+            batch = f"batch of {len(pools)} x {batch_size} images"
+            raise ValueError(f"{batch} is not divisible by {stream.world} ranks")
         self.pools, self.batch_size = pools, batch_size
         self.rows = range(stream.rank * b, (stream.rank + 1) * b)
 

@@ -31,7 +31,6 @@ from torch import Tensor
 import evaluate
 from evals import mixture_pictures, surgery
 from evals.maps import enlarge
-from evals.mixture_pictures import kinds_in
 from llip import PLAIN_BYTES, Llip, plain_bytes
 from readers import scene_captions as words
 from readers import scenes
@@ -244,7 +243,7 @@ def on_masks(found: dict, dataset: scenes.Scenes, captions) -> tuple[list[list[s
     image, caption, true = captions.pairs().unbind(1)
     shuffled = torch.randperm(len(image), generator=torch.Generator().manual_seed(0))
     for i in range(len(dataset)):
-        masks, kinds = torch.from_numpy(dataset.masks(i)).double(), kinds_in(dataset, i)
+        masks, kinds = torch.from_numpy(dataset.masks(i)).double(), mixture_pictures.kinds_in(dataset, i)
         lifts = lift(found["maps"][i], torch.cat([masks, 1 - masks.amax(0, keepdim=True)]))  # (things + 1, M)
         areas, best = [*kinds, "background"], lifts.max(0)
         labels.append([f"{areas[k]} {x:.1f}" for x, k in zip(best.values.tolist(), best.indices.tolist())])

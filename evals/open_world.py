@@ -159,8 +159,7 @@ def main(argv: list[str]) -> None:
         of_data["whole"] = flags.whole_target or config.get("whole_target", False)
         for target in targets:
             parts = protocol(flags.data, task, target, **of_data)
-            options = options_of(flags, "open-world")
-            result = evaluate_protocol(model, parts, tokenizer, prompt, **options)
+            result = evaluate_protocol(model, parts, tokenizer, prompt, **options_of(flags, "open-world"))
             records.append(about | {"domain": target} | result)
             error = 100 * result["standard_error"]
             counts.append(f"{target or 'all'} {result['images']:,} (at most {error:.1f})")

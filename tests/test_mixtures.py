@@ -149,13 +149,13 @@ def test_a_map_on_the_named_thing_is_right(measured):
         for k, mask in enumerate(dataset.masks(i)):
             perfect["maps"][i, ..., k] += torch.from_numpy(mask)
     for p, (i, j, _) in enumerate(pairs.tolist()):
-        kinds = mixtures.kinds_in(dataset, i)
+        kinds = mixture_pictures.kinds_in(dataset, i)
         perfect["used"][p, kinds.index(captions.things[j]) if captions.things[j] in kinds else 0] = 1
     labels, by_pair, tables = mixtures.on_masks(perfect, dataset, captions)
     assert by_pair and all(right for _, right, _ in by_pair.values())
     own, other = tables["caption maps"]
     assert own["right thing"] == 1 > other["right thing"] and own["lift"] > 2 and 0.25 <= own["chance"] <= 0.5
-    assert labels[0][0].split()[0] == mixtures.kinds_in(dataset, 0)[0]
+    assert labels[0][0].split()[0] == mixture_pictures.kinds_in(dataset, 0)[0]
     best, worst = mixture_pictures.examples(dataset, {"by_pair": by_pair}, captions, 2)
     assert best != worst
     # all maps of one scene are wrong: it comes last
