@@ -89,9 +89,7 @@ def shared_out(count: int, encode: Callable):
     return map_features(distributed.gather_rows, encode(r * count // W, (r + 1) * count // W))
 
 
-def image_batches(
-    model: nn.Module, dataset, *, batch_size=256, transform=None, workers=0, progress=""
-) -> Iterator[tuple[Tensor, Tensor]]:
+def image_batches(model, dataset, *, batch_size=256, transform=None, workers=0, progress="") -> Iterator:
     """This rank's images (b, 3, S, S) on the model's device, and their numbers (b,).
 
     Args: transform: default the model's;  progress: a label, empty for no line
@@ -104,9 +102,7 @@ def image_batches(
         shown.add(len(images))
 
 
-def score_rows(
-    model: nn.Module, dataset, text, *, batch_size=256, precision="fp32", **options
-) -> Iterator[tuple[int, Tensor]]:
+def score_rows(model, dataset, text, *, batch_size=256, precision="fp32", **options) -> Iterator:
     """Scores of this rank's images against all texts, one batch of images at a time.
 
     Args:    text: features of T texts;  options: of image_batches
@@ -158,9 +154,7 @@ def encode_classes(model, tokenizer, classes, templates: tuple[str, ...], batch_
     return shared_out(len(names), encode)
 
 
-def classify(
-    model: nn.Module, dataset, tokenizer, templates=prompts.PHOTO, classes: list | None = None, **options
-) -> tuple[Tensor, Tensor]:
+def classify(model, dataset, tokenizer, templates=prompts.PHOTO, classes=None, **options) -> tuple:
     """Zero-shot classification of every image of a labelled data set, equal on every rank.
 
     Args:    classes: names that replace dataset.classes, in the same order;  options: of score_rows

@@ -90,9 +90,7 @@ def names_as_text(model: DualEncoder, tokenizer) -> Tensor:
     return tokens.unflatten(0, (len(scenes.KINDS), -1))  # (C, templates, L)
 
 
-def measure(
-    model, tokenizer, dataset, names, show=(), precision="fp32", **options
-) -> tuple[dict[str, dict], dict[int, Tensor]]:
+def measure(model, tokenizer, dataset, names, show=(), precision="fp32", **options) -> tuple[dict, dict]:
     """Figures of maps on a data set, in batches; memory does not grow with the number of pictures.
 
     Args:    dataset scenes.Objects;  names of raw_maps, and "centre"

@@ -33,9 +33,7 @@ class Protocol:
     tests: dict  # {"target" | "test" | "base" | "new": data set}
 
 
-def protocol(
-    source, task: str, target="", *, whole=False, shots=0, seed=0, scene: dict | None = None, **where
-) -> Protocol:
+def protocol(source, task: str, target="", *, whole=False, shots=0, seed=0, scene=None, **where) -> Protocol:
     """The protocol of a task on a data set.
 
     Args:    source: "scenes", or labelled data for data.open_dataset;  task: one of TASKS;  target: the
