@@ -93,18 +93,13 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(layers))
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(
-        self, x: Tensor, kind="qkv", mask: Mask = None, need_weights=False, keep_tokens: KeepTokens = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """(B, L, D) -> (B, L, D), or the selected tokens; with need_weights also (B, H, L, L)."""
-        y = self.attn(self.ln_1(x), kind, mask, need_weights)
-        y, attn = y if need_weights else (y, None)
-        x = x + y
+    def forward(self, x: Tensor, kind="qkv", mask: Mask = None, keep_tokens: KeepTokens = None) -> Tensor:
+        """(B, L, D) -> (B, L, D), or the selected tokens."""
+        x = x + self.attn(self.ln_1(x), kind, mask)  # (B, L, D)
         # SPEED: the MLP treats every token separately, so it only needs the tokens that are used later
         if keep_tokens:
             x = keep_tokens(x)
-        x = x + self.mlp(self.ln_2(x))  # (B, L, D)
-        return (x, attn) if need_weights else x
+        return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
@@ -124,7 +119,7 @@ class Transformer(nn.Module):
         for number, block in enumerate(self.resblocks):
             x = before(number, x) if before else x
             last = keep_tokens if block is self.resblocks[-1] else None
-            x = self.run(block, x, "qkv", mask, False, last)
+            x = self.run(block, x, "qkv", mask, last)
         return x  # (B, L, D), or the selected tokens
 
     def run(self, function: Callable, *arguments):

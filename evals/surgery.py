@@ -212,7 +212,7 @@ def llip_token_maps(model: DualEncoder, images: Tensor, first: int = 0) -> Tenso
     for block in [] if first else stack[:-1]:
         x = block(x)
     for block in stack[:first] if first else stack[-1:]:
-        x, attn = block(x, need_weights=True)  # (B, L, D), (B, H, L, L)
+        attn, x = block.attn(block.ln_1(x), need_weights=True)[1], block(x)  # (B, H, L, L), (B, L, D)
         rows = attn.mean(1)[:, :M, M:].transpose(1, 2)  # (B, P, M)
         maps.append(rows / rows.sum(1, keepdim=True))
     return (sum(maps) / len(maps)).unflatten(1, grid)  # (B, rows, columns, M)

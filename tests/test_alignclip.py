@@ -48,7 +48,7 @@ def plain_twin(visual, images, kind, first_dual_block, layers):
             z = x
         if i >= first_dual_block:
             z = z + block.attn(block.ln_1(x), kind)
-        x, attn = block(x, need_weights=True)
+        attn, x = block.attn(block.ln_1(x), need_weights=True)[1], block(x)
         if i < layers:
             weights.append(attn.mean(1))
     return x, z, weights

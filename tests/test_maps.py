@@ -69,7 +69,7 @@ def test_attention_maps_are_the_class_tokens_rows():
     model = build()
     x, rows = model.visual.embed(IMAGES), []
     for block in model.visual.transformer.resblocks:
-        x, attn = block(x, need_weights=True)
+        attn, x = block.attn(block.ln_1(x), need_weights=True)[1], block(x)
         row = attn.mean(1)[:, 0, 1:]  # (B, P)
         rows.append((row / row.sum(1, keepdim=True)).view(2, 4, 4, 1))
     torch.testing.assert_close(maps.raw_maps(model, IMAGES, "cls", None), rows[-1])
@@ -83,7 +83,7 @@ def test_maps_use_the_blocks_that_alignclip_aligns(depth):
     model = CLIP(replace(SIZES, vision_layers=depth)).eval()
     x, rows = model.visual.embed(IMAGES), []
     for block in model.visual.transformer.resblocks:
-        x, attn = block(x, need_weights=True)
+        attn, x = block.attn(block.ln_1(x), need_weights=True)[1], block(x)
         row = attn.mean(1)[:, 0, 1:]  # (B, P)
         rows.append(row / row.sum(1, keepdim=True))
     layers = AlignCLIP(model, torch.eye(3, 16)).layers

@@ -386,7 +386,7 @@ def test_token_maps_are_the_last_blocks_attention():
     torch.testing.assert_close(maps.sum((1, 2)), torch.ones(2, 3).double())
     x = model.visual.embed(images)
     for block in model.visual.transformer.resblocks:
-        x, attn = block(x, need_weights=True)
+        attn, x = block.attn(block.ln_1(x), need_weights=True)[1], block(x)
     for token in range(3):
         row = attn[1].mean(0)[token, 3:]
         torch.testing.assert_close(maps[1, ..., token].flatten(), row / row.sum())
