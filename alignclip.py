@@ -237,7 +237,6 @@ PRESETS = {
     "alignclip-released": dict(align_weight=10.0, similarity="all", smoothing="released"),
     # the code of the submission: the same losses with weight 1
     "alignclip-submission": dict(align_weight=1.0, similarity="all", smoothing="released"),
-    # a fixed teacher: with a gradient into the guidance the loss can flatten the guidance instead
     "alignclip-detached": dict(detach=True),
 }
 TASK = "labels"

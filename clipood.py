@@ -120,14 +120,12 @@ class AveragePooled(VisionTransformer):
 
 
 class FineTune(LabelMethod):
-    """Cross-entropy between an image's cosines to the class texts and its label; margin 0.3 is CLIPood.
+    """Cross-entropy between an image's cosines to the class texts and its label.
 
-    CLIPood's margin metric softmax:  L = -log softmax_y(exp(t) * (f_c + margin * (1 - T_y . T_c))),  f_c the
-    cosine to class c (losses.margin_metric_logits).
     Args:   clip: every parameter but those of clip.visual is frozen, the logit scale exp(t) included
             text (C, E) unit-norm text features of the classes: the head, never trained
             smoothing, epsilon, scale: the target of each label, see losses.smoothing_targets
-            margin: lambda; CLIPood has 0.3, and 0.1 under domain shift and new classes together
+            margin: of losses.margin_metric_logits; CLIPood: 0.3, 0.1 under domain shift with new classes
             pooling: "cls", or "average" of the patches after projection (AlignCLIP rebuttal, Table 3)
     Raises: ValueError if clip is no CLIP, or text has another width or is not of unit norm.
     Cost:   forward, I FLOPs of the image tower an image: B (I + 2 C E). Ranks exchange only the gradient of
@@ -296,8 +294,6 @@ def build(settings: Settings, clip: CLIP, classes: Classes) -> FineTune:
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """Flags of python clipood.py wise-ft."""
-
     command: Literal["wise-ft"]  # the only command
     zero_shot: str  # checkpoint before fine-tuning
     fine_tuned: str  # checkpoint after it

@@ -31,11 +31,7 @@ TASK = "pairs"
 
 
 def build(settings: Settings, start: Config | nn.Module, batch_size: int) -> CLIP:
-    """The dual encoder that is trained.
-
-    Args:   start: sizes, for random weights, or a loaded CLIP;  batch_size: pairs over all ranks
-    Raises: ValueError if start is another model than a CLIP.
-    """
+    """As llip.build.   Raises: ValueError if start is a loaded model and no CLIP."""
     scale = start_of_scale(settings.objective, settings.logit_scale)
     bias = start_of_bias(settings.logit_bias, batch_size) if settings.objective == "siglip" else None
     if isinstance(start, Config):

@@ -40,10 +40,7 @@ class CoCoOp(PromptLearner):
         self.meta_net = nn.Sequential(OrderedDict(layers)).to(self.ctx.dtype)
 
     def cosines(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """Images (B, 3, S, S) against classes (C, L): (B, C).
-
-        SPEED: the pairs of a batch run together, in chunks; the official code takes one image after another.
-        """
+        # SPEED: the pairs of a batch run together, in chunks; the official code takes one image after another
         image = self.image_features(images)  # (B, E)
         ctx = self.ctx + self.meta_net(image).unsqueeze(1)  # (B, n, D)
         pairs = torch.arange(len(images) * len(tokens), device=image.device).split(self.chunk)

@@ -44,7 +44,6 @@ class MaPLe(PromptLearner):
         self.to(self.ctx.dtype)
 
     def encode_prompts(self, ctx: Tensor, tokens: Tensor) -> Tensor:
-        """Context (C, n, D) and tokens (C, L) through the text tower: (C, E) unit norm."""
         clip, (x, end) = self.clip, self.prompts(ctx, tokens)
         # the deeper prompts replace P_0 together with its positions
         x = x + clip.positional_embedding[: x.shape[1]].to(x.dtype)  # (C, n + L, D)
@@ -53,7 +52,6 @@ class MaPLe(PromptLearner):
         return unit(clip.ln_final(x) @ clip.text_projection.to(x.dtype))  # (C, E)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, E) unit norm."""
         visual = self.clip.visual
         x = visual.embed(images)  # (B, 1 + P, D')
         first = visual.ln_pre(self.proj(self.ctx)).to(x.dtype)  # (n, D') after ln_pre, without positions
