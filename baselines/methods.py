@@ -71,6 +71,5 @@ def presets() -> dict[str, tuple[str, dict]]:
     found = {}
     for name, method in METHODS.items():
         for preset, flags in method.module.PRESETS.items():
-            others = {flag: value for flag, value in flags.items() if flag != "method"}
-            found.setdefault(preset, (flags.get("method", name), others))
+            found.setdefault(preset, (flags.get("method", name), flags))
     return found
