@@ -292,18 +292,19 @@ def read_image(path: str, max_pixels: int | None = None) -> Image.Image:
 def map_sheet(path: str | Path, rows: list[tuple], title: str) -> None:
     """Writes images with maps over them: (image, maps (rows, columns, C), 1 + C labels) for each row.
 
-    The longer side of an image becomes TILE pixels. Each map is stretched to its own range, and darker where
-    the image is dark.
+    The longer side of an image becomes TILE pixels. Each map has its own range, and is darker in dark places.
     """
     columns, pictures, texts = max(len(labels) for _, _, labels in rows), [], []
     for image, maps, labels in rows:
         size = [max(1, round(TILE * side / max(image.size))) for side in image.size]
         image = image.resize(size, Image.Resampling.BICUBIC)
         shade = 0.5 + np.asarray(image.convert("L"), dtype=np.float32)[..., None] / 510
-        stretched = stretch(maps[None].float().cpu(), size[::-1])[0].unbind(-1)  # (height, width) each
-        over = [Image.fromarray((heat(one.numpy()) * shade).astype(np.uint8)) for one in stretched]
+        pictures.append(image)
+        for one in maps.float().cpu().unbind(-1):
+            one = stretch(one[None, ..., None], size[::-1])[0, ..., 0]  # (height, width)
+            pictures.append(Image.fromarray((heat(one.numpy()) * shade).astype(np.uint8)))
         missing = columns - len(labels)
-        pictures += [image, *over, *[Image.new("RGB", size, "white")] * missing]
+        pictures += [Image.new("RGB", size, "white")] * missing
         texts += [*labels, *[""] * missing]
     title += "; in each map: dark blue least, yellow most"
     write_image(path, sheet(pictures, texts, columns, TILE, title))
