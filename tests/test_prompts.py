@@ -252,7 +252,7 @@ def hooked_maple(clip, model, images, tokens):
         def hook(module, args, kwargs):
             x = args[0]
             middle = new.expand(len(x), -1, -1)
-            return (torch.cat([x[:, :place], middle, x[:, place:][:, n:]], 1),), kwargs
+            return (torch.cat([x[:, :place], middle, x[:, place:][:, n:]], 1), *args[1:]), kwargs
 
         block.register_forward_pre_hook(hook, with_kwargs=True)
 
