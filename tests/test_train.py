@@ -724,8 +724,11 @@ def test_a_run_says_when_its_warm_up_is_too_long_and_when_nothing_is_evaluated(t
 
 def test_a_signal_gives_the_other_signals_back(monkeypatch):
     """TRAP: after a stop, Ctrl-C in the same process must act at once."""
-    before = signal.getsignal(signal.SIGINT)
+    started_with = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a job in the background ignores it
     stop = StopSignal()
-    assert signal.getsignal(signal.SIGINT) != before
+    assert signal.getsignal(signal.SIGINT) == stop.handle
     os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.agreed() and signal.getsignal(signal.SIGINT) == before
+    assert stop.agreed() and signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    signal.signal(signal.SIGINT, started_with)
