@@ -60,7 +60,8 @@ class Task:
     def loading(self, start: int, transform: data.Preprocess, flip: bool = False) -> dict:
         """Arguments of batches. Scenes are random already, and --overfit must see the same images again."""
         if not (self.c.overfit or hasattr(self.train, "pixels") or self.c.crop_scale == 1):
-            transform = transform.random((self.c.crop_scale, 1.0), flip)
+            own = {name: getattr(transform, name) for name in ("interpolation", "mean", "std")}
+            transform = data.RandomCrop(transform.image_size, (self.c.crop_scale, 1.0), flip, **own)
         place = dict(start_step=start, rank=distributed.rank(), world=distributed.world_size())
         place |= dict(seed=self.c.seed, workers=self.c.workers)
         return place | dict(transform=transform)

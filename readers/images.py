@@ -163,10 +163,6 @@ class Preprocess:
     def __call__(self, image: Image.Image) -> Tensor:
         return normalise(self.pixels(image), self.mean, self.std)  # (3, S, S)
 
-    def random(self, scale: tuple, flip: bool = False) -> "RandomCrop":
-        """The transform of training with the same interpolation, mean and std."""
-        return RandomCrop(self.image_size, scale, flip, self.interpolation, mean=self.mean, std=self.std)
-
 
 preprocess = Preprocess  # the transform of evaluation under its public name: preprocess(S)(image)
 
