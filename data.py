@@ -2,8 +2,7 @@
 
 Batch t is a pure function of t. The order of an epoch is drawn from (seed, epoch), a crop from (seed, epoch,
 sample), and a caption from (seed, sample) and the number of the epoch. The global batch of step t is the same
-for any number of ranks and workers, and a resumed run needs to know only t. open_dataset reads any format
-(readers/datasets.py); preprocess is OpenAI's transform (readers/images.py).
+for any number of ranks and workers, and a resumed run needs to know only t.
 """
 
 import atexit

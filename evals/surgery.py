@@ -115,9 +115,7 @@ METHODS = {
 }
 
 
-def dense_features(
-    visual: VisionTransformer, images: Tensor, method="surgery", blocks: int | None = None, kind=None
-) -> Tensor:
+def dense_features(visual, images: Tensor, method="surgery", blocks=None, kind: str | None = None) -> Tensor:
     """Every token of the image in the space of images and texts. The papers are named above.
 
     Args:    images (B, 3, height, width), any size of at least one patch;  method, one of METHODS

@@ -91,10 +91,9 @@ def note_figures(scores: dict, labels: Tensor, written: Tensor, cosine: bool = T
 
 
 def typographic(model: DualEncoder, dataset, tokenizer, templates=prompts.PHOTO, seed=0, **options) -> dict:
-    """Evaluates clean images, the same with a blank note, and with a wrong class name on the note.
+    """note_figures of clean images, the same with a blank note, and with a wrong class name on the note.
 
-    Args:    options of evaluate.score_rows
-    Returns: note_figures
+    Args: options of evaluate.score_rows
     """
     written, scores = wrong_labels(dataset.labels, len(dataset.classes), seed), {}
     words = [dataset.classes[c] for c in written]

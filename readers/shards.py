@@ -171,10 +171,9 @@ class Shards:
 
     The headers of each archive are read once and kept in the user's cache. Sample i is then (archive, offset,
     size): resuming is exact, all ranks get equally many batches, and there may be more workers than shards.
-    An epoch shuffles the archives, and then the samples inside windows of `window` archives, so that reads
-    stay within a few files. For archives that are sorted by content, raise `window`.
     Args:   spec 'a/{00000..00010}.tar::b.tar';  caption_lines "yes" or "no": whether each line of a .txt is a
-            caption, None: lines_are_captions;  window archives;  cache folder of the indices
+            caption, None: lines_are_captions;  window archives of epoch_order: more of them for archives
+            that are sorted by content;  cache folder of the indices
     Raises: ValueError for a missing, damaged or compressed archive, or if there are no samples.
     """
 
@@ -257,7 +256,7 @@ class Shards:
         return open_image(self.read(shard, offset, min(size, limits.MAX_IMAGE_BYTES + 1)), self.max_pixels)
 
     def epoch_order(self, rng: np.random.Generator) -> np.ndarray:
-        """The order of an epoch: archives are shuffled, then samples inside windows of archives."""
+        """Archives are shuffled, then samples inside windows of archives: reads stay within a few files."""
         starts = np.searchsorted(self.table[:, 0], np.arange(len(self.paths) + 1))
         shards = rng.permutation(len(self.paths))
         members = [np.arange(starts[s], starts[s + 1]) for s in shards]
