@@ -198,9 +198,14 @@ def loop(c: TrainConfig, s, run: Run, device: torch.device) -> dict:
             check_finite(meter, step, c, task, ids, run, raw.parameters())
             run.save(state(c, s, task, optimizer, step, meter))
         if not stopping and not c.overfit and (last or (c.eval_every and step and step % c.eval_every == 0)):
-            results = timed_evaluation(task, raw, say)
+            began = time.time()
+            with evaluate.evaluating(raw):
+                results = task.evaluate(raw)
             if results:
+                say(f"evaluated in {duration(time.time() - began)}")
                 run.log(step=step, **results)
+            else:
+                say("no validation data: no evaluation")
         if stopping:
             raise KeyboardInterrupt(f"stopped at step {step}; python train.py --resume {run.path} continues")
         if last:
@@ -274,16 +279,6 @@ def introduce(c: TrainConfig, s, run: Run, task, start: int, device, expected: s
     if c.warmup > c.steps:
         say(f"the warm-up of {c.warmup} steps is longer than the run: lr {c.lr:g} is never reached")
     say(f"-> {run.path}\nexpected loss: {expected}")
-
-
-def timed_evaluation(task: tasks.Task, model: nn.Module, say) -> dict:
-    began = time.time()
-    model.eval()
-    with torch.no_grad():
-        results = task.evaluate(model)
-    model.train()
-    say(f"evaluated in {duration(time.time() - began)}" if results else "no validation data: no evaluation")
-    return results
 
 
 def check_finite(meter: Meter, step: int, c: TrainConfig, task, ids, run: Run, weights=()) -> None:

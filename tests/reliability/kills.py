@@ -142,13 +142,15 @@ def build_in(out: str, operation=0, name="", size=0, batch=0, evaluation=0.0, fu
         following, count = data.Batches.__next__, itertools.count(1)
         data.Batches.__next__ = lambda self: end() if next(count) == batch else following(self)
     if evaluation:
-        evaluate = train.timed_evaluation
+        evaluating = train.evaluate.evaluating
 
-        def begin(*args):
-            threading.Timer(evaluation, end).start()
-            return evaluate(*args)
+        def begin(model):
+            # a CLIP to start from is evaluated before, in eval mode
+            if model.training:
+                threading.Timer(evaluation, end).start()
+            return evaluating(model)
 
-        train.timed_evaluation = begin
+        train.evaluate.evaluating = begin
 
 
 def note_samples(seen) -> None:
