@@ -40,7 +40,7 @@ def tile_form(texts: int, tokens: int, heads: int, width: int) -> str:
 
 
 def flops(images: int, texts: int, tokens: int, heads: int, width: int, train: bool, which: str = "") -> int:
-    """FLOPs of cosines (or with train of tiled_loss, both passes), two per multiply-add.
+    """FLOPs of cosines (or with train of TiledLoss, both passes), two per multiply-add.
 
     Only matrix products count, as in torch's FlopCounterMode. which: a tile form; empty: by tile_form.
     """
@@ -186,7 +186,13 @@ def cosines(keys, values, queries, text, weight, temperature: float) -> Tensor:
     return _Cosines.apply(temperature, keys, values, queries, text, weight)
 
 
-class _TiledLoss(torch.autograd.Function):
+class TiledLoss(torch.autograd.Function):
+    """Sum over tiles of loss(cosines (I, J), first row, first column), its gradient taken tile by tile.
+
+    Args: loss, temperature, the five inputs of cosines, and parameters of the loss, which need a gradient.
+    The forward pass has already computed the gradient, so that the graph has one node.
+    """
+
     @staticmethod
     def forward(ctx, loss: Callable, temperature: float, *inputs: Tensor) -> Tensor:
         sides, parameters = inputs[:5], inputs[5:]
@@ -214,15 +220,6 @@ class _TiledLoss(torch.autograd.Function):
         return None, None, *(g.mul_(grad) for g in grads)
 
 
-def tiled_loss(inputs: tuple, temperature: float, loss: Callable, parameters: list) -> Tensor:
-    """Sum over tiles of loss(cosines (I, J), first row, first column), its gradient taken tile by tile.
-
-    Args:    inputs as in cosines;  parameters: others that the loss uses, all of which need a gradient
-    Returns: () with a graph of one node: the forward pass has already computed the gradient.
-    """
-    return _TiledLoss.apply(loss, temperature, *inputs, *parameters)
-
-
 class TiledLlip(Llip):
     """Llip whose pairs are computed tile by tile. It adds no state, so a Llip can change its class."""
 
@@ -237,12 +234,11 @@ class TiledLlip(Llip):
     def pair_loss(self, image_side: tuple, text_side: tuple, loss: Callable) -> Tensor:
         """Sum over tiles of loss(logits (I, J), first row, first column), its gradient taken tile by tile."""
         scaling = [p for p in (self.logit_scale, self.logit_bias) if p is not None and p.requires_grad]
-        inputs = self.inputs(image_side, text_side)
 
         def of_cosines(cosines: Tensor, row: int, column: int) -> Tensor:
             return loss(self.scale_logits(cosines), row, column)
 
-        return tiled_loss(inputs, self.temperature, of_cosines, scaling)
+        return TiledLoss.apply(of_cosines, self.temperature, *self.inputs(image_side, text_side), *scaling)
 
 
 def select(model: nn.Module, pairs: str, rows: int, columns: int) -> nn.Module:
