@@ -47,10 +47,10 @@ def full_precision(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def require_clip(clip: nn.Module) -> None:
+def require_clip(clip: nn.Module, source: str = "this model") -> None:
     """Raises ValueError for Llip and PooledTokens: they have no single class token with one projection."""
     if not isinstance(clip, CLIP) or clip.visual.class_embedding.dim() != 1:
-        raise ValueError(f"fine-tuning needs a CLIP, not a {type(clip).__name__}")
+        raise ValueError(f"{source}: fine-tuning needs a CLIP, not a {type(clip).__name__}")
 
 
 @dataclass(frozen=True)

@@ -261,10 +261,7 @@ class LabelTask(Task):
         self.tokenizer = pair_tokenizer(c, (), vocabulary)
         # all ranks may encode classes together, which NCCL does on GPUs only
         clip = load_start(c).to(distributed.setup(c.device))
-        try:
-            require_clip(clip)
-        except ValueError as error:
-            raise ValueError(f"{c.init}: {error}") from None
+        require_clip(clip, c.init)
         self.clip, self.config = clip, clip.config
         scene = dict(image_size=self.config.image_size, size=c.train_size, bias=c.bias, test_seed=c.test_seed)
         parts = dict(whole=c.whole_target, shots=c.shots, seed=c.seed, scene=scene)

@@ -561,7 +561,7 @@ def test_mistakes_get_one_line(tmp_path, clip, capsys, flags, message):
 def test_llip_and_one_class_are_refused(tmp_path, clip, capsys):
     wrong = save_run(tmp_path / "llip", lambda config: Llip(config, 2, 2))
     assert run(tmp_path / "a", wrong, "clipood") == 2
-    assert "fine-tuning needs a CLIP, not a Llip" in capsys.readouterr().err
+    assert f"error: {wrong}: fine-tuning needs a CLIP, not a Llip" in capsys.readouterr().err
     for domain in ("photo", "sketch"):
         (tmp_path / "data" / domain / "cat").mkdir(parents=True)
         for k in range(5):
