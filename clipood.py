@@ -306,6 +306,8 @@ def main(argv: list[str]) -> None:
     c = parse(Flags, argv, __doc__, positional=("command", "zero_shot", "fine_tuned"))
     if Path(c.out).exists():
         raise ValueError(f"{c.out} exists already: give another --out")
+    if not 0 <= c.alpha <= 1:
+        raise ValueError(f"--alpha {c.alpha}: must be in [0, 1], where 1 is the fine-tuned model")
     model = pretrained.load(c.zero_shot)
     model.load_state_dict(wise_ft(model.state_dict(), pretrained.load(c.fine_tuned).state_dict(), c.alpha))
     print(f"written to {pretrained.save(model, c.out)}")

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import clipood
-from clipood import BetaMovingAverage, FineTune, wise_ft
+import pretrained
+from clipood import BetaMovingAverage, FineTune, main, wise_ft
 from llip import Llip, PooledTokens
 from model import CLIP, Config
 
@@ -293,6 +294,14 @@ def test_wise_ft_ends_and_middle(clip):
             assert torch.equal(value, expected[name]), name
     for name, value in wise_ft(start, end, 0.25).items():
         torch.testing.assert_close(value, 0.75 * start[name] + 0.25 * end[name])
+
+
+@pytest.mark.parametrize("alpha", ["3", "-0.1", "nan"])
+def test_wise_ft_refuses_weights_outside_the_two_models(tmp_path, capsys, alpha):
+    pretrained.save(CLIP(CONFIG), tmp_path / "a.pt")
+    flags = ["wise-ft", str(tmp_path / "a.pt"), str(tmp_path / "a.pt"), "--out", str(tmp_path / "c.pt")]
+    assert main([*flags, "--alpha", alpha]) == 2 and not (tmp_path / "c.pt").exists()
+    assert f"--alpha {float(alpha)}: must be in [0, 1]" in capsys.readouterr().err
 
 
 def test_wise_ft_refuses_other_architectures(clip):
