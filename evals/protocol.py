@@ -70,7 +70,7 @@ def check_target(source, task: str, target: str, names) -> None:
         problem = f"{task} needs two domains or more, there are {len(names)}"
         raise ValueError(f"{source}: {problem}; --open-task all-classes or open-class needs none")
     elif not target:
-        raise ValueError(f"{source}: {task} needs a target domain, one of: {listed}")
+        raise ValueError(f"{source}: {task} needs a --target-domain, one of: {listed}")
     elif target not in names:
         raise ValueError(f"{source}: no domain {target!r}; there are: {listed}")
 

@@ -531,7 +531,7 @@ def test_mistakes_with_prompts_get_one_line(tmp_path, clip, capsys, flags, messa
         (["--init", ""], "--method clipood starts from a CLIP: name a checkpoint or a run with --init"),
         (["--init", "nowhere.pt"], "nowhere.pt: no such file"),
         (["--target-domain", "Sketch"], "no domain 'Sketch'; there are: photo, sketch, cartoon, p"),
-        (["--target-domain", ""], "domain-shift needs a target domain, one of: photo, sketch"),
+        (["--target-domain", ""], "domain-shift needs a --target-domain, one of: photo, sketch"),
         (["--open-task", "shift"], "--open-task shift: expected one of domain-shift, open-class"),
         (["--batch-size", "7"], "--batch-size 7 is not divisible by 3 source domains: try 6"),
         (["--dry-run"], "--dry-run computes the cost of pre-training, not of --method clipood"),

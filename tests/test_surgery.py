@@ -588,7 +588,7 @@ def test_subtracting_what_texts_share_changes_the_maps(run, tmp_path):
 
 def test_clear_errors(run, tmp_path):
     image = picture(tmp_path / "a.png")
-    assert "no.png: not a readable image" in run(tmp_path / "no.png", "a dog", status=2)
+    assert "no.png: not a readable image (No such file" in run(tmp_path / "no.png", "a dog", status=2)
     assert "not a readable image" in run(tmp_path, "a dog", status=2)
     (tmp_path / "cut.png").write_bytes(image.read_bytes()[:900])
     assert "cut.png: not a readable image" in run(tmp_path / "cut.png", "a dog", status=2)
