@@ -284,9 +284,8 @@ def read_image(path: str, max_pixels: int | None = None) -> Image.Image:
         with open_image(path, max_pixels) as image, decoding():
             return ImageOps.exif_transpose(image).convert("RGB")
     except IMAGE_ERRORS as error:
-        raise ValueError(
-            f"{path}: not a readable image ({getattr(error, 'strerror', None) or error})"
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: not a readable image ({reason})") from None
 
 
 def map_sheet(path: str | Path, rows: list[tuple], title: str) -> None:
