@@ -179,8 +179,7 @@ class AlignCLIP(FineTune):
         if not self.attention and self.similarity == "none":
             return super().loss(images, labels)
         visual, layers = self.clip.visual, self.layers if self.attention else 0
-        x = visual.embed(images)  # (B, 1 + P, D)
-        x, z, rows = two_paths(visual, x, self.branch, self.first_dual_block, layers)
+        x, z, rows = two_paths(visual, visual.embed(images), self.branch, self.first_dual_block, layers)
         image = unit(visual.head(x if self.similarity != "none" else x[:, :1]))  # (B, 1 + P, E)
         guide = unit(visual.head(z[:, 1:]))  # (B, P, E)
         # REF: the margin moves only the class token's feature; the maps use unmoved features

@@ -76,5 +76,4 @@ TASK = "labels"
 
 
 def build(settings: Settings, clip: CLIP, classes: Classes) -> FLYP:
-    """The module that is trained; the first template makes the prompts."""
     return FLYP(clip, classes.tokens(classes.templates[0], clip.config.context_length))
