@@ -16,7 +16,6 @@ util.metrics.map_figures compares the map with the thing's mask. There are three
 centre, a cone in the middle of the picture, is the baseline without a model.
 """
 
-import math
 from pathlib import Path
 
 import torch
@@ -67,7 +66,7 @@ def raw_maps(model: DualEncoder, images: Tensor, name: str, text: Tensor) -> Ten
 def centre(size: int) -> Tensor:
     """1 in the middle of the picture, 0 in its corners, linear in the distance: (size, size)."""
     place = (torch.arange(size) + 0.5) / size - 0.5
-    cone = 1 - (place[:, None] ** 2 + place**2).sqrt() * math.sqrt(2)  # (S, S)
+    cone = 1 - (place[:, None] ** 2 + place**2).sqrt() * 2**0.5  # (S, S)
     return cone.clamp(min=0)
 
 
