@@ -37,11 +37,6 @@ WRITTEN = {"open_task": str, "target_domain": str, "whole_target": bool, "templa
 FIGURES = ("val", "target", "test", "base", "new", "H")
 
 
-def harmonic(base: float, new: float) -> float:
-    """Harmonic mean of two accuracies, 0 if both are 0."""
-    return 2 * base * new / (base + new) if base + new else 0.0
-
-
 def evaluate_protocol(model, protocol: Protocol, tokenizer, templates=prompts.PHOTO, **options) -> dict:
     """Accuracy on every part of a protocol, each among its own class names.
 
@@ -59,7 +54,7 @@ def evaluate_protocol(model, protocol: Protocol, tokenizer, templates=prompts.PH
         result[name], chance[name] = (place < 1).double().mean().item(), 1 / len(dataset.classes)
     if "new" in result:
         for figures in (result, chance):
-            figures["H"] = harmonic(figures["base"], figures["new"])
+            figures["H"] = float(statistics.harmonic_mean([figures["base"], figures["new"]]))
     sizes = [len(dataset) for dataset in protocol.tests.values()]
     return result | {"chance": chance, "images": sum(sizes), "standard_error": 0.5 / min(sizes) ** 0.5}
 
@@ -87,7 +82,7 @@ def summarise(records: list[dict]) -> list[dict]:
         if len(domains[task]) > 1 and {r["domain"] for r in some} == domains[task]:
             means = {name: statistics.fmean(values) for name, values in figures(some).items()}
             if "H" in means:
-                means["H"] = harmonic(means["base"], means["new"])
+                means["H"] = statistics.harmonic_mean([means["base"], means["new"]])
             records = [*records, {"task": task, "method": method, "domain": "average", **means}]
     rows = []
     for (task, method, domain), some in groups("task", "method", "domain").items():
