@@ -137,10 +137,9 @@ def dense_features(visual, images: Tensor, method="surgery", blocks=None, kind: 
         raise ValueError(f"a tower of {visual.tokens} mixture tokens has no projection: use llip_caption_map")
     x = recipe.embed(visual, images)
     if recipe.last:
-        *stack, block = visual.transformer.resblocks
-        for ordinary in stack:
-            x = ordinary(x)
-        return visual.head(recipe.last(block, x))
+        for block in visual.transformer.resblocks[:-1]:
+            x = block(x)
+        return visual.head(recipe.last(visual.transformer.resblocks[-1], x))
     x, z, _ = two_paths(visual, x, kind or recipe.branch, depth - blocks, 0)
     return visual.head(z if recipe.own_class else torch.cat([x[:, :1], z[:, 1:]], 1))
 
