@@ -28,6 +28,7 @@ from baselines import saved
 from pretrained import check_vocabulary
 from readers import scenes
 from readers import templates as prompts
+from readers.benchmarks import unnamed
 from scale import distributed, llip_tiles
 from util import plots
 from util.evaluation import DataFlags, ModelFlags, load_options, options_of, start, where_of, write_results
@@ -164,6 +165,8 @@ def classify(model, dataset, tokenizer, templates=prompts.PHOTO, classes=None, *
     classes = dataset.classes if classes is None else classes
     if len(classes) != len(dataset.classes):
         raise ValueError(f"{len(classes)} class names for data of {len(dataset.classes)} classes")
+    if (problem := unnamed(classes)) and distributed.rank() == 0:
+        warn(problem)
     numbers = {}
     for c, names in enumerate(classes):
         twin = numbers.setdefault(str(names), c)

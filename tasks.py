@@ -24,6 +24,7 @@ from clipood import BetaMovingAverage, Classes, require_clip
 from evals import open_world, protocol
 from model import CONFIGS
 from readers import scenes, templates
+from readers.benchmarks import unnamed
 from scale import distributed, llip_tiles
 from scale.gradcache import float_features, training_step
 from scale.llip_tiles import TiledLlip
@@ -269,6 +270,8 @@ class LabelTask(Task):
         self.train = self.protocol.train
         self.templates = protocol.templates_of([c.template] if c.template else [], c.train_data)
         names = self.train.classes
+        if problem := unnamed(names):
+            raise ValueError(f"{c.train_data}: {problem}")
         with evaluate.evaluating(clip):
             text = evaluate.encode_classes(clip, self.tokenizer, names, self.templates)  # (C, E)
         classes = Classes(names, self.templates, self.tokenizer, text)

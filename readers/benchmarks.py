@@ -1,8 +1,49 @@
-"""Splits that papers fix: DomainBed's holdouts, and base and new classes."""
+"""The data sets of both papers: names for their classes, and the splits that the papers fix."""
 
 import hashlib
+import re
+from pathlib import Path
 
 import numpy as np
+
+from readers.lists import Listing
+from readers.templates import SUITE, WORDNET, read_classes, recognise
+from util.text import printable, say
+
+NAMES = "classnames.txt LOC_synset_mapping.txt synset_words.txt classnames.json imagenet_class_index.json"
+
+
+def is_coded(classes) -> bool:
+    """Whether all classes are named by WordNet ids or by numbers."""
+    return bool(classes) and all(isinstance(c, str) and re.fullmatch(rf"{WORDNET}|\d+", c) for c in classes)
+
+
+def unnamed(classes: list) -> str:
+    """What to do about classes that have no names; empty if they have."""
+    remedy = "put classnames.txt beside the folders, with lines as 'n01440764 tench', or 'tench'"
+    problem = f"classes named {', '.join(map(str, classes[:2]))} ... mean nothing to a text encoder"
+    return f"{problem}: {remedy}" if is_coded(classes) else ""
+
+
+def refine(path: Path, listing: Listing) -> Listing:
+    """The listing with names for coded classes and without DomainNet's duplicates; its format names it."""
+    rows, classes = listing.rows, listing.classes
+    found = recognise(path, {row.domain for row in rows if row.domain}, is_coded(classes))
+    duplicates = path / "domain_net_duplicates.txt"
+    if found and found.name == "DomainNet" and duplicates.is_file():
+        # DomainBed's list of paths, which its own download deletes
+        left_out = set(duplicates.read_text(encoding="utf-8").split())
+        rows = [row for row in rows if row.file not in left_out]
+        say(printable(f"{path}: {len(listing.rows) - len(rows)} images of {duplicates.name} are left out"))
+    if is_coded(classes):
+        places = [path.absolute(), *path.absolute().parents[:2]]
+        files = [place / name for place in places for name in NAMES.split() if (place / name).is_file()]
+        if found and set(classes) <= {*SUITE["ImageNet"]["wnids"], *map(str, range(1000))}:
+            files.append("clip-ImageNet")
+        names = read_classes(str(files[0]), list(classes)) if files else list(classes)
+        classes = {label: str(name).replace("_", " ") for label, name in zip(classes, names)}
+    form = f"{found.name}, template {found.template!r}: {listing.format}" if found else listing.format
+    return listing._replace(rows=rows, classes=classes, format=form)
 
 
 def domainbed_split(

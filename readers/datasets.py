@@ -21,11 +21,11 @@ from pathlib import Path
 from PIL import Image
 
 from readers import scenes
+from readers.benchmarks import refine
 from readers.folders import folders_in, natural, read_folder
 from readers.images import IMAGE_SUFFIXES, open_image
-from readers.lists import Listing, read_list
+from readers.lists import AIRCRAFT, Listing, read_list
 from readers.shards import Shards, clean_captions
-from readers.templates import recognise
 from util.text import printable, warn
 
 
@@ -95,6 +95,8 @@ def evenly_spread(dataset, n: int) -> Subset:
 def choose_split(rows: list, split: str | None, default: str | None, where) -> list:
     """The rows of a split that must exist, or of the default if there are splits, or all."""
     names = sorted({row.split for row in rows if row.split is not None})
+    # ImageNet publishes no labels of its test images, and papers report its val
+    default = "val" if default == "test" and "test" not in names and "val" in names else default
     split = split or (default if names else None)
     if split is None:
         return rows
@@ -254,8 +256,8 @@ def read_dataset(
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
-    # TRAP: the folders beside the split file of a data set of CoOp are not its classes
-    if len(splits := list(path.glob("split_zhou_*.json"))) == 1:
+    # TRAP: the folders beside the split file of CoOp or of FGVC-Aircraft are not its classes
+    if len(splits := [*path.glob("split_zhou_*.json"), *path.glob(AIRCRAFT)]) == 1:
         path = splits[0]
     listing = read_folder(path, caption_lines) if path.is_dir() else None
     if listing is None:
@@ -264,7 +266,4 @@ def read_dataset(
             shards = "::".join(map(str, sorted(path.parent.glob("*.tar"))))
             return read_dataset(shards, split, caption_lines=caption_lines)
         listing = read_list(path, **keys)
-    if found := recognise(path, {row.domain for row in listing.rows if row.domain}):
-        form = f"{found.name}, template {found.template!r}: {listing.format}"
-        listing = listing._replace(format=form)
-    return build(listing, path, split, default_split, image_root, allow_outside)
+    return build(refine(path, listing), path, split, default_split, image_root, allow_outside)

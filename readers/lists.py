@@ -15,6 +15,7 @@ from util.text import printable, warn
 
 IMAGE_KEYS = "filepath image path file filename file_name image_path image_name img".split()
 CAPTION_KEYS = "title caption captions text comment sentence".split()
+AIRCRAFT = "images_variant_train.txt"
 LABEL_KEYS = "label class classname class_name category".split()
 
 
@@ -188,6 +189,17 @@ def read_coop(path: Path, content: dict) -> Listing:
     return Listing("CoOp split", rows, {k: names[k].replace("_", " ") for k in sorted(names)})
 
 
+def read_aircraft(path: Path) -> Listing:
+    """FGVC-Aircraft: images_variant_SPLIT.txt has lines "image class", variants.txt the classes in order."""
+    names = path.with_name("variants.txt").read_text(encoding="utf-8").splitlines()
+    rows, number = [], {name: k for k, name in enumerate(names)}
+    for split in ("train", "val", "test"):
+        lines = path.with_name(AIRCRAFT.replace("train", split)).read_text(encoding="utf-8").splitlines()
+        for image, _, name in (line.partition(" ") for line in lines):
+            rows.append(Row(f"images/{image}.jpg", [], split, number[name]))
+    return Listing("lists of FGVC-Aircraft", rows, dict(enumerate(names)))
+
+
 def read_json(path: Path, **keys) -> Listing:
     """One of the JSON formats; their top-level keys tell them apart."""
     content = json.loads(read_text(path))
@@ -209,6 +221,8 @@ def read_list(path: Path, **keys) -> Listing:
     """A file that lists images; its suffix gives the format.   Args: image_key, caption_key, label_key"""
     suffix = path.suffix.lower()
     try:
+        if path.name == AIRCRAFT:
+            return read_aircraft(path)
         if suffix in (".csv", ".tsv", ".txt"):
             return read_table(path, **keys)
         if suffix in (".jsonl", ".ndjson"):

@@ -8,11 +8,13 @@ OxfordPets   and the other names of benchmarks.txt: one each
 
 import json
 import os
+import re
 from collections import namedtuple
 from pathlib import Path
 
 from util.files import read_text
 
+WORDNET = r"n\d{8}"
 Benchmark = namedtuple("Benchmark", "name mark template")  # a line of benchmarks.txt
 LINES = Path(__file__).with_name("benchmarks.txt").read_text(encoding="utf-8").splitlines()
 BENCHMARKS = [Benchmark(*line.split(" | ")) for line in LINES if line[0] != "#"]
@@ -30,10 +32,16 @@ def fill(template: str, name: str) -> str:
     return template.replace("{}", name).replace("{c}", name)
 
 
-def recognise(path: Path, domains: set = frozenset()) -> Benchmark | None:
-    """The line of benchmarks.txt for a folder or a split file: by the split file, or by the domains."""
-    marks = [*(os.listdir(path) if path.is_dir() else [path.name]), ", ".join(sorted(domains))]
-    return next((benchmark for benchmark in BENCHMARKS if benchmark.mark in marks), None)
+def recognise(path: Path, domains: set = frozenset(), coded: bool = False) -> Benchmark | None:
+    """The line of benchmarks.txt for a folder or a split file; coded: is_coded(its class folders)."""
+    files = os.listdir(path) if path.is_dir() else [path.name]
+    place = str(path.absolute()).lower() if coded else ""
+    for benchmark in BENCHMARKS:
+        kind, mark = benchmark.mark.split(" ", 1)
+        known = ", ".join(sorted(domains)) == mark
+        if {"file": mark in files, "domains": known, "path": re.search(mark, place)}[kind]:
+            return benchmark
+    return None
 
 
 def for_data(path: str) -> tuple[str, ...]:
@@ -60,11 +68,17 @@ def read_templates(words: list[str]) -> tuple[str, ...]:
 def read_classes(path: str, folders: list[str]) -> list:
     """The class names of --classnames, a file or clip-CIFAR10 ..., in the order of the folders.
 
+    Folders named by numbers have the names in order: all of them, or those at their places in a longer list.
     Raises: ValueError if a folder has no name, or the number of names differs.
     """
     suite = SUITE.get(path.removeprefix("clip-")) if path.startswith("clip-") else None
-    names = suite["classes"] if suite else read_names(path)
+    names, numbers = suite["classes"] if suite else read_names(path), all(map(str.isdigit, folders))
+    names = dict(zip(suite["wnids"], names)) if suite and "wnids" in suite else names
+    if isinstance(names, dict) and numbers and folders[0] not in names:
+        names = list(names.values())
     if isinstance(names, list):
+        if numbers and len(names) > max(len(folders), *map(int, folders)):
+            return [names[int(folder)] for folder in folders]
         if len(names) != len(folders):
             raise ValueError(f"{path}: {len(names)} names, but the data have {len(folders)} classes")
         return names
@@ -74,12 +88,19 @@ def read_classes(path: str, folders: list[str]) -> list:
 
 
 def read_names(path: str) -> list | dict:
-    """Names from a file: one per line, or JSON: a list, or {folder: name or [synonyms]}."""
+    """Names from a file: one per line, or JSON: a list, or {folder: name or [synonyms]}.
+
+    Lines "n01440764 tench, Tinca tinca" and JSON {number: ["n01440764", "tench"]} become {id: name}.
+    """
     try:
         text = read_text(path)
         names = json.loads(text) if path.endswith(".json") else text.splitlines()
     except ValueError as error:
         raise ValueError(f"{path}: not JSON, or not text ({error})") from None
+    names = [n for n in names if n not in ("", [])] if isinstance(names, list) else names
     if not isinstance(names, list | dict) or not names:
         raise ValueError(f"{path}: expected a list or a mapping that is not empty")
-    return names if isinstance(names, dict) else [n for n in names if n not in ("", [])]
+    pairs = names.values() if isinstance(names, dict) else [str(name).split(None, 1) for name in names]
+    if all(len(pair) == 2 and re.fullmatch(WORDNET, str(pair[0])) for pair in pairs):
+        return {key: name.split(",")[0].replace("_", " ").strip() for key, name in pairs}
+    return names

@@ -36,7 +36,15 @@ DOMAINS = {
     "TerraIncognita": ("terra_incognita", "location_100 location_38 location_43 location_46"),
     "DomainNet": ("domain_net", "clipart infograph painting quickdraw real sketch"),
 }
-ALL = [*COOP, *DOMAINS]
+# three of ImageNet's classes, and what classnames.txt calls them
+WORDNET = {"n01443537": "goldfish", "n01498041": "stingray", "n01514859": "hen"}
+IMAGENET = {
+    "ImageNet": "imagenet/images/val",
+    "ImageNetSketch": "imagenet-sketch/images",
+    "ImageNetA": "imagenet-adversarial/imagenet-a",
+    "ImageNetR": "imagenet-rendition/imagenet-r",
+}
+ALL = ["FGVCAircraft", "ImageNetV2", *COOP, *DOMAINS, *IMAGENET]
 
 
 def picture(path, shade=0):
@@ -66,6 +74,16 @@ def make(root, name):
         picture(root / folder / images / "BACKGROUND_Google" / "1.jpg")
         (root / folder / f"split_zhou_{name}.json").write_text(json.dumps(listed))
         return root / folder, classes, {split: 3 * n for split, n in splits.items()}
+    if name == "FGVCAircraft":
+        folder, classes = root / "fgvc_aircraft", ["707-320", "F/A-18", "Cessna 172"]
+        (folder / "images").mkdir(parents=True)
+        (folder / "variants.txt").write_text("\n".join([*classes, ""]))
+        for s, split in enumerate(("train", "val", "test")):
+            lines = [f"{c}{k}{s} {kind}" for c, kind in enumerate(classes) for k in range(2)]
+            for k, line in enumerate(lines):
+                picture(folder / "images" / f"{line.split()[0]}.jpg", 40 * s + k)
+            (folder / f"images_variant_{split}.txt").write_text("\n".join([*lines, ""]))
+        return folder, classes, {"train": 6, "val": 6, "test": 6}
     if name in DOMAINS:
         folder, domains = DOMAINS[name]
         for d, domain in enumerate(domains.replace("Real_World", "Real World").split(" ")):
@@ -78,6 +96,26 @@ def make(root, name):
         # lists beside the domains, as OfficeHome has
         (root / folder / "imagelist.txt").write_text("Art/dog/0.jpg\n")
         return root / folder, [*classes, "owl"], {}
+    if name == "ImageNetV2":
+        folder = root / "imagenetv2" / "imagenetv2-matched-frequency-format-val"
+        picture(root / "one.jpg", 7)
+        one = (root / "one.jpg").read_bytes()
+        for k in range(1000):
+            (folder / str(k)).mkdir(parents=True, exist_ok=True)
+            (folder / str(k) / "0.jpg").write_bytes(one)
+        return folder, templates.SUITE["ImageNet"]["classes"], {}
+    folder, splits = root / IMAGENET[name], {}
+    for c, wnid in enumerate(WORDNET):
+        for k in range(3):
+            picture(folder / wnid / f"{k}.jpg", 40 * c + k)
+            if name == "ImageNet":
+                picture(folder.with_name("train") / wnid / f"{k}.jpg", 40 * c + k + 5)
+                splits = {"train": 9, "val": 9}
+    (folder / "README.txt").write_text("not an image")
+    top = root / IMAGENET[name].split("/")[0]
+    lines = ["n01440764 fish of CoOp", *(f"{wnid} {kind} of CoOp" for wnid, kind in WORDNET.items())]
+    (top / "classnames.txt").write_text("\n".join([*lines, ""]))
+    return top if name == "ImageNet" else folder, [f"{kind} of CoOp" for kind in WORDNET.values()], splits
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +137,7 @@ def test_a_folder_is_enough(tmp_path, capsys, name):
     assert dataset.classes == classes
     assert dataset.splits == splits and len(dataset) >= len(classes)
     template = COOP[name][2] if name in COOP else PHOTO
+    template = "a photo of a {}, a type of aircraft." if name == "FGVCAircraft" else template
     assert dataset.format.startswith(f"{name}, template {template!r}: ")
     assert templates.for_data(str(folder)) == (template,)
     for split, count in splits.items():
@@ -114,8 +153,8 @@ def test_a_folder_is_enough(tmp_path, capsys, name):
 
 
 TASKS = {name: ("domain-shift", "in-the-wild", "open-class", "all-classes") for name in DOMAINS}
-TASKS |= {name: ("open-class", "all-classes") for name in COOP}
-DEFAULT = ("PACS", "OxfordPets", "Food101")
+TASKS |= {name: ("open-class", "all-classes") for name in ("FGVCAircraft", "ImageNet", *COOP)}
+DEFAULT = ("PACS", "OxfordPets", "ImageNetR")
 EACH = [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
 
 
@@ -156,12 +195,77 @@ def test_splits_of_domainbed_and_coop(tmp_path):
     assert parts.tests["new"].classes == ["elk"] and len(parts.tests["new"]) == 2
 
 
+def test_domainnets_duplicates_are_left_out(tmp_path, capsys):
+    folder, _, _ = make(tmp_path, "DomainNet")
+    (folder / "domain_net_duplicates.txt").write_text("clipart/dog/1.jpg\nreal/elk/0.jpg\nreal/elk/99.jpg\n")
+    dataset = data.open_dataset(folder)
+    assert "2 images of domain_net_duplicates.txt are left out" in capsys.readouterr().out
+    names = {dataset.name(i)[len(str(folder)) + 1 :] for i in range(len(dataset))}
+    assert len(dataset) == 118 and not names & {"clipart/dog/1.jpg", "real/elk/0.jpg"}
+
+
 def test_a_split_file_alone(tmp_path):
     folder, classes, _ = make(tmp_path, "EuroSAT")
     dataset = data.open_dataset(folder / "split_zhou_EuroSAT.json", "test")
     assert dataset.format.startswith("EuroSAT") and dataset.classes == classes and len(dataset) == 6
     # the first row of the file is of the last class: the file is read, not the folders
     assert dataset.labels == [2, 2, 1, 1, 0, 0]
+
+
+FILES = {
+    "classnames.txt": "n01440764 tench\nn01443537 gold fish, Carassius\nn01498041 sting_ray\nn01514859 hen\n",
+    "LOC_synset_mapping.txt": "n01443537 gold fish, Carassius\nn01498041 sting ray\nn01514859 hen\n",
+    "classnames.json": json.dumps({"n01443537": "gold_fish", "n01498041": "sting ray", "n01514859": "hen"}),
+    "imagenet_class_index.json": json.dumps(
+        {"0": ["n01443537", "gold_fish"], "1": ["n01498041", "sting_ray"], "2": ["n01514859", "hen"]}
+    ),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_files_of_class_names(tmp_path, file):
+    for wnid in WORDNET:
+        picture(tmp_path / "pictures" / "val" / wnid / "1.png")
+    assert data.open_dataset(tmp_path / "pictures").classes == list(WORDNET)
+    (tmp_path / file).write_text(FILES[file])
+    assert data.open_dataset(tmp_path / "pictures").classes == ["gold fish", "sting ray", "hen"]
+    (tmp_path / file).write_text("[]" if file.endswith("json") else "\n\n")
+    with pytest.raises(ValueError, match=file):
+        data.open_dataset(tmp_path / "pictures")
+
+
+def test_numbered_folders(tmp_path):
+    """102 folders from 1 on and 102 names are in the same order; of more names a number is the place."""
+    for k in (1, 2, 10):
+        picture(tmp_path / "flowers" / str(k) / "1.png")
+    names = tmp_path / "flowers" / "classnames.txt"
+    names.write_text("rose\ntulip\nlily of the valley\n")
+    assert data.open_dataset(tmp_path / "flowers").classes == ["rose", "tulip", "lily of the valley"]
+    names.write_text("".join(f"flower {k}\n" for k in range(12)))
+    assert data.open_dataset(tmp_path / "flowers").classes == ["flower 1", "flower 2", "flower 10"]
+
+
+def test_imagenets_own_names_need_no_file(tmp_path):
+    folder, classes, _ = make(tmp_path, "ImageNetA")
+    (tmp_path / "imagenet-adversarial" / "classnames.txt").unlink()
+    assert data.open_dataset(folder).classes == ["goldfish", "stingray", "hen"]
+    assert len(templates.SUITE["ImageNet"]["classes"]) == 1000
+
+
+def test_classes_without_names(tmp_path, clip, capsys):
+    for kind in ("n01443537", "n01498041"):
+        for k in range(4):
+            for split in ("train", "test"):
+                picture(tmp_path / "own" / split / kind / f"{k}.png", k)
+    assert evaluate.main(["zeroshot", "--model", clip, "--data", str(tmp_path / "own")]) == 0
+    problem = "classes named n01443537, n01498041 ... mean nothing to a text encoder: put classnames.txt"
+    assert f"warning: {problem}" in capsys.readouterr().err
+    flags = ["--train-data", str(tmp_path / "own"), "--open-task", "all-classes", "--method", "finetune"]
+    flags += ["--init", clip, "--out", str(tmp_path / "run"), "--steps", "1", "--device", "cpu"]
+    assert train.main(flags) == 2
+    assert problem in capsys.readouterr().err
+    (tmp_path / "own" / "classnames.txt").write_text("n01443537 goldfish\nn01498041 stingray\n")
+    assert train.main([*flags, "--batch-size", "2", "--threads", "1"]) == 0
 
 
 def test_wrong_copies_are_one_line(tmp_path):
@@ -174,6 +278,13 @@ def test_wrong_copies_are_one_line(tmp_path):
     (folder / "UCF-101-midframes" / "x_folder" / "test0.jpg").unlink()
     with pytest.raises(ValueError, match="1 of its 6 images are missing, the first is .*x_folder/test0.jpg"):
         data.open_dataset(folder, "test")
+    folder, _, _ = make(tmp_path, "FGVCAircraft")
+    (folder / "variants.txt").write_text("707-320\nF/A-18\n")
+    with pytest.raises(ValueError, match="images_variant_train.txt: .*Cessna 172"):
+        data.open_dataset(folder)
+    (folder / "variants.txt").unlink()
+    with pytest.raises(OSError, match="variants.txt"):
+        data.open_dataset(folder)
 
 
 def test_names_and_templates_of_the_suite():
