@@ -64,8 +64,7 @@ class Task:
             own = {name: getattr(transform, name) for name in ("interpolation", "mean", "std")}
             transform = data.RandomCrop(transform.image_size, (self.c.crop_scale, 1.0), flip, **own)
         place = dict(start_step=start, rank=distributed.rank(), world=distributed.world_size())
-        place |= dict(seed=self.c.seed, workers=self.c.workers)
-        return place | dict(transform=transform)
+        return place | dict(transform=transform, seed=self.c.seed, workers=self.c.workers)
 
     def begin(self, c) -> None:
         """Called before the first step and before load, when the number of steps is known."""

@@ -282,10 +282,7 @@ def introduce(c: TrainConfig, s, run: Run, task, start: int, device, expected: s
 
 
 def check_finite(meter: Meter, step: int, c: TrainConfig, task, ids, run: Run, weights=()) -> None:
-    """Stops all ranks before a broken state is saved.
-
-    Raises: ValueError with steps, samples and a remedy, if a loss or a weight is not finite.
-    """
+    """Stops all ranks before a broken state is saved.   Raises: ValueError if a number is not finite."""
     numbers = [torch.as_tensor(meter.sums.get("loss", 0.0)), *weights]
     if distributed.mean({"bad": not all(x.isfinite().all() for x in numbers)})["bad"]:
         names = ", ".join(task.train.name(int(i)) for i in ids[:3])

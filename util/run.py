@@ -101,10 +101,7 @@ class Run:
         return f"the last checkpoint is whole: {found[0]}" if found else "there is no checkpoint yet"
 
     def load(self) -> dict | None:
-        """The last checkpoint that is whole, or None. Nothing in it can run.
-
-        Raises: ValueError if there are checkpoints and all of them are damaged.
-        """
+        """The last whole checkpoint, or None.   Raises: ValueError if there are some, all of them damaged."""
         damage = []
         for path in (p for p in (self.checkpoint, self.previous) if p.exists()):
             try:
@@ -174,9 +171,8 @@ class Run:
                 title = f"{name}, per cent (dotted: chance)"
                 panels[title] = {k: [(m["step"], 100 * m[name][k]) for m in evaluated] for k in shown}
                 levels[title] = chance
-            bars |= {
-                f"{name} {k}": {"here": (100 * result[k], 0.0), "chance": (chance[k], 0.0)} for k in shown
-            }
+            for k in shown:
+                bars[f"{name} {k}"] = {"here": (100 * result[k], 0.0), "chance": (chance[k], 0.0)}
         plots.lines(self.path / "curves.png", panels, levels=levels)
         if bars:
             plots.bars(self.path / "results.png", bars, "per cent")
