@@ -28,7 +28,7 @@ from scale import distributed
 from util.evaluation import SeveralFlags, each_model, options_of, start, where_of, write_results
 from util.flags import parse
 from util.program import leave, program
-from util.report import format_table, plus_minus
+from util.report import format_table
 from util.run import read_config
 from util.text import say
 
@@ -97,7 +97,10 @@ def table(rows: list[dict]) -> str:
     texts = {}
     for row in rows:
         about = {"method": row["method"], "domain": row["domain"] or "all", "runs": row["runs"]}
-        about |= {name: plus_minus(*row[name]) for name in FIGURES if name in row}
+        for name in (name for name in FIGURES if name in row):
+            mean, deviation = row[name]
+            spread = "" if deviation is None else f" +- {100 * deviation:.1f}"
+            about[name] = f"{100 * mean:.1f}{spread}"
         texts.setdefault(row["task"], []).append(about)
     return "\n\n".join(f"{task}, %\n{format_table(texts[task])}" for task in TASKS if task in texts)
 

@@ -34,12 +34,6 @@ class Progress:
 NUMBER = re.compile(r"|[-+]?[\d,]*\.?\d+(e[-+]?\d+)?( (\+-|±) [\d,.e-]+)?|nan|-?inf")
 
 
-def plus_minus(mean: float, deviation: float | None) -> str:
-    """In percent: 12.3 +- 0.4, or 12.3 without a deviation."""
-    spread = "" if deviation is None else f" +- {100 * deviation:.1f}"
-    return f"{100 * mean:.1f}{spread}"
-
-
 def format_table(rows: list[dict], digits: int = 3) -> str:
     """Rows of {column: value} as an aligned Markdown table, floats with so many digits; numbers to the right.
 
