@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from scale import distributed
-from util.files import output_folder, write_json
+from util.files import output_folder, read_text, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,18 +70,14 @@ def start(flags, one_process: bool = False) -> torch.device:
     distributed.check_same(vars(flags))
     if flags.out:
         path = output_folder(flags.out) / "results.json"
-        if path.is_file() and not written_here(path):
+        try:
+            # evaluations name their task, and train.py's runs do not
+            ours = not path.is_file() or isinstance(json.loads(read_text(path))["task"], str)
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            ours = False
+        if not ours:
             raise ValueError(f"{path} was not written by an evaluation: choose another --out")
     return device
-
-
-def written_here(path: Path) -> bool:
-    """Whether write_results wrote a file: evaluations name their task, and train.py's runs do not."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and isinstance(content.get("task"), str)
 
 
 def each_model(flags, device: torch.device, open_model: Callable) -> Iterator[tuple]:
