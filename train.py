@@ -139,15 +139,6 @@ def learning_rate(step: int, c: TrainConfig) -> float:
     return c.lr * 0.5 * (1 + math.cos(math.pi * (step - c.warmup) / max(1, c.steps - c.warmup)))
 
 
-def wrap(model: nn.Module, c: TrainConfig, device: torch.device) -> nn.Module:
-    """The model as the loop calls it: compiled, and averaging gradients over ranks."""
-    model = torch.compile(model) if c.compile else model
-    if distributed.world_size() == 1:
-        return model
-    devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
-
-
 def train(c: TrainConfig, s) -> dict:
     """Trains, evaluates and saves one run; the same code for every method, on one process or many.
 
@@ -182,7 +173,11 @@ def loop(c: TrainConfig, s, run: Run, device: torch.device) -> dict:
     if start == c.steps and (results := run.results()) is not None:
         finish(run, task, c, results, FINISHED, say)
         return results
-    model = wrap(raw, c, device)
+    # as the loop calls it: compiled, and averaging gradients over ranks
+    model = torch.compile(raw) if c.compile else raw
+    if distributed.world_size() > 1:
+        devices = [device] if device.type == "cuda" else None
+        model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
     if c.precision == "bf16" or (c.precision == "auto" and device.type == "cuda"):
         task.autocast = lambda: torch.autocast(device.type, torch.bfloat16)
 
