@@ -118,10 +118,16 @@ def tokenizer_beside(source: str | Path) -> Tokenizer | None:
 
 def tokenizer_for(source: str | Path, vocab: str | None = None, vocab_size: int = 49408) -> Tokenizer:
     """The tokenizer of a checkpoint: the vocabulary of this path, else that of the run, else OpenAI's."""
-    beside = None if vocab else tokenizer_beside(source)
-    if not (beside or vocab) and vocab_size != 49408:
+    if vocab:
+        return open_vocabulary(vocab)
+    if beside := tokenizer_beside(source):
+        return beside
+    if vocab_size != 49408:
         raise ValueError(f"{source}: no tokenizer.json for its {vocab_size} tokens: name it with --vocab")
-    return beside or open_vocabulary(vocab)
+    try:
+        return Tokenizer.from_openai()
+    except OSError as error:
+        raise OSError(f"no tokenizer.json beside {source}, and {error}") from error
 
 
 def check_vocabulary(model: nn.Module, tokenizer) -> None:

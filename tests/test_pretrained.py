@@ -713,6 +713,14 @@ def test_the_lost_vocabulary_of_a_run_is_not_replaced_by_openais(tmp_path):
         evaluate.open_model(str(tmp_path))
 
 
+def test_a_lost_vocabulary_is_told_where_openais_is_absent_too(tmp_path, monkeypatch):
+    """Maps and --init look for OpenAI's before they know the size of the model's."""
+    pretrained.save(make(), tmp_path / "checkpoint.pt")
+    monkeypatch.setenv("ALIGNCLIP_VOCAB", str(tmp_path / "none.gz"))
+    with pytest.raises(OSError, match=f"no tokenizer.json beside {tmp_path}, and .*none.gz"):
+        evaluate.open_model(str(tmp_path), towers=True)
+
+
 HARD = ["a photo of a cat!", "It's  12 o'clock ## #cats", "ünïcode — ok…", "WOW!! A CAT", "#... hash"]
 
 
