@@ -5,7 +5,15 @@
     python evaluate.py retrieval --model runs/llip --data dataset_coco.json --precision bf16
     torchrun --nproc_per_node 8 evaluate.py retrieval --model ViT-B-16.pt --data dataset_coco.json
 
-Other evaluations are programs in evals/ (python -m evals.open_world --help); docs/evaluation.md lists them.
+Other evaluations are programs in evals/, each with --help:
+
+    python -m evals.open_world     domains and classes that fine-tuning has not seen
+    python -m evals.maps           attention and similarity maps, scored on the masks of scenes
+    python -m evals.surgery        similarity maps of one image and some texts, as a picture
+    python -m evals.mixtures       what the mixture tokens of a Llip do: weights, maps, names, removal
+    python -m evals.linear_probe   logistic regression on image features
+    python -m evals.spectrum       singular values of the covariance of image features
+    python -m evals.typographic    images with a wrong class name written over them
 
 Texts are encoded first, and every rank holds their features. Images are then encoded and scored against all
 texts by model.pair_logits, batch by batch, so memory does not grow with the number of pairs. Ranks share the

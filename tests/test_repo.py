@@ -290,6 +290,15 @@ def help_of(module: str, *words: str) -> str:
     return out.getvalue()
 
 
+def test_the_help_of_evaluate_lists_every_evaluation():
+    programs = {
+        module
+        for module in MODULES
+        if module.startswith("evals.") and hasattr(importlib.import_module(module), "main")
+    }
+    assert set(re.findall(r"evals\.\w+", help_of("evaluate"))) == programs
+
+
 @pytest.mark.parametrize("line", commands())
 def test_commands_of_readme_and_docs_exist(line):
     """Programs, subcommands, flags, methods and presets are really there."""
