@@ -50,7 +50,7 @@ class Photos(Images):
     """Image files that are shown upright."""
 
     def image(self, i: int) -> Image.Image:
-        return surgery.read_image(self.files[i])
+        return surgery.read_image(self.files[i], self.max_pixels)
 
 
 @dataclass
@@ -106,7 +106,9 @@ def open_inputs(flags, model: Llip) -> tuple:
     if bool(flags.image) != bool(flags.text) or (flags.image and flags.data):
         raise ValueError("give --data, or --image together with --text")
     if flags.image:
-        return Photos("", flags.image), plain_captions([flags.text] * len(flags.image))
+        photos = Photos("", flags.image)
+        photos.max_pixels = flags.max_pixels
+        return photos, plain_captions([flags.text] * len(flags.image))
     dataset = evaluate.open_data(replace(flags, data=flags.data or "scenes"), model, "image")
     if isinstance(dataset, scenes.Scenes):
         return dataset, scene_captions(dataset)

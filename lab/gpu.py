@@ -27,6 +27,7 @@ from types import SimpleNamespace
 
 import torch
 
+from evals import surgery
 from lab import bench, peers
 from model import CONFIGS
 from scale import costs, distributed
@@ -196,12 +197,19 @@ def finetune(p: Part) -> None:
         p.compare(f"{name} fine-tuning step, batch {batch}", cases, memory=True)
 
 
+def map_case(method: str, name: str, device) -> Callable:
+    """The features of every token of one image, as a heat map needs them."""
+    model, batch = bench.build("clip", CONFIGS[name], device), bench.random_batch(CONFIGS[name], 1, device)
+    return torch.no_grad()(partial(surgery.dense_features, model.visual, batch[0], method))
+
+
 def inference(p: Part) -> None:
-    """Llip over CLIP by the number of prompts. The paper has 1.22 at 1,000."""
+    """Llip over CLIP by the number of prompts (the paper has 1.22 at 1,000), and heat maps of one image."""
     name, batch = ("tiny", 4) if p.toy else ("ViT-L-14", 256)
     for prompts in (10, 100) if p.toy else (10, 100, 1000, 10000):
         cases = {k: partial(bench.prompts_case, k, name, batch, prompts, "bf16") for k in ("clip", "llip")}
         p.compare(f"{name}, {batch} images, {prompts} prompts", cases)
+    p.compare(f"{name} heat map", {method: partial(map_case, method, name) for method in surgery.METHODS})
 
 
 def training(p: Part) -> None:

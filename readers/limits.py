@@ -15,6 +15,13 @@ MAX_PIXELS = 96_000_000  # PNG and baseline JPEG: 4 bytes for a pixel
 MAX_PIXELS_COSTLY = 24_000_000  # everything else: decoders need up to 22 bytes for a pixel
 MAX_READS = 5_000  # of a header; Pillow reads each part of it with one to four calls
 MAX_READS_PIXELS = 2_000_000  # a PPM with other values than 0 to 255 needs one for each pixel
+MAX_PROFILES = 8  # of a PNG, each of which is decompressed
+MAX_COMMENTS = 100  # in a PPM of digits; each moves what follows it
+MAX_STRIPS = 100_000  # of a TIFF
+MAX_TILE_PIXELS = 1 << 24  # of a TIFF, whose tiles may be larger than the image
+MAX_META_BYTES = 1 << 18  # of an AVIF
+MAX_TILES = 10_000  # of a JPEG 2000
+MAX_JPEG_SEGMENTS = 10_000
 MAX_JPEG_SCANS = 64  # each takes as long as a whole image; an ordinary progressive JPEG has about 10
 
 JPEG_MARKER = re.compile(rb"\xff([\x02-\xcf\xd8-\xfe])")  # those without a length do not matter
@@ -44,24 +51,25 @@ def check_file(data: bytes) -> bool:
     """Whether the pixels need little memory.   Raises: ValueError if they need very much, or very long."""
     if data.startswith(b"\xff\xd8"):
         return check_jpeg(data)
-    check_count(data.count(b"iCCP"), 8, "PNG profiles")  # each is decompressed
-    if data.startswith((b"P1", b"P2", b"P3")):  # a PPM of digits; each comment moves what follows it
-        check_count(data.count(b"#"), 100, "comments")
+    check_count(data.count(b"iCCP"), MAX_PROFILES, "PNG profiles")
+    if data.startswith((b"P1", b"P2", b"P3")):
+        check_count(data.count(b"#"), MAX_COMMENTS, "comments")
     elif data.startswith((b"II", b"MM")):  # the first directory of a TIFF or BigTIFF
         file, tags = CountedReads(data), ImageFileDirectory_v2(data[: 16 if 43 in data[2:4] else 8])
         file.seek(tags.next)
         tags.load(file)
         strips = tags.get(273, tags.get(324))
-        check_count(len(strips) if isinstance(strips, tuple) else 1, 100_000, "TIFF strips")
-        # a tile may be larger than its image
-        check_count(math.prod(tags.get(side, 1) for side in (322, 323)), 1 << 24, "pixels in a TIFF tile")
+        check_count(len(strips) if isinstance(strips, tuple) else 1, MAX_STRIPS, "TIFF strips")
+        check_count(
+            math.prod(tags.get(side, 1) for side in (322, 323)), MAX_TILE_PIXELS, "pixels in a TIFF tile"
+        )
     elif data.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP")):
         check_jpeg2000(data)
     elif data[4:8] == b"ftyp":  # an AVIF
         # TRAP: the time grows with the square of the number of items. A size below 8 means a very large one
         for size in re.findall(rb"(?s)(.{4})(?:meta\0|moov)", data):
             size = int.from_bytes(size, "big")
-            check_count(size if size > 7 else len(data), 1 << 18, "bytes of meta data")
+            check_count(size if size > 7 else len(data), MAX_META_BYTES, "bytes of meta data")
     return data.startswith(b"\x89PNG")
 
 
@@ -77,7 +85,7 @@ def check_jpeg(data: bytes) -> bool:
             # TRAP: a JPEG with its components in several scans needs as much as a progressive one
             scans.append(baseline and components == data[at + 2])
         check_count(len(scans), MAX_JPEG_SCANS, "JPEG scans")
-        check_count(segments, 10_000, "JPEG segments")
+        check_count(segments, MAX_JPEG_SEGMENTS, "JPEG segments")
         at += int.from_bytes(data[at : at + 2], "big")
     return scans[0]
 
@@ -86,7 +94,7 @@ def check_jpeg2000(data: bytes) -> None:
     """Every header of a JPEG 2000 file."""
     for start in re.finditer(rb"\xff\x4f\xff\x51", data):
         x, y, _, _, width, height, left, top = struct.unpack_from(">8I", data, start.end() + 4)
-        check_count(-(-(x - left) // width) * -(-(y - top) // height), 10_000, "tiles")
+        check_count(-(-(x - left) // width) * -(-(y - top) // height), MAX_TILES, "tiles")
     # compressed data cannot contain these two markers: the start of a tile part, and of its data
     for part in data.split(b"\xff\x90\x00\x0a"):
         for *flags, levels, width, height, precincts in COD.findall(part.partition(b"\xff\x93")[0]):

@@ -228,12 +228,15 @@ def test_data_with_captions_and_with_labels(small_runs, tmp_path, monkeypatch):
 
 
 def test_errors_are_one_line(small_runs, tmp_path, capsys):
+    large = tmp_path / "large.png"
+    Image.new("RGB", (10, 10)).save(large)
     for name, words, complaint in (
         ("clip", [], "is a CLIP without mixture tokens: this program needs a Llip"),
         ("pooled", [], "pools 3 tokens without a text"),
         ("llip", ["--text", "a"], "give --data, or --image together with --text"),
         ("llip", ["--image", "a.png", "--text", "a", "--data", "scenes"], "give --data, or --image"),
         ("llip", ["--image", tmp_path / "a.png", "--text", "a"], "not a readable image"),
+        ("llip", ["--image", large, "--text", "a", "--max-pixels", 99], "more than the 99 allowed"),
         ("llip", ["--show", 0], "--show 0: a sheet holds 1 to 24 images"),
     ):
         assert mixtures.main(["--model", str(small_runs[name]), *map(str, words)]) == 2, words
