@@ -23,6 +23,7 @@ import tasks
 import train
 from baselines.methods import METHODS, presets
 from model import CLIP, CONFIGS
+from readers import datasets
 from scale import costs
 from train import TrainConfig, configure, learning_rate, main, parameter_groups
 from util.run import StopSignal, find
@@ -732,3 +733,24 @@ def test_a_signal_gives_the_other_signals_back(monkeypatch):
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.agreed() and signal.getsignal(signal.SIGINT) == signal.default_int_handler
     signal.signal(signal.SIGINT, started_with)
+
+
+def test_a_signal_while_an_image_is_decoded_saves_and_ends(tmp_path, monkeypatch):
+    lines, opened, count = ["image,caption"], datasets.open_image, itertools.count(1)
+    for k in range(8):
+        Image.new("RGB", (40, 40), (30 * k, 0, 0)).save(tmp_path / f"{k}.png")
+        lines.append(f"{k}.png,picture number {k}")
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+
+    def open_image(*args):
+        if next(count) == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return opened(*args)
+
+    monkeypatch.setattr(datasets, "open_image", open_image)
+    out = tmp_path / "run"
+    flags = (
+        f"--method clip --train-data {tmp_path}/list.csv --batch-size 8 --steps 500 --threads 1 --out {out}"
+    )
+    assert main(flags.split()) == 130
+    assert 0 < checkpoint(out)["step"] < 10
