@@ -41,17 +41,19 @@ def is_null(value) -> bool:
 def make_row(where: str, file, captions, split=None, label=None, domain=None) -> Row:
     """A row whose types are checked; a missing name, caption or label is "", an empty text or None."""
     file, captions = "" if is_null(file) else file, [] if is_null(captions) else captions
-    captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(file, str):
         raise ValueError(f"{where}: the image is {str(file)[:60]!r}, expected a file name")
-    if isinstance(captions, list):
+    if isinstance(captions, str):
+        captions = [captions]
+    elif isinstance(captions, list) and all(is_null(c) or isinstance(c, str) for c in captions):
         captions = ["" if is_null(c) else c for c in captions]
-    if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+    else:
         raise ValueError(f"{where}: captions are {str(captions)[:60]!r}, expected text or texts")
     label = None if label == "" or label != label else label
     if label is not None and not isinstance(label, (str, int)):
         raise ValueError(f"{where}: the label is {str(label)[:60]!r}, expected a name or a number")
-    split, domain = (None if x is None or x == "" else str(x) for x in (split, domain))
+    split = None if split in (None, "") else str(split)
+    domain = None if domain in (None, "") else str(domain)
     return Row(file, captions, split, label, domain)
 
 
@@ -130,16 +132,15 @@ def read_table(path: Path, **keys) -> Listing:
 
 def read_records(path: Path, records, **keys) -> Listing:
     """JSON objects: {"image": file, "captions": [text, ...] or "caption": text, "split": name}."""
-    rows, names, needed = [], (), {None}
+    rows, columns, needed, place = [], (), {None}, str(path)
     for number, record in enumerate(records, 1):
-        where = f"{path}, record {number}"
+        where = f"{place}, record {number}"
         if not isinstance(record, dict):
             raise ValueError(f"{where}: {str(record)[:40]!r}, expected an object {{...}}")
         if not needed <= record.keys():
-            names = choose_keys(list(record), where, **keys)
-            needed = set(names) - {None}
-        image, texts, label, *more = (record.get(name) for name in (*names, "split", "domain"))
-        rows.append(make_row(where, image, texts, more[0], label, more[1]))
+            image, caption, label = choose_keys(list(record), where, **keys)
+            columns, needed = (image, caption, "split", label, "domain"), {image, caption, label} - {None}
+        rows.append(make_row(where, *map(record.get, columns)))
     return Listing("JSON records", rows)
 
 
