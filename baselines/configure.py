@@ -24,7 +24,7 @@ LIMITS = {
     (1, math.inf): "batch_size steps accumulate log_every save_every",
     (0, math.inf): "eval_every warmup overfit clip_norm shots align_layers prompt_depth",
     (1, 2_000_000): "train_size",
-    (1, 1024): "mixture_tokens mixture_heads text_tokens",
+    (1, 1024): "mixture_tokens mixture_heads text_tokens context",
     (0, 1024): "image_size workers threads",
     (0, 2**63 - 1): "seed test_seed",
     (0, 1e6): "epochs weight_decay margin smoothing_scale align_weight bma_beta tes_weight logit_scale",

@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 from conftest import ROOT
 
 import data
+import util.program
 from util.program import STOPPING, program
 
 
@@ -112,3 +114,25 @@ def test_workers_leave_every_stopping_signal_to_the_main_process():
         os.write(write, json.dumps("alive").encode())
         os._exit(0)
     assert os.waitpid(pid, 0)[1] == 0 and json.loads(os.read(read, 20)) == "alive"
+
+
+@pytest.mark.parametrize("error", [ValueError("wrong"), KeyboardInterrupt("stopped")])
+def test_the_error_of_a_rank_and_its_local_variables_stay_until_the_end(monkeypatch, error):
+    """TRAP: the process group among them would otherwise be destroyed at once, which can hang."""
+    monkeypatch.setattr(util.program, "KEPT", [])
+    released = []
+
+    @program
+    def main(argv):
+        group = type("Group", (), {})()
+        released.append(weakref.ref(group))
+        raise error
+
+    for world, kept in ((None, False), ("2", True)):
+        error.__traceback__ = None
+        released.clear()
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        if world:
+            monkeypatch.setenv("WORLD_SIZE", world)
+        assert main([]) in (2, 130)
+        assert bool(util.program.KEPT) == kept and (released[0]() is not None or not kept)

@@ -19,6 +19,7 @@ from util.text import printable, say
 # signals that end a program: train.py saves before; Windows lacks two of them
 STOPPING = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGXCPU")]
 STOPPING = [number for number in STOPPING if number is not None]
+KEPT = []  # see keep
 # what torch says when memory is short, and when another rank or a loader worker was lost
 NO_MEMORY = ("allocate memory", "out of memory", "not enough memory", "Storage size calculation overflowed")
 LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "DataLoader worker")
@@ -62,12 +63,14 @@ def program(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | No
         try:
             return main(sys.argv[1:] if argv is None else list(argv)) or 0
         except KeyboardInterrupt as stop:
+            keep(stop)
             if not where:  # rank 0 says it for all
                 say(str(stop) or "stopped", file=sys.stderr)
             return 130
         except BrokenPipeError:  # `program | head`
             return 141
         except Exception as error:
+            keep(error)
             line, status = explain(error)
             if not line:
                 raise
@@ -75,6 +78,16 @@ def program(main: Callable[[list[str]], int | None]) -> Callable[[list[str] | No
             return status
 
     return run
+
+
+def keep(error: BaseException) -> None:
+    """Keeps an error of a rank, and with it the local variables of its traceback, until leave().
+
+    TRAP: without it they are released here, a process group of gloo among them. Its destructor waits for a
+    thread, which can wait for Python: a rank whose peer was killed then hangs.
+    """
+    if "WORLD_SIZE" in os.environ:
+        KEPT.append(error)
 
 
 def leave(status: int) -> None:

@@ -96,7 +96,7 @@ def lost(place: Path, seconds: int = 20) -> int:
     flags = [x if x != "8" else "100000" for x in kills.make_data(place / "data")["llip"]]
     trained = ["train.py", *flags, "--save-every", "100000", "--out", str(place / "run")]
     evaluated = ["evaluate.py", "zeroshot", "--model", str(place / "data" / "start"), "--data", "scenes"]
-    evaluated += ["--limit", "20000", "--batch-size", "1", "--device", "cpu"]
+    evaluated += ["--limit", "60000", "--batch-size", "1", "--device", "cpu"]
     cases = list(itertools.product((trained, evaluated), (signal.SIGSTOP, signal.SIGKILL), (0, 1)))
     for argv, number, victim in cases:
         port, ranks = kills.free_port(), []
@@ -107,12 +107,12 @@ def lost(place: Path, seconds: int = 20) -> int:
             ranks.append(
                 subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             )
-        time.sleep(10)  # on most machines both are at work then
+        time.sleep(10)  # both are at work then, on a fast machine too
         began = time.monotonic()
         ranks[victim].send_signal(number)
         other = ranks[1 - victim]
         try:
-            said = other.communicate(timeout=seconds + 60)[1].decode()
+            said = other.communicate(timeout=seconds + 120)[1].decode()
         finally:
             for process in ranks:
                 process.kill()
@@ -125,7 +125,7 @@ def lost(place: Path, seconds: int = 20) -> int:
         assert other.returncode in (1, 2) and len(lines) == 1 and "Traceback" not in said, what
         words = {1: "lost or stopped", 2: "the ranks do not meet"}[other.returncode]
         # an evaluation first finishes its own share
-        assert words in lines[0] and spent < seconds + 40, what
+        assert words in lines[0] and spent < seconds + 100, what
     return len(cases)
 
 
