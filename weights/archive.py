@@ -112,7 +112,9 @@ class Checkpoint:
             flat = torch.frombuffer(read_span(*span), dtype=storage.dtype, count=storage.numel)  # (numel,)
             for name, a in members.items():
                 view = flat.as_strided(a.shape, a.stride, a.offset)
-                found[name] = view.clone(memory_format=torch.contiguous_format)
+                # SPEED: the only tensor of a storage, and all of it, needs no copy
+                alone = len(members) == 1 and view.is_contiguous() and view.numel() == storage.numel
+                found[name] = view if alone else view.clone(memory_format=torch.contiguous_format)
         return {name: found[name] for name in arrays}
 
 
