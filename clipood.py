@@ -181,7 +181,7 @@ class FineTune(LabelMethod):
 
     def dual_encoder(self, clip: CLIP | None = None) -> nn.Module:
         clip = self.clip if clip is None else clip
-        # AveragePooled has no state of its own
+        # AveragePooled adds no state
         clip.visual.__class__ = AveragePooled if self.pooling == "average" else VisionTransformer
         return clip
 

@@ -227,7 +227,7 @@ def load_start(c) -> nn.Module:
     model = pretrained.load(c.init)
     if c.image_size not in (0, model.config.image_size):
         if getattr(model, "all_tokens", False):
-            raise ValueError(f"--image-size {c.image_size}: {c.init} has matrices of its own for every patch")
+            raise ValueError(f"--image-size {c.image_size}: {c.init} has a separate matrix for every patch")
         model.set_image_size(c.image_size)
     return model
 

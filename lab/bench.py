@@ -306,7 +306,7 @@ def finetune_case(
     text = unit(torch.randn(classes, config.embed_dim, generator=g)).to(device)
 
     def tokenizer(texts: list[str], length: int) -> Tensor:
-        """Prompts of at most eight tokens, whatever they say: start, words, end, zeros."""
+        """Prompts of at most eight tokens: start, the same words for every text, end, zeros."""
         ids, end = torch.zeros(len(texts), length, dtype=torch.long), min(8, length - 5)
         ids[:, 0], ids[:, 1:end], ids[:, end] = config.vocab_size - 2, 7, config.vocab_size - 1
         return ids

@@ -1,6 +1,6 @@
-"""What an image file may ask of its decoder: within these limits decoding adds less than 600 MB to a process.
+"""Limits of image files, checked before decoding: decoding then adds less than 600 MB to a process.
 
-A file of up to 10 MB, whatever is in it, takes at most 12 s and 1 GB (tests/reliability).
+Any file of up to 10 MB takes at most 12 s and 1 GB (tests/reliability).
 """
 
 import io

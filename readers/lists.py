@@ -117,7 +117,7 @@ def read_table(path: Path, **keys) -> Listing:
                 line += 1
                 if not fields:
                     continue
-                # the last field stands for missing columns
+                # missing columns read the last, empty field
                 fields = [*whole_row(fields, columns, separator), ""]
                 spans += "\n" in "".join(fields)
                 name, text, label, split, domain = [fields[k].strip() for k in places]

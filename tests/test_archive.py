@@ -727,7 +727,7 @@ def test_empty_tensors_of_absurd_sizes(tmp_path):
 
 
 def test_a_zip64_locator_that_leads_elsewhere(tmp_path):
-    """The end of the file names a second directory, of which only the locator knows."""
+    """The end of the file names a second directory, which only the locator points to."""
     data = torch_zip(tmp_path / "x", tensor_program(), [NUMBERS]).read_bytes()
     end = bytearray(data[-22:])
     for position in (0, len(data) - 22, len(data) - 78, 2**40):

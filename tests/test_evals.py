@@ -52,7 +52,7 @@ def test_a_vocabulary_of_another_size_is_found_before_the_first_is_evaluated(
 
 @pytest.fixture
 def columns(tmp_path):
-    """A list whose columns have names that nobody would guess, and the flags that name them."""
+    """A list with unusual column names, and the flags that name them."""
     rows = ["where;what;kind;tail".replace(";", ",")]
     for k in range(24):
         Image.new("RGB", (16, 16), (60 * (k % 4), 9 * k, 0)).save(tmp_path / f"{k}.png")

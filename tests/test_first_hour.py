@@ -35,7 +35,7 @@ def test_it_is_a_notebook_of_format_4():
 
 
 def test_it_stores_no_outputs():
-    """Outputs would be numbers that nobody measured again, and names of folders."""
+    """Stored outputs would hold old numbers and names of folders."""
     for cell in NOTEBOOK["cells"]:
         assert cell.get("outputs", []) == [] and cell.get("execution_count") is None
 

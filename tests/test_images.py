@@ -285,7 +285,7 @@ def test_pictures_of_heat_maps_are_upright(tmp_path):
     assert images.open_image(str(tmp_path / "a.jpg")).size == (40, 20)
 
 
-# Files that ask for much --------------------------------------------------------------------------
+# Costly files ------------------------------------------------------------------------------------
 
 QUICK = ["JPEG: empty segments", "JPEG: fill bytes", "JPEG: segments after the pixels", "PNG: profiles"]
 QUICK += ["PNG: profiles at the end", "PNG: texts", "GIF: one comment", "GIF: comments", "GIF: extensions"]
@@ -297,7 +297,7 @@ QUICK += ["JPEG 2000: code blocks of 4", "JPEG 2000: precincts of 4", "JPEG 2000
 
 @pytest.mark.parametrize("name", QUICK)
 def test_files_of_very_many_parts_are_refused_at_once(name):
-    """Each once took seconds or gigabytes; a process of its own is measured."""
+    """Each once took seconds or gigabytes. The measurement runs in a separate process."""
     spent = pictures.cost(pictures.FILES[name]())
     assert spent["said"].startswith("ValueError") and "\n" not in spent["said"], spent
     assert spent["seconds"] < 3 and spent["megabytes"] < 150, spent

@@ -192,7 +192,7 @@ def test_wrappers_and_prefixes(tmp_path, prefix):
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_parameters_with_attributes(tmp_path, legacy):
-    """torch pickles an nn.Parameter that has attributes of its own in another way."""
+    """torch pickles an nn.Parameter with extra attributes in another way."""
     model = make()
     state = {k: nn.Parameter(v) for k, v in model.state_dict().items()}
     state["ln_final.bias"].weight_decay = [0.0, {"table": torch.zeros(3)}]

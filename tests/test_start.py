@@ -82,7 +82,7 @@ def test_matrices_for_every_patch_cannot_be_interpolated(tmp_path, capsys):
     TOKENIZER.save(start / "tokenizer.json")
     assert run(tmp_path / "run", start, "--method", "llip", "--image-size", 24, "--steps", 1) == 2
     error = capsys.readouterr().err
-    assert "matrices of its own for every patch" in error and error.count("\n") == 1
+    assert "a separate matrix for every patch" in error and error.count("\n") == 1
 
 
 def test_a_run_starts_from_an_export_with_its_vocabulary(tmp_path, small_runs, capsys):

@@ -25,7 +25,7 @@ def say(*values, file=None) -> None:
 
 
 def warn(text: str, once: object = None) -> None:
-    """One line on stderr, "warning: ...": the work goes on, and the user should know; of each `once` one."""
+    """One line on stderr, "warning: ...": the program continues. The same `once` prints one line only."""
     if once is None or once not in WARNED:
         WARNED.add(once)
         say(f"warning: {printable(text)}", file=sys.stderr)

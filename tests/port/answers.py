@@ -1,6 +1,6 @@
 """What the port computes for each file of tests/golden: {case/key: array}, the input of check.py.
 
-Every function takes the port as a module, so that a port with a deliberate error can be asked too.
+Every function takes the port as a module, so that it also runs with a port that has a deliberate error.
 """
 
 import importlib.util

@@ -1,7 +1,7 @@
 """Reverse-mode differentiation of NumPy arrays: the part of a framework that a NumPy port lacks.
 
 An Array remembers the arrays that it was computed from, and a function from its gradient to theirs.
-gradients(loss, leaves) walks back from the loss. Nothing here knows CLIP.
+gradients(loss, leaves) walks back from the loss. Nothing here depends on CLIP.
 """
 
 import numpy as np

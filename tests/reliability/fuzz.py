@@ -41,7 +41,7 @@ from tokenizer import Tokenizer  # noqa: E402
 from weights import layouts  # noqa: E402
 
 SECONDS, MEMORY = 60, 1 << 30  # per input; bytes beyond what the process has at its start
-# What no reader may do, whatever it reads: events of Python's audit hooks
+# Events of Python's audit hooks that no reader may cause with any file
 NEVER = "os.system os.exec os.posix_spawn os.spawn os.fork os.forkpty pty.spawn subprocess.Popen os.chmod "
 NEVER = {*NEVER.split(), "socket.connect", "pickle.find_class", "os.kill"}
 EXTREME = [0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 2**63 - 1, 2**64 - 1]

@@ -1,6 +1,6 @@
 """Hostile image files of up to 10 MB, and what reading one costs: at most 12 s and 1 GB.
 
-FILES makes each of them. They have very many parts, or parts that ask for much: segments, scans, chunks,
+FILES makes each of them. They have very many parts, or very costly parts: segments, scans, chunks,
 profiles, comments, frames, strips, tags, tiles, blocks, meta data, pictures within a picture.
 """
 
@@ -269,7 +269,7 @@ FILES: dict[str, Callable[[], bytes]] = {
 
 
 def cost(data: bytes) -> dict:
-    """What reading an image takes in a process of its own.
+    """Time and memory of reading an image, in a separate process.
 
     Returns: {"seconds", "megabytes" beyond the process itself, "said": the error, or ""}
     """
