@@ -58,6 +58,21 @@ def read_all(path):
     return checkpoint.tensors(archive.flatten(checkpoint.content))
 
 
+def test_tensors_share_no_memory_and_keep_no_more_than_their_own(tmp_path):
+    """Only a tensor that is alone in its storage, and all of it, is not copied."""
+    whole, part, turned = (
+        torch.arange(6.0).view(2, 3),
+        torch.arange(100.0)[:5],
+        torch.arange(6.0).view(2, 3).t(),
+    )
+    torch.save({"a": whole, "b": whole.view(3, 2), "part": part, "turned": turned}, tmp_path / "x.pt")
+    found = read_all(tmp_path / "x.pt")
+    assert torch.equal(found["a"], whole) and torch.equal(found["turned"], turned)
+    found["a"].zero_()
+    assert torch.equal(found["b"], whole.view(3, 2))
+    assert found["part"].untyped_storage().nbytes() == 20 and found["turned"].is_contiguous()
+
+
 @pytest.mark.parametrize("protocol, legacy", [(2, False), (3, False), (4, False), (5, False), (2, True)])
 def test_reads_what_torch_reads(tmp_path, legacy, protocol):
     base = torch.arange(24.0).view(4, 6)

@@ -292,7 +292,12 @@ QUICK += ["PNG: profiles at the end", "PNG: texts", "GIF: one comment", "GIF: co
 QUICK += ["ICO: a picture of 176 million pixels", "ICO: a bitmap of 353 million pixels", "ICO: pictures"]
 QUICK += ["PPM: comments between numbers", "PPM: comments between bits", "PPM: a long header", "TIFF: strips"]
 QUICK += ["TIFF: short strips", "TIFF: tags", "TIFF: a tile of a gigabyte", "AVIF: 50,000 items"]
-QUICK += ["JPEG 2000: code blocks of 4", "JPEG 2000: precincts of 4", "JPEG 2000: precincts of 4 in a tile"]
+QUICK += [
+    "JPEG 2000: 65,025 tiles",
+    "JPEG 2000: code blocks of 4",
+    "JPEG 2000: precincts of 4",
+    "JPEG 2000: precincts of 4 in a tile",
+]
 
 
 @pytest.mark.parametrize("name", QUICK)

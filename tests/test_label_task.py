@@ -516,6 +516,7 @@ def test_prompts_overfit_a_tiny_batch(tmp_path, clip, folder, method, capsys):
         (["--method", "coop", "--bma-beta", "0.5"], "coop has no flag --bma-beta"),
         (["--method", "tes", "--accumulate", "2"], "--accumulate 2: the loss of tes needs the whole batch"),
         (["--method", "tes", "--optimizer", "lion"], "--optimizer lion: expected one of adamw, sgd"),
+        (["--context", "99999999999999999999"], "--context 99999999999999999999: must be in [1, 1,024]"),
     ],
 )
 def test_mistakes_with_prompts_get_one_line(tmp_path, clip, capsys, flags, message):
