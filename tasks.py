@@ -173,7 +173,7 @@ def pair_data(c) -> tuple:
     look = dict(image_size=c.image_size or CONFIGS[c.model].image_size)
     if c.train_data == "scenes":
         look["domains"] = ("photo",)
-        train = scenes.Scenes("train", c.train_size, seed=c.seed, bias=c.bias, **look)
+        train = scenes.Scenes("train", c.train_size, c.seed, bias=c.bias, captions=c.captions, **look)
         tests["retrieval"] = scenes.Scenes("test", 500, c.test_seed, **look)
         tests["aspects"] = scenes.Scenes("test", 500, c.test_seed, captions="aspects", **look)
     elif c.train_data == "broad":

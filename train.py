@@ -92,6 +92,7 @@ class PairConfig(TrainConfig):
     """The flags of methods that learn from image-caption pairs."""
 
     # pairs
+    captions: str = "mixed"  # scenes: mixed (each about one aspect), full (about several things) or both
     freeze: str = ""  # image or text: this tower of --init is not trained (LiT)
     val_data: str = ""  # for retrieval; empty: the training data's own test or val split
     zeroshot_data: str = ""  # classes, or scenes; empty: the labels of the validation data, or scenes

@@ -29,6 +29,7 @@ FORMS = {
     "aspects": ("object", "place", "background", "count", "group"),
     "full": ("full",) * 5,
 }
+FORMS["both"] = FORMS["mixed"] + FORMS["full"]
 DICE = 10  # random integers that the wording of one caption uses
 FRAMES = ("{}", "there is {}", "a picture of {}", "a {domain} of {}")
 WHERE = ("at the {}", "in the {} corner", "on the {}", "in the {}")

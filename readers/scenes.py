@@ -318,7 +318,8 @@ class Scenes(Drawn):
     """Pictures of one to four things of different kinds, each in another corner, with captions.
 
     Args: as Drawn;  captions "mixed" (8 a picture, each about one aspect), "aspects" (one for each of those
-          aspects) or "full" (5 about several things); default "mixed" for training and "full" otherwise
+          aspects), "full" (5 about several things) or "both" (mixed, then full); default "mixed" for training
+          and "full" otherwise
     """
 
     def __init__(self, split="train", size=10000, *args, captions=None, **options):

@@ -12,6 +12,8 @@ from PIL import Image
 
 from readers import scene_captions, scenes
 from readers.scenes import COLOURS, DOMAINS, GROUPS, KINDS, PLACES, Objects, Scenes, draw
+from tasks import pair_data
+from train import configure
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
@@ -354,3 +356,14 @@ def test_broad_is_half_scenes_and_half_single_things_with_true_names():
     assert {d for part in broad.parts for d in part.domains} == {0, 1, 2, 3}
     with pytest.raises(IndexError):
         broad.image(40)
+
+
+def test_a_run_trains_on_the_captions_that_it_names():
+    """ "both" is eight captions about one aspect and five about several things; the default is the first."""
+    train = {form: pair_data(configure(train_size=20, captions=form)[0])[0] for form in ("mixed", "both")}
+    full = Scenes("train", 20, captions="full").captions
+    for i in range(20):
+        assert train["both"].captions[i][:8] == train["mixed"].captions[i]
+        # the wording of a caption depends on its place, so only the number of the long ones is compared
+        assert len(train["both"].captions[i]) == 8 + len(full[i]) == 13
+    assert configure()[0].captions == "mixed"
