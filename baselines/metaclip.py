@@ -13,14 +13,11 @@ expectation. A caption without any entry is dropped. The paper takes t = 20k for
 """
 
 import csv
-import gzip
 import hashlib
-import io
 import json
 import math
 import os
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -39,7 +36,7 @@ SPACING = str.maketrans({c: f" {c} " for c in ",.;:?!`"} | dict.fromkeys("\t\n\r
 
 @dataclass(frozen=True)
 class Flags:
-    data: str  # .csv or .tsv with a header, .jsonl, otherwise one caption per line; each also as .gz
+    data: str  # .csv or .tsv with a header, .jsonl, otherwise one caption per line
     t: float  # captions: an entry with at most t captions belongs to the tail
     out: str  # file of the kept records; OUT.json gets the figures and the counts of all entries
     entries: str = ""  # metadata: one entry per line, a JSON list, or the OUT.json of an earlier run
@@ -140,8 +137,7 @@ class Corpus:
 
     def __init__(self, path: str, column: str = "caption"):
         self.path, self.column, self.columns, self.dialect = path, column, [], {}
-        self.name = path.lower().removesuffix(".gz")
-        if self.name.endswith((".csv", ".tsv")):
+        if path.lower().endswith((".csv", ".tsv")):
             first = next(self.lines(), "").strip("\r\n")
             self.dialect["delimiter"], self.columns, self.headless = table_layout(first, None)
             if column not in self.columns:
@@ -154,12 +150,13 @@ class Corpus:
                     self.dialect["quoting"] = csv.QUOTE_NONE
 
     def lines(self) -> Iterator[str]:
-        try:
-            with open_file(self.path) as file:
-                raw = gzip.open(file) if self.path.lower().endswith(".gz") else file
-                yield from io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
-        except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
-            raise OSError(f"{self.path} is damaged or not text: {error}") from None
+        with open_file(self.path, "r", encoding="utf-8-sig", newline="") as file:
+            try:
+                yield from file
+            except UnicodeDecodeError as error:
+                raise OSError(
+                    f"{self.path} is not text in UTF-8 ({error}): decompress or convert it"
+                ) from None
 
     def records(self, label: str = "", total: int = 0) -> Iterator[tuple[list[str] | str, str]]:
         """Yields each record and its caption. A record is a list of cells in a table, otherwise a line.
@@ -183,7 +180,7 @@ class Corpus:
     def caption(self, record: list[str] | str) -> str:
         if self.columns:
             return record[self.columns.index(self.column)]
-        if not self.name.endswith(".jsonl") or not record.strip():
+        if not self.path.lower().endswith(".jsonl") or not record.strip():
             return record.rstrip("\r\n")
         content = json.loads(record)
         texts = content.get(self.column, content.get(f"{self.column}s"))
@@ -228,8 +225,6 @@ def main(argv: list[str]) -> None:
     c = parse(Flags, argv, __doc__, positional=("data",))
     if bool(c.entries) == bool(c.build_entries) or c.build_entries < 0 or not c.t > 0:
         raise ValueError("give --t above 0, and either --entries FILE or --build-entries N with N above 0")
-    if c.out.lower().endswith(".gz"):
-        raise ValueError(f"{c.out}: records are written uncompressed: choose an --out without .gz")
     output_folder(Path(c.out).parent)
     if existing := [path for path in (c.out, f"{c.out}.json") if os.path.lexists(path)]:
         raise ValueError(f"{existing[0]} exists: delete it, or choose another --out")
