@@ -260,13 +260,12 @@ def open_model(source: str, vocab: str = "", *, towers: bool = False, **load_opt
     tokenizer = pretrained.tokenizer_for(source, vocab, 49408 if towers else model.config.vocab_size)
     if not towers:
         check_vocabulary(model, tokenizer)
-    run = saved.read(source)
-    if not run.own_model():
+    config, task = saved.read(source, towers)
+    if not config:
         return model, tokenizer
-    run.check(towers)
     with evaluating(model):
-        text = encode_classes(model, tokenizer, run.task["classes"], tuple(run.task["templates"]))
-    return run.rebuild(model, tokenizer, text), tokenizer
+        text = encode_classes(model, tokenizer, task["classes"], tuple(task["templates"]))
+    return saved.rebuild(source, config, task, model, tokenizer, text), tokenizer
 
 
 def open_data(flags, model: nn.Module, kind: str):
