@@ -7,7 +7,6 @@ not say how the M mixture tokens become one feature. Their mean and their concat
 """
 
 import math
-from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,10 +24,7 @@ from util.text import warn
 
 
 def encode(model: nn.Module, dataset, precision="fp32", **options) -> Tensor:
-    """The output of ln_post for the class or mixture tokens of every image: (N, M, D) fp32 on the CPU.
-
-    Args: options: of evaluate.image_batches
-    """
+    """The output of ln_post for the class or mixture tokens of every image: (N, M, D) fp32 on the CPU."""
     rows = []
     with evaluate.evaluating(model) as device:
         for images, _ in evaluate.image_batches(model, dataset, **options):
@@ -159,16 +155,20 @@ def split_for(parts: dict, seed: int) -> dict:
         return parts
     x, y = parts["all" if "all" in parts else "train"]
     first, others, draw = [], [[] for _ in range(2 if "all" in parts else 1)], data.generator(seed, "probe")
+    least, few = 1 + len(others), 0
     for c in y.unique().tolist():
         ids = (y == c).nonzero()[:, 0].tolist()
-        if len(ids) > len(others):
+        few += len(ids) < least
+        if len(ids) >= least:
             share, ids = max(1, round(0.2 * len(ids))), draw.sample(ids, len(ids))
             for part in others:
                 part += ids[-share:]
                 ids = ids[:-share]
         first += ids
     if not others[-1]:
-        raise ValueError(f"no class has {1 + len(others)} images, one for each part of the split")
+        raise ValueError(f"no class has {least} images, one for each part of the split")
+    if few:
+        warn(f"{few} classes have fewer than {least} images and are not tested")
     rows = zip(("train", "val", "test"), map(sorted, [first, *others]))
     return parts | {name: (x[ids], y[ids]) for name, ids in rows}
 
@@ -191,13 +191,6 @@ def probe_data(flags: Flags, model: nn.Module) -> dict:
     parts = {n: evaluate.open_data(replace(flags, split=s), model, "labels") for n, s in splits.items()}
     if "test" not in parts and not whole:
         parts["test"] = parts.pop("val")
-    first, least = next(iter(parts.values())), 2 + whole
-    if any(part.classes != first.classes for part in parts.values()):
-        raise ValueError(f"{flags.data}: the parts have different classes")
-    counts = Counter(first.labels)
-    few = [name for c, name in enumerate(first.classes) if counts[c] < least]
-    if few and "val" not in parts:
-        warn(f"{len(few)} classes have fewer than {least} images and are not tested, the first is {few[0]!r}")
     return parts
 
 
@@ -206,18 +199,19 @@ def main(argv: list[str]) -> None:
     flags = parse(Flags, argv, __doc__)
     device = start(flags, one_process=True)
     model, _ = evaluate.open_model(flags.model, flags.vocab, towers=True, **load_options(flags))
-    tokens, labels, rows = {}, {}, []
+    tokens, rows = {}, []
     for name, dataset in probe_data(flags, model).items():
-        labels[name], classes = torch.tensor(dataset.labels), dataset.classes
-        tokens[name] = encode(model.to(device), dataset, **options_of(flags, f"linear-probe {name}"))
-    for kind in reduced(next(iter(tokens.values()))):
-        parts = split_for({name: (reduced(x)[kind], labels[name]) for name, x in tokens.items()}, flags.seed)
+        x = encode(model.to(device), dataset, **options_of(flags, f"linear-probe {name}"))  # (N, M, D)
+        tokens[name], classes = (x, torch.tensor(dataset.labels)), dataset.classes
+    split = split_for(tokens, flags.seed)
+    for kind in reduced(x):
+        parts = {name: (reduced(x)[kind], y) for name, (x, y) in split.items()}
         for solver, more in (("l-bfgs", {}), ("adamw", {"seed": flags.seed})):
             found = probe(solver, parts, len(classes), f"linear-probe {kind}, {solver}", **more)
             rows.append({"feature": kind, "width": parts["train"][0].shape[1], "solver": solver} | found)
     shown = [row | {"top1": 100 * row["top1"], "val": 100 * row["val"]} for row in rows]
     print(f"top-1 on test and validation images, %\n{format_table(shown, digits=2)}")
-    counts = ", ".join(f"{name} {len(y):,}" for name, y in labels.items())
+    counts = ", ".join(f"{name} {len(y):,}" for name, (_, y) in tokens.items())
     print(f"images: {counts}  classes {len(classes)}  chance {100 / len(classes):.2f} %")
     about = {"task": "linear-probe", "data": flags.data, "models": [flags.model], "chance": 1 / len(classes)}
     write_results(flags, about | {"rows": rows})

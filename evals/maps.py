@@ -59,7 +59,7 @@ def raw_maps(model: DualEncoder, images: Tensor, name: str, text: Tensor) -> Ten
     if name == "plain":
         tokens = visual.head(visual.transformer(visual.embed(images)))  # (B, 1 + P, E)
     else:
-        tokens = surgery.dense_features(visual, images, **{"kind" if name in KINDS else "method": name})
+        tokens = surgery.dense_features(visual, images, name)
     return surgery.similarity_map(tokens, text)
 
 

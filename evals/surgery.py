@@ -115,22 +115,20 @@ METHODS = {
 }
 
 
-def dense_features(visual, images: Tensor, method="surgery", blocks=None, kind: str | None = None) -> Tensor:
+def dense_features(visual, images: Tensor, method="surgery", blocks: int | None = None) -> Tensor:
     """Every token of the image in the space of images and texts. The papers are named above.
 
-    Args:    images (B, 3, height, width), any size of at least one patch;  method, one of METHODS
+    Args:    images (B, 3, height, width), any size of at least one patch
+             method: one of METHODS, or of attention.KINDS for the second path of surgery (AlignCLIP, Fig. 8)
              blocks with two paths. Default: alignclip.default_blocks, which is 6 of 24 or 12, 2 of 3
-             kind: the second attention of surgery, one of attention.KINDS, vvv by default (AlignCLIP, Fig. 8)
     Returns: (B, 1 + P, E), class token first, not normalised, differentiable. Patches are row by row.
-    Raises:  ValueError for an unknown method or kind, too many blocks, and Llip.
+    Raises:  ValueError for an unknown method, too many blocks, and Llip.
     """
     depth = len(visual.transformer.resblocks)
     blocks = depth - default_blocks(depth)[0] if blocks is None else blocks
-    if method not in METHODS:
-        raise ValueError(f"method {method!r}: expected one of {', '.join(METHODS)}")
-    recipe = METHODS[method]
-    if kind is not None and (recipe.branch not in KINDS or kind not in KINDS):
-        raise ValueError(f"kind {kind!r} of {method!r}: surgery takes one of {', '.join(KINDS)}, others none")
+    if method not in (*METHODS, *KINDS):
+        raise ValueError(f"method {method!r}: expected one of {', '.join((*METHODS, *KINDS))}")
+    recipe = METHODS.get(method) or Recipe(bilinear, branch=method)
     if not 1 <= blocks <= depth:
         raise ValueError(f"{blocks} blocks with two paths: the tower has 1 to {depth}")
     if visual.tokens != 1 or visual.proj is None:
@@ -140,7 +138,7 @@ def dense_features(visual, images: Tensor, method="surgery", blocks=None, kind: 
         for block in visual.transformer.resblocks[:-1]:
             x = block(x)
         return visual.head(recipe.last(visual.transformer.resblocks[-1], x))
-    x, z, _ = two_paths(visual, x, kind or recipe.branch, depth - blocks, 0)
+    x, z, _ = two_paths(visual, x, recipe.branch, depth - blocks, 0)
     return visual.head(z if recipe.own_class else torch.cat([x[:, :1], z[:, 1:]], 1))
 
 

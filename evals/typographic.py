@@ -48,18 +48,15 @@ def with_note(image: Image.Image, word: str, blank: bool = False) -> Image.Image
     return image
 
 
-class Noted:
+class Noted(data.Subset):
     """Labelled data with a note on every image, with_note(image i, words[i], blank)."""
 
     def __init__(self, dataset, words: list[str], blank: bool = False):
-        self.dataset, self.words, self.blank = dataset, words, blank
-        self.labels, self.classes, self.name = dataset.labels, dataset.classes, dataset.name
-
-    def __len__(self):
-        return len(self.dataset)
+        super().__init__(dataset)
+        self.words, self.blank, self.pixels = words, blank, None  # pixels would be used instead of image()
 
     def image(self, i: int) -> Image.Image:
-        return with_note(self.dataset.image(i), self.words[i], self.blank)
+        return with_note(super().image(i), self.words[i], self.blank)
 
 
 def wrong_labels(labels: list[int], classes: int, seed: int = 0) -> list[int]:
@@ -91,10 +88,7 @@ def note_figures(scores: dict, labels: Tensor, written: Tensor, cosine: bool = T
 
 
 def typographic(model: DualEncoder, dataset, tokenizer, templates=prompts.PHOTO, seed=0, **options) -> dict:
-    """note_figures of clean images, the same with a blank note, and with a wrong class name on the note.
-
-    Args: options of evaluate.score_rows
-    """
+    """note_figures of clean images, the same with a blank note, and with a wrong class name on the note."""
     written, scores = wrong_labels(dataset.labels, len(dataset.classes), seed), {}
     words = [dataset.classes[c] for c in written]
     kinds = {"clean": dataset, "blank": Noted(dataset, words, True), "word": Noted(dataset, words)}

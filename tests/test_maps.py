@@ -44,7 +44,7 @@ def test_every_similarity_map_is_the_right_one():
     model, text = build(), torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
     found = {}
     for name in ("qkv", "vvv", "qqv", "kkv", "dv"):
-        tokens = surgery.dense_features(model.visual, IMAGES, kind=name)
+        tokens = surgery.dense_features(model.visual, IMAGES, name)
         found[name] = maps.raw_maps(model, IMAGES, name, text)
         assert torch.equal(found[name], surgery.similarity_map(tokens, text))
     for name in ("maskclip", "sclip", "gem", "clearclip"):

@@ -167,7 +167,7 @@ def test_the_second_path_takes_any_structure(images):
     """Queries, keys and values of the plain path, whatever the second path makes of them."""
     visual = clip().visual
     for kind, formula in (("qkv", "qkv"), ("vvv", "surgery"), ("qqv", "clearclip"), ("kkv", "kkv")):
-        got = dense_features(visual, images, blocks=2, kind=kind)
+        got = dense_features(visual, images, kind, blocks=2)
         for image, tokens in zip(images, got):
             x = visual.embed(image[None])[0]
             *stack, first, last = visual.transformer.resblocks
@@ -178,7 +178,7 @@ def test_the_second_path_takes_any_structure(images):
             z = visual.head(z + attention(last, x, formula))
             torch.testing.assert_close(tokens[1:], z[1:], rtol=1e-9, atol=1e-9)
     for kind, method in (("vvv", "surgery"), ("dv", "alignclip")):
-        got = dense_features(visual, images, kind=kind)
+        got = dense_features(visual, images, kind)
         assert torch.equal(got, dense_features(visual, images, method))
 
 
@@ -307,9 +307,6 @@ def test_what_dense_features_refuses(images):
     visual = clip().visual
     with pytest.raises(ValueError, match="expected one of surgery"):
         dense_features(visual, images, "Surgery")
-    for method, kind in (("surgery", "gem"), ("surgery", ""), ("gem", "vvv"), ("maskclip", "dv")):
-        with pytest.raises(ValueError, match=f"kind {kind!r} of {method!r}: surgery takes"):
-            dense_features(visual, images, method, kind=kind)
     for blocks in (0, 5, -1):
         with pytest.raises(ValueError, match=f"{blocks} blocks .* 1 to 4"):
             dense_features(visual, images, blocks=blocks)
