@@ -2,18 +2,15 @@
 
     python -m evals.maps --model runs/clip --more runs/alignclip --data scenes --out maps
 
-The embedded scenes have exact masks (readers/scenes.py). Each thing is searched by its name, and
-util.metrics.map_figures compares the map with the thing's mask. There are three kinds of map:
+Each thing is searched by its name, and util.metrics.map_figures compares the map with the thing's mask:
 
-    a structure   similarity of patch and name, where the second path of CLIP Surgery mixes its tokens by
-                  qkv, vvv, qqv, kkv or dv and all else is equal: AlignCLIP, Fig. 8
-    a method      the same similarity from the features of plain CLIP, maskclip, sclip, gem or clearclip;
-                  surgery is vvv, and alignclip is dv
-    attention     cls is the class token's attention over the patches in the last block (AlignCLIP, Fig. 1 and
-                  4), cls-early its mean over the blocks that AlignCLIP aligns. An Llip has caption
-                  (surgery.llip_caption_map) and cls, the mean of its mixture tokens
-
-centre, a cone in the middle of the picture, is the baseline without a model.
+    qkv vvv qqv kkv dv   similarity of patch and name, where the second path of CLIP Surgery mixes its tokens
+                         in this way: AlignCLIP, Fig. 8. surgery is vvv, alignclip is dv
+    plain gem maskclip sclip clearclip       the same similarity of other features
+    cls, cls-early       the class token's attention over the patches in the last block (AlignCLIP, Fig. 1 and
+                         4), and its mean over the blocks that AlignCLIP aligns
+    caption, cls         of an Llip: surgery.llip_caption_map, and the mean of its mixture tokens
+    centre               a cone in the middle of the picture, the baseline without a model
 """
 
 from pathlib import Path
@@ -43,11 +40,9 @@ SHOWN = 8  # pictures on a sheet
 
 
 def raw_maps(model: DualEncoder, images: Tensor, name: str, text: Tensor) -> Tensor:
-    """One kind of map, on the grid of patches.
+    """One kind of map, on the grid of patches: (B, rows, columns, C), or 1 where the text is ignored.
 
-    Args:    images (B, 3, S, S);  name: one of NAMES or LLIP
-             text: class features (C, E), or for caption the ids of the prompts (C, templates, L)
-    Returns: (B, rows, columns, C); of attention that ignores the text, (B, rows, columns, 1)
+    Args: images (B, 3, S, S);  name: one of NAMES or LLIP;  text: what names_as_text returns
     """
     visual = model.visual
     if name == "caption":

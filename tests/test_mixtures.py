@@ -13,7 +13,7 @@ from small_models import CONFIG, TOKENIZER
 
 import data
 import pretrained
-from evals import mixture_pictures, mixtures, surgery
+from evals import mixtures, surgery
 from llip import Llip
 from readers import scenes
 
@@ -149,18 +149,18 @@ def test_a_map_on_the_named_thing_is_right(measured):
         for k, mask in enumerate(dataset.masks(i)):
             perfect["maps"][i, ..., k] += torch.from_numpy(mask)
     for p, (i, j, _) in enumerate(pairs.tolist()):
-        kinds = mixture_pictures.kinds_in(dataset, i)
+        kinds = mixtures.kinds_in(dataset, i)
         perfect["used"][p, kinds.index(captions.things[j]) if captions.things[j] in kinds else 0] = 1
     labels, by_pair, tables = mixtures.on_masks(perfect, dataset, captions)
     assert by_pair and all(right for _, right, _ in by_pair.values())
     own, other = tables["caption maps"]
     assert own["right thing"] == 1 > other["right thing"] and own["lift"] > 2 and 0.25 <= own["chance"] <= 0.5
-    assert labels[0][0].split()[0] == mixture_pictures.kinds_in(dataset, 0)[0]
-    best, worst = mixture_pictures.examples(dataset, {"by_pair": by_pair}, captions, 2)
+    assert labels[0][0].split()[0] == mixtures.kinds_in(dataset, 0)[0]
+    best, worst = mixtures.examples(dataset, {"by_pair": by_pair}, captions, 2)
     assert best != worst
     # all maps of one scene are wrong: it comes last
     wrong = {p: (0.1, False, "") if pairs[p, 0] == best else row for p, row in by_pair.items()}
-    assert mixture_pictures.examples(dataset, {"by_pair": wrong}, captions, 2)[1] == best
+    assert mixtures.examples(dataset, {"by_pair": wrong}, captions, 2)[1] == best
 
 
 # Command line ----------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def call(model, out, *words):
 
 
 def test_scenes(small_runs, tmp_path, capsys):
-    result, pictures = call(small_runs["llip"], tmp_path, "--limit", 20, "--show", 2)
+    result, pictures = call(small_runs["llip"], tmp_path, "--limit", 20)
     assert set(pictures) == {f"{n}.png" for n in ("weights", "names", "tokens", "captions", "ablation")}
     assert np.array(result["mean_weights"]).shape == (174, 2, 3)
     assert np.array(result["mean_weights"]).sum(-1) == pytest.approx(1, abs=1e-3)
@@ -194,7 +194,7 @@ def test_scenes(small_runs, tmp_path, capsys):
 def test_every_kind_of_llip(tokens, options, tmp_path):
     (tmp_path / "run").mkdir()
     run = save(tmp_path / "run", build(tokens, **options))
-    result, pictures = call(run, tmp_path / "out", "--limit", 6, "--show", 1)
+    result, pictures = call(run, tmp_path / "out", "--limit", 6)
     assert np.array(result["mean_weights"]).shape == (174, 2, tokens)
     assert ("ablation.png" in pictures) == (tokens > 1) == bool(result["ablation"])
 
@@ -237,7 +237,6 @@ def test_errors_are_one_line(small_runs, tmp_path, capsys):
         ("llip", ["--image", "a.png", "--text", "a", "--data", "scenes"], "give --data, or --image"),
         ("llip", ["--image", tmp_path / "a.png", "--text", "a"], "not a readable image"),
         ("llip", ["--image", large, "--text", "a", "--max-pixels", 99], "more than the 99 allowed"),
-        ("llip", ["--show", 0], "--show 0: a sheet holds 1 to 24 images"),
     ):
         assert mixtures.main(["--model", str(small_runs[name]), *map(str, words)]) == 2, words
         err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

@@ -138,7 +138,6 @@ evals.open_world --model START --data DATA/bed --target-domain moon --open-task 
 evals.maps --model START --data scenes --limit -1
 evals.mixtures --model START
 evals.mixtures --model START --image DATA/bed/art/cat/0.png
-evals.mixtures --model START --show 0
 evals.mixtures --data scenes
 evals.spectrum --model START --data nowhere
 evals.spectrum --model START
