@@ -33,8 +33,10 @@ def refine(path: Path, listing: Listing) -> Listing:
     if found and found.name == "DomainNet" and duplicates.is_file():
         # DomainBed's list of paths, which its own download deletes
         left_out = set(duplicates.read_text(encoding="utf-8").split())
-        rows = [row for row in rows if row.file not in left_out]
-        say(printable(f"{path}: {len(listing.rows) - len(rows)} images of {duplicates.name} are left out"))
+        kept = [[n for n in row.names.split("/") if f"{row.file}/{n}" not in left_out] for row in rows]
+        rows = [row._replace(names="/".join(names)) for row, names in zip(rows, kept) if names]
+        count = sum(row.size for row in listing.rows) - sum(map(len, kept))
+        say(printable(f"{path}: {count} images of {duplicates.name} are left out"))
     if is_coded(classes):
         places = [path.absolute(), *path.absolute().parents[:2]]
         files = [place / name for place in places for name in NAMES.split() if (place / name).is_file()]

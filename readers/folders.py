@@ -1,6 +1,7 @@
 """Folders of images: class/*, split/class/*, domain/class/*, domain/split/class/* ... become rows."""
 
 import contextlib
+import itertools
 import os
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ from readers.lists import Listing, Row
 from util.text import printable, say, warn
 
 MAX_DEPTH = 8  # levels of folders
+BLOCK = 1000  # images of a row; to open one of them, its row is split
 
 # split -> words in the names of its folders; the first that fits counts, so that train_val is training data
 SPLIT_WORDS = {
@@ -40,7 +42,10 @@ def folders_in(path: Path) -> list:
 
 
 def find_images(root: Path) -> dict:
-    """{place of a folder below root, as a tuple of names: its images}; only folders with images, in order."""
+    """{place of a folder below root, as a tuple of names: blocks of its images, in order}.
+
+    A block is up to 1,000 names, joined by "/". SPEED: a string for each image of DomainNet takes 60 MB.
+    """
     found, waiting = {}, [()]
     while waiting:
         place = waiting.pop()
@@ -56,8 +61,8 @@ def find_images(root: Path) -> dict:
         elif inner:
             waiting += [(*place, name) for name in reversed(natural(inner))]
         images = [e.name for e in entries if e.name.lower().endswith(IMAGE_SUFFIXES) and not e.is_dir()]
-        if images:
-            found[place] = sorted(images)
+        if images := sorted(images):
+            found[place] = ["/".join(images[k : k + BLOCK]) for k in range(0, len(images), BLOCK)]
     return found
 
 
@@ -113,11 +118,14 @@ def read_folder(root: Path, caption_lines: str | None = None) -> Listing | None:
     place among the class folders in natural order; the class folders must be the same in every domain.
     """
     found = find_images(root)
-    files = [os.path.join(*place, name) for place, names in found.items() for name in names]
-    first = files[:100]
+    files = (
+        os.path.join(*place, name) for place in found for block in found[place] for name in block.split("/")
+    )
+    first = list(itertools.islice(files, 100))
     # img2dataset writes a.jpg and a.txt
     if first and sum((root / f).with_suffix(".txt").is_file() for f in first) >= 0.9 * len(first):
         say(printable(f"{root}: read as images with a caption in the .txt of the same name"))
+        files = itertools.chain(first, files)
         rows = [Row(file, captions_beside(root / file, caption_lines == "yes")) for file in files]
         return Listing("files .jpg .txt", rows)
     above, tops = (), below(found, ())
@@ -149,12 +157,12 @@ def read_folder(root: Path, caption_lines: str | None = None) -> Listing | None:
     for place in sorted(found):
         # images in folders of a class folder belong to the class, as in torchvision's ImageFolder
         if own := next((place[:k] for k in range(1, len(place) + 1) if place[:k] in files), None):
-            files[own] += [os.path.join(*above, *place, name) for name in found[place]]
+            files[own] += [(os.path.join(*above, *place), block) for block in found[place]]
     rows = [
-        Row(file, (), split, name, domain)
+        Row(folder, (), split, name, domain, block)
         for place, (split, domain, own) in places.items()
         for name in own
-        for file in files[(*place, name)]
+        for folder, block in files[(*place, name)]
     ]
     if notes or layout.count("/") > 1:
         say(printable("; ".join([f"{root}: read as {layout}", *dict.fromkeys(notes)])))

@@ -20,11 +20,16 @@ LABEL_KEYS = "label class classname class_name category".split()
 
 
 class Row(NamedTuple):
-    file: str
+    file: str  # of an image; or a folder, if the row has names
     captions: list
     split: str | None = None
     label: str | int | None = None
     domain: str | None = None
+    names: str = ""  # of images in the folder, separated by "/"; SPEED: fewer objects
+
+    @property
+    def size(self) -> int:
+        return 1 + self.names.count("/")
 
 
 class Listing(NamedTuple):
