@@ -7,10 +7,10 @@
 On a shared machine only ratios of arms that alternate mean something. Every repetition runs each arm once,
 and the table shows the median of the ratios to the first arm. On a CPU with --threads 1 the time is that of
 this process, so that other processes hardly count. open_clip and transformers are measured where they are
-installed. Weights are random. lab/reproduce.py takes the timings of claims from here.
+installed. Weights are random. Claims' timings (lab/reproduce.py) and GPU parts (lab/gpu.py)
+are sections.
 """
 
-import contextlib
 import gc
 import os
 import re
@@ -19,21 +19,23 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import losses
 import model as models
 import train
 from baselines.methods import METHODS
 from clipood import Classes, unit
+from evals import surgery
 from evaluate import map_features
 from lab import peers
 from model import CONFIGS
-from scale import distributed
+from scale import costs, distributed
 from scale import llip_tiles as tiles
 from scale.gradcache import training_step
 from util.files import output_folder, write_json
@@ -47,19 +49,27 @@ from util.report import format_table
 class BenchConfig:
     """Flags of this program."""
 
-    sections: tuple[str, ...] = ()  # objective towers alignclip prompts llip; default: all
+    sections: tuple[str, ...] = ()  # objective towers alignclip prompts llip (default), largest maps
     device: str = "auto"  # cpu, cuda or auto
     threads: int = 0  # CPU threads; 0: torch's choice; 1 on a shared machine
     precision: str = "fp32"  # of the towers: fp32 or bf16
     repeats: int = 5  # of every arm, after one run that is not measured
     quick: bool = False  # small shapes; the ratios are compared with those of docs/speed.md
-    batch: int = 0  # images of a tower's step; 0: 2 on a CPU, 64 on a GPU
-    large: str = "ViT-L-14"  # the model of section llip
+    toy: bool = False  # the smallest shapes, only to see that everything runs
     out: str = "runs/bench"  # folder of bench.json; empty: none
 # fmt: on
 
 
 SPEED = Path(__file__).parent.parent / "docs" / "speed.md"
+# FLOP/s of an H100 or H200, dense bf16
+PEAK = 989e12
+B32, B16, L14 = "ViT-B-32", "ViT-B-16", "ViT-L-14"
+# shapes of a scale: pairs and tokens of the objective, the towers of the sections, and their batches
+TOY = dict(pairs=(16,), tokens=(4,), towers=("tiny",), tuned="tiny", prompted="tiny", llip="tiny")
+QUICK = dict(pairs=(64,), tokens=(32, 64), towers=(B32,), tuned=B32, prompted=B32, llip=B32)
+CPU = dict(pairs=(256,), tokens=(32, 64), towers=(B32, B16), tuned=B16, prompted="ViT-S-16", llip=L14)
+GPU = dict(pairs=(1024, 4096), tokens=(32, 64), towers=(B32, B16, L14), tuned=B16, prompted=B16, llip=L14)
+FEW, MANY = dict(batch=2, tuning=(2,), prompting=(4,)), dict(batch=64, tuning=(36, 108), prompting=(36, 108))
 
 
 # Measuring -------------------------------------------------------------------------------------------------
@@ -75,9 +85,7 @@ def clock(device: torch.device) -> float:
 
 
 def alternate(arms: dict[str, Callable], repeats: int, device: torch.device) -> dict[str, list]:
-    """Seconds of every arm in each repetition; all arms run once before anything is measured."""
-    for run in arms.values():
-        run()
+    """Seconds of every arm in each repetition. Arms have run once before."""
     seconds = {name: [] for name in arms}
     for k in range(repeats):
         for name in list(arms) if k % 2 == 0 else list(arms)[::-1]:
@@ -106,22 +114,6 @@ def peak_bytes(run: Callable, device: torch.device) -> int:
     return peak
 
 
-def counted_flops(case: Callable) -> int:
-    """FLOPs of a case as torch counts them.
-
-    TRAP: the fused attention of the CPU is not counted, so the case runs on the meta device, whose tensors
-    have no values to compare and no autocast.
-    """
-    real = torch.allclose, torch.autocast
-    try:
-        torch.allclose, torch.autocast = lambda *a, **k: True, lambda *a, **k: contextlib.nullcontext()
-        with FlopCounterMode(display=False) as counter:
-            case(torch.device("meta"))()
-    finally:
-        torch.allclose, torch.autocast = real
-    return counter.get_total_flops()
-
-
 class Bench:
     """The rows of one run."""
 
@@ -129,42 +121,49 @@ class Bench:
         self.c, self.device = c, distributed.setup(c.device)
         if c.threads:
             torch.set_num_threads(c.threads)
-        self.repeats = c.repeats
-        self.batch = c.batch or (64 if self.device.type == "cuda" else 2)
+        self.gpu = self.device.type == "cuda"
+        own = TOY if c.toy else QUICK if c.quick else GPU if self.gpu else CPU
+        self.shapes = SimpleNamespace(**own, **(MANY if own is GPU else FEW))
         self.rows, self.section = [], ""
 
-    def compare(self, what: str, cases: dict, flops: bool = False, memory: bool = False) -> None:
-        """Alternates the cases {arm: function of a device, which returns what is timed}; adds their rows."""
-        arms = {name: case(self.device) for name, case in cases.items()}
-        seconds = alternate(arms, self.repeats, self.device)
-        counts, base = {}, next(iter(cases))
-        if flops:
-            counts["FLOPs"] = {name: counted_flops(case) for name, case in cases.items()}
-        if memory:
-            counts["peak MiB"] = {name: peak_bytes(run, self.device) / 2**20 for name, run in arms.items()}
-        for name, taken in seconds.items():
-            ratios = [a / b for a, b in zip(taken, seconds[base])]
-            row = {"section": self.section, "what": what, "arm": name, "ms": 1e3 * statistics.median(taken)}
-            row |= {"ratio": statistics.median(ratios), "ratios": ratios}
-            for column, values in counts.items():
-                row |= {column: values[name], f"{column} ratio": values[name] / values[base]}
-            self.rows.append(row | getattr(arms[name], "about", {}))
-            print(f"{what:44} {name:22} {row['ms']:10.2f} ms  x {row['ratio']:.3f}", flush=True)
-
-    def finish(self) -> None:
-        """Prints the table and what became slower, and writes bench.json."""
-        shown = []
-        for row in self.rows:
-            low, _, high = statistics.quantiles(row["ratios"], n=4, method="inclusive")
-            some = {k: v for k, v in row.items() if k != "ratios"}
-            shown.append(some | {"quartiles": f"{low:.3f}-{high:.3f}"})
-        print("\n" + format_table(shown))
-        if self.c.quick:
-            print("\n".join(slower(shown, SPEED.read_text())))
+    def add(self, **row) -> None:
+        """Adds a row and writes bench.json, so that a run that is stopped has what it measured."""
+        self.rows.append({"section": self.section} | row)
+        print(format_table([shown(row)]).splitlines()[-1], flush=True)
         if self.c.out:
             about = {"torch": torch.__version__, "machine": machine(self.device), "config": asdict(self.c)}
             write_json(Path(self.c.out) / "bench.json", about | {"rows": self.rows})
-            print(f"written to {Path(self.c.out) / 'bench.json'}")
+
+    def start(self, case: Callable, **about) -> Callable | None:
+        """What a case times, after one run; None and a row that says so if the memory does not suffice."""
+        try:
+            run = case(self.device)
+            run()
+            return run
+        except torch.OutOfMemoryError:
+            self.add(**about, ms="no memory")
+        torch.cuda.empty_cache()
+
+    def seconds(self, run: Callable) -> float:
+        return statistics.median(alternate({"": run}, self.c.repeats, self.device)[""])
+
+    def compare(self, what: str, cases: dict, memory: bool = False) -> None:
+        """Alternates the cases {arm: function of a device, which returns what is timed}; adds their rows."""
+        arms = {name: self.start(case, what=what, arm=name) for name, case in cases.items()}
+        arms = {name: run for name, run in arms.items() if run}
+        seconds = alternate(arms, self.c.repeats, self.device)
+        for name, taken in seconds.items():
+            ratios = [a / b for a, b in zip(taken, next(iter(seconds.values())))]
+            low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+            row = {"ms": 1e3 * statistics.median(taken), "ratio": middle, "ratios": ratios}
+            row["quartiles"] = f"{low:.3f}-{high:.3f}"
+            if memory:
+                row["peak MiB"] = peak_bytes(arms[name], self.device) / 2**20
+            self.add(what=what, arm=name, **row, **getattr(arms[name], "about", {}))
+
+
+def shown(row: dict) -> dict:
+    return {name: value for name, value in row.items() if name != "ratios"}
 
 
 def slower(rows: list[dict], recorded: str) -> list[str]:
@@ -176,18 +175,15 @@ def slower(rows: list[dict], recorded: str) -> list[str]:
     before = {(what.strip(), arm): tuple(map(float, numbers)) for what, arm, *numbers in found}
     lines, count = [], 0
     for row in rows:
-        if old := before.get((row["what"], row["arm"])):
+        if "ratio" in row and (old := before.get((row["what"], row["arm"]))):
             count += 1
             low, high = map(float, row["quartiles"].split("-"))
             other = row["arm"] in peers.PEERS
             if (high < old[1] and other) or (low > old[2] and not other):
-                lines.append(
-                    f"slower: {row['what']}, {row['arm']}: {row['ratio']:.3f}, recorded {old[0]:.3f}"
-                )
-    return [
-        *lines,
-        f"{count} ratios compared with docs/speed.md, {len(lines)} worse by more than their spread",
-    ]
+                name, ratio = f"{row['what']}, {row['arm']}", row["ratio"]
+                lines.append(f"slower: {name}: {ratio:.3f}, recorded {old[0]:.3f}")
+    worse = f"{len(lines)} worse by more than their spread"
+    return [*lines, f"{count} ratios compared with docs/speed.md, {worse}"]
 
 
 def machine(device: torch.device) -> str:
@@ -202,15 +198,13 @@ def machine(device: torch.device) -> str:
 # Cases: functions of a device that build their inputs and return what is timed ------------------------------
 
 
-def objective_case(
-    form: str, rows: int, columns: int, tokens: int, device, heads=8, width=512, dtype=torch.float32
-) -> Callable:
-    """Pair logits, sigmoid loss and backward of random pairs: as published, or in tiles."""
-    g, K = torch.Generator().manual_seed(0), width // heads
-    shapes = [(rows, heads, tokens, K)] * 2 + [(columns, heads, K), (columns, width), (width, width)]
+def objective_case(form: str, rows: int, tokens: int, device, dtype=torch.float32, bf16=False) -> Callable:
+    """Logits of rows x rows random pairs, sigmoid loss and backward: as published, or in tiles."""
+    g, H, E = torch.Generator().manual_seed(0), 8, 512
+    shapes = [(rows, H, tokens, E // H)] * 2 + [(rows, H, E // H), (rows, E), (E, E)]
     # keys, values, queries, text, W_O
     inputs = [torch.randn(shape, generator=g) for shape in shapes]
-    inputs[-1] *= width**-0.5
+    inputs[-1] *= E**-0.5
     inputs = [x.to(device, dtype).requires_grad_() for x in inputs]
 
     def part(cosines: Tensor, row: int, column: int) -> Tensor:
@@ -219,10 +213,11 @@ def objective_case(
     def run() -> list:
         for x in inputs:
             x.grad = None
-        if form == "published":
-            loss = peers.published_pair_loss(*inputs, 5.0, 10.0, -10.0)
-        else:
-            loss = tiles.TiledLoss.apply(part, 5.0, *inputs) / rows
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            if form == "published":
+                loss = peers.published_pair_loss(*inputs, 5.0, 10.0, -10.0)
+            else:
+                loss = tiles.TiledLoss.apply(part, 5.0, *inputs) / rows
         loss.backward()
         return [loss.detach(), *(x.grad for x in inputs)]
 
@@ -248,40 +243,50 @@ def build(kind: str, config: models.Config, device) -> nn.Module:
         return tiles.select(method.module.build(settings, config, 32768), "tiled", 1, 1)
 
 
-def step_of(module: nn.Module, forward_backward: Callable, device, update: bool) -> Callable:
+def step_of(module: nn.Module, forward_backward: Callable, update: bool) -> Callable:
     """forward_backward() on fresh gradients, and with update AdamW's step."""
     optimizer = torch.optim.AdamW(train.parameter_groups(module, 0.1), lr=1e-3)
 
     def run() -> None:
         optimizer.zero_grad(set_to_none=True)
         forward_backward()
-        if update and torch.device(device).type != "meta":
+        if update:
             optimizer.step()
 
     return run
 
 
-def autocast(precision: str, device) -> Callable:
-    return partial(torch.autocast, torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+def autocast(precision: str, device: torch.device) -> Callable:
+    return partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def step_case(kind: str, name: str, batch: int, precision: str, device, update: bool = True) -> Callable:
+def step_case(
+    kind: str,
+    name: str,
+    batch: int,
+    device,
+    precision="fp32",
+    update=True,
+    checkpointing=False,
+    compiled=False,
+) -> Callable:
     """A training step of pre-training; other packages with InfoNCE over their own logits."""
     model, batches = build(kind, CONFIGS[name], device).train(), random_batch(CONFIGS[name], batch, device)
     cast = autocast(precision, device)
 
-    def forward_backward() -> None:
-        if kind in peers.PEERS:
-            with cast():
-                logits = peers.PEERS[kind][1](model, *batches)
-            losses.info_nce(logits).backward()
-        else:
-            training_step(model, *batches, METHODS[kind].settings().objective, autocast=cast)
+    def step_of_peer() -> None:
+        with cast():
+            logits = peers.PEERS[kind][1](model, *batches)
+        losses.info_nce(logits).backward()
 
-    return step_of(model, forward_backward, device, update)
+    if kind in peers.PEERS:
+        return step_of(model, step_of_peer, update)
+    model.set_grad_checkpointing(checkpointing)
+    called, objective = torch.compile(model) if compiled else model, METHODS[kind].settings().objective
+    return step_of(model, partial(training_step, called, *batches, objective, autocast=cast), update)
 
 
-def prompts_case(kind: str, name: str, batch: int, prompts: int, precision: str, device) -> Callable:
+def prompts_case(kind: str, name: str, batch: int, prompts: int, device, precision="fp32") -> Callable:
     """Images against the features of so many prompts, which were computed before."""
     model, pictures = build(kind, CONFIGS[name], device), random_batch(CONFIGS[name], batch, device)[0]
     text, cast = torch.randn(prompts, CONFIGS[name].embed_dim).to(device), autocast(precision, device)
@@ -295,6 +300,12 @@ def prompts_case(kind: str, name: str, batch: int, prompts: int, precision: str,
             return model.pair_logits(map_features(Tensor.float, image), text)
 
     return run
+
+
+def map_case(method: str, name: str, device) -> Callable:
+    """The features of every token of one image, as a heat map needs them."""
+    model, images = build("clip", CONFIGS[name], device), random_batch(CONFIGS[name], 1, device)[0]
+    return torch.no_grad()(partial(surgery.dense_features, model.visual, images, method))
 
 
 def finetune_case(
@@ -317,7 +328,7 @@ def finetune_case(
         clip.encode_image = partial(peers.published_tower, clip.visual)
     pictures = random_batch(config, batch, device)[0]
     labels = torch.arange(batch).remainder(classes).to(device)
-    run = step_of(module, lambda: module.loss(pictures, labels)[0].backward(), device, update)
+    run = step_of(module, lambda: module.loss(pictures, labels)[0].backward(), update)
     learn = sum(p.numel() for p in module.parameters() if p.requires_grad)
     run.about = {"thousand parameters that learn": learn / 1e3}
     return run
@@ -327,19 +338,56 @@ def finetune_case(
 
 
 def objective(b: Bench) -> None:
-    """Llip's objective as published and in tiles: time and memory."""
-    N = 64 if b.c.quick else 256
-    for M in (32, 64):
-        cases = {form: partial(objective_case, form, N, N, M) for form in ("published", "tiles")}
-        b.compare(f"{N} x {N} pairs, {M} tokens, 8 heads, E = 512", cases, True, True)
+    """Llip's objective as published and in tiles: time, memory, and error of 64 pairs against fp64."""
+    for N, M in product(b.shapes.pairs, b.shapes.tokens):
+        cases = {form: partial(objective_case, form, N, M) for form in ("published", "tiles")}
+        if b.gpu:
+            cases |= {f"{form} under bf16": partial(case, bf16=True) for form, case in cases.items()}
+        b.compare(f"{N} x {N} pairs, {M} tokens, 8 heads, E = 512", cases, memory=True)
+    for form, M in product(("published", "tiles"), b.shapes.tokens):
+        exact, found = (objective_case(form, 64, M, b.device, d)()[0] for d in (torch.float64, torch.float32))
+        b.add(what=f"loss, {M} tokens", arm=form, error=(found / exact - 1).abs().item())
 
 
 def towers(b: Bench) -> None:
     """A training step of CLIP beside open_clip and transformers."""
     kinds = {"here": "clip"} | {peer: peer for peer in peers.installed()}
-    for name in ("ViT-B-32",) if b.c.quick else ("ViT-B-32", "ViT-B-16"):
-        cases = {arm: partial(step_case, kind, name, b.batch, b.c.precision) for arm, kind in kinds.items()}
-        b.compare(f"{name} step, batch {b.batch}", cases)
+    for name in b.shapes.towers:
+        step = partial(partial, step_case, precision=b.c.precision)
+        cases = {arm: step(kind, name, b.shapes.batch) for arm, kind in kinds.items()}
+        b.compare(f"{name} step, batch {b.shapes.batch}", cases)
+
+
+def largest(b: Bench) -> None:
+    """Training steps at the largest batch: images per second, MFU, memory against --dry-run; for a GPU."""
+    n, start, limit = (8192, 64, 2**14) if b.gpu else (256, 4, 4)
+    a = torch.randn(n, n, device=b.device, dtype=torch.bfloat16)
+    multiply = 2 * n**3 / b.seconds(lambda: a @ a)
+    b.add(what=f"product of {n} x {n} matrices, bf16", TFLOPs=multiply / 1e12)
+    for name, kind, checkpointing in product(b.shapes.towers, ("llip", "clip", "siglip"), (False, True)):
+        case, batch = partial(step_case, kind, name, precision="bf16", checkpointing=checkpointing), start
+        what = f"{name}{' checkpointing' * checkpointing}"
+        while batch < limit and b.start(partial(case, 2 * batch), what=what, arm=kind, batch=2 * batch):
+            batch *= 2
+        flops, expected = expected_cost(kind, name, batch, checkpointing)
+        for compiled in (False, True)[: 1 + b.gpu]:
+            about = dict(what=what + " compiled" * compiled, arm=kind, batch=batch)
+            if run := b.start(partial(case, batch, compiled=compiled), **about):
+                seconds = b.seconds(run)
+                row = {"images/s": batch / seconds, "MFU %": 100 * flops / seconds / PEAK}
+                row |= {"% of the product": 100 * flops / seconds / multiply, "GB expected": expected}
+                held = peak_bytes(run, b.device) + torch.cuda.memory_allocated()
+                b.add(**about, **row, GB=held / 1e9)
+            del run
+
+
+def expected_cost(kind: str, name: str, batch: int, checkpointing: bool) -> tuple[float, float]:
+    """FLOPs of a step without recomputation, and GB in all, as --dry-run counts them."""
+    module, objective = build(kind, CONFIGS[name], "meta"), METHODS[kind].settings().objective
+    c = SimpleNamespace(batch_size=batch, accumulate=1, grad_checkpointing=False)
+    flops = sum(costs.step_flops(module, c, objective).values())
+    held = 16 * costs.parameters(module)["all"] + costs.pair_bytes(module, objective, batch, batch)
+    return flops, (held + batch * costs.activation_bytes(module, True, checkpointing)) / 1e9
 
 
 def alignclip(b: Bench) -> None:
@@ -347,54 +395,59 @@ def alignclip(b: Bench) -> None:
 
     CLIPood here leaves out the last MLP of the patches, which AlignCLIP's L_sim needs.
     """
-    name = "ViT-B-32" if b.c.quick else "ViT-B-16"
-    cases = {"CLIPood as published": partial(finetune_case, "clipood", name, b.batch, published=True)}
-    cases["CLIPood"] = partial(finetune_case, "clipood", name, b.batch)
-    for branch in ("dv", "vvv"):
-        cases[f"AlignCLIP {branch}"] = partial(finetune_case, "alignclip", name, b.batch, branch=branch)
-    b.compare(f"{name} step, batch {b.batch}", cases, flops=True)
+    name = b.shapes.tuned
+    for batch in b.shapes.tuning:
+        cases = {"CLIPood as published": partial(finetune_case, "clipood", name, batch, published=True)}
+        cases["CLIPood"] = partial(finetune_case, "clipood", name, batch)
+        for branch in ("dv", "vvv"):
+            cases[f"AlignCLIP {branch}"] = partial(finetune_case, "alignclip", name, batch, branch=branch)
+        b.compare(f"{name} step, batch {batch}", cases, memory=b.gpu)
 
 
 def prompts(b: Bench) -> None:
     """A step of the prompt methods over CLIPood's, its memory, and the parameters that learn."""
-    name, kinds = "ViT-B-32" if b.c.quick else "ViT-S-16", {"CLIPood": {}, "AlignCLIP": {}}
-    kinds |= {"CoOp": dict(context=4), "CoCoOp": dict(context_words=""), "MaPLe": dict(context_words="")}
-    cases = {
-        arm: partial(finetune_case, arm.lower(), name, 4, classes=7, **flags) for arm, flags in kinds.items()
-    }
-    b.compare(f"{name} step, batch 4, 7 classes", cases, memory=True)
+    name, arms = b.shapes.prompted, {"CLIPood": {}, "AlignCLIP": {}}
+    arms |= {"CoOp": dict(context=4), "CoCoOp": dict(context_words=""), "MaPLe": dict(context_words="")}
+    for batch in b.shapes.prompting:
+        tuned = partial(partial, finetune_case, classes=7)
+        cases = {arm: tuned(arm.lower(), name, batch, **flags) for arm, flags in arms.items()}
+        b.compare(f"{name} step, batch {batch}, 7 classes", cases, memory=True)
 
 
 def llip_section(b: Bench) -> None:
     """Llip over CLIP on the same tower, 32 tokens. The paper has 1.29 for a step and 1.22 for inference."""
-    name, gpu = "ViT-B-32" if b.c.quick else b.c.large, b.device.type == "cuda"
-    batch = b.batch if gpu else 1
-    # two models of this size with AdamW's moments need more memory than a usual machine has
-    cases = {k: partial(step_case, k, name, batch, b.c.precision, update=gpu) for k in ("siglip", "llip")}
-    b.compare(f"{'step' if gpu else 'forward and backward'}, {name}, batch {batch}", cases, flops=True)
-    cases = {k: partial(prompts_case, k, name, b.batch, 1000, b.c.precision) for k in ("clip", "llip")}
-    b.compare(f"inference, {name}, {b.batch} images, 1,000 prompts", cases, flops=True)
+    name, batch, cast = b.shapes.llip, b.shapes.batch, dict(precision=b.c.precision)
+    # two models of L/14 with AdamW's moments need more memory than a usual machine has
+    pairs, images, step = (batch, 256, "step") if b.gpu else (1, batch, "forward and backward")
+    cases = {k: partial(step_case, k, name, pairs, update=b.gpu, **cast) for k in ("siglip", "llip")}
+    b.compare(f"{step}, {name}, batch {pairs}", cases)
+    cases = {k: partial(prompts_case, k, name, images, 1000, **cast) for k in ("clip", "llip")}
+    b.compare(f"inference, {name}, {images} images, 1,000 prompts", cases)
     counts = (10, 100, 1000, 10000)
-    cases = {f"{n} prompts": partial(prompts_case, "llip", name, 1, n, b.c.precision) for n in counts}
+    cases = {f"{n} prompts": partial(prompts_case, "llip", name, 1, n, **cast) for n in counts}
     b.compare(f"Llip by prompts, {name}, one image", cases)
 
 
-SECTIONS = dict(objective=objective, towers=towers, alignclip=alignclip, prompts=prompts, llip=llip_section)
+def maps(b: Bench) -> None:
+    """Heat maps of one image by each structure of the attention."""
+    b.compare(f"{b.shapes.llip} heat map", {m: partial(map_case, m, b.shapes.llip) for m in surgery.METHODS})
 
 
-def check(c: BenchConfig) -> None:
-    for name in c.sections:
-        if name not in SECTIONS:
-            raise ValueError(f"section {name!r}: there are {', '.join(SECTIONS)}")
-    if c.precision not in ("fp32", "bf16") or c.repeats < 2:
-        raise ValueError("--precision is fp32 or bf16, --repeats at least 2")
+DEFAULT = dict(objective=objective, towers=towers, alignclip=alignclip, prompts=prompts, llip=llip_section)
+SECTIONS = DEFAULT | dict(largest=largest, maps=maps)
 
 
 def measure(c: BenchConfig) -> Bench:
     """Runs sections.   Raises: ValueError for a section or a value that does not exist."""
-    check(c)
+    if unknown := [name for name in c.sections if name not in SECTIONS]:
+        raise ValueError(f"section {unknown[0]!r}: there are {', '.join(SECTIONS)}")
+    if c.precision not in ("fp32", "bf16") or c.repeats < 2:
+        raise ValueError("--precision is fp32 or bf16, --repeats at least 2")
     b = Bench(c)
-    for b.section in c.sections or SECTIONS:
+    if c.out:
+        output_folder(c.out)
+    print(f"{machine(b.device)}, torch {torch.__version__}")
+    for b.section in c.sections or DEFAULT:
         print(f"\n{b.section}: {SECTIONS[b.section].__doc__.splitlines()[0]}")
         SECTIONS[b.section](b)
     return b
@@ -402,13 +455,10 @@ def measure(c: BenchConfig) -> Bench:
 
 @program
 def main(argv: list[str]) -> None:
-    c = parse(BenchConfig, argv, __doc__, positional=("sections",))
-    device = distributed.setup(c.device)
-    check(c)
-    if c.out:
-        output_folder(c.out)
-    print(f"{machine(device)}, torch {torch.__version__}")
-    measure(c).finish()
+    b = measure(parse(BenchConfig, argv, __doc__, positional=("sections",)))
+    print(f"\n{format_table([*map(shown, b.rows)])}")
+    if b.c.quick:
+        print("\n".join(slower(b.rows, SPEED.read_text())))
 
 
 if __name__ == "__main__":

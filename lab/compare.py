@@ -7,6 +7,7 @@ Every run is a directory of train.py under --out. The same command continues whe
 """
 
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 from evals.open_world import FIGURES, TASKS, domains_of, summarise, table
@@ -17,8 +18,7 @@ from util.flags import parse
 from util.program import leave, program
 from util.report import Progress
 
-METHODS = ("finetune", "labelsmooth", "clipood", "alignclip", "flyp")
-ON_REQUEST = ("coop", "cocoop", "maple", "tes")
+METHODS = ("finetune", "labelsmooth", "clipood", "alignclip", "flyp", "coop", "cocoop", "maple", "tes")
 
 
 # fmt: off
@@ -31,16 +31,13 @@ class Comparison(WhereFlags):
     data: str = ""  # a DomainBed folder, a CoOp split, or a list with labels
     init: str = ""  # the CLIP to fine-tune; for --scenes instead of pre-training
     tasks: str = ",".join(TASKS[:3])  # separated by commas
-    methods: str = ",".join(METHODS)  # separated by commas; zero-shot is always included
+    methods: str = ",".join(METHODS[:5])  # separated by commas; zero-shot is always included
     targets: str = ""  # domains, separated by commas; empty: every one in turn, for scenes cartoon
     seeds: int = 3  # runs of each: seeds 0, 1, ...
     # training
-    quick: bool = False  # a tenth of the steps and one seed: only to see that it works
-    pretrain_steps: int = 1000  # of the small CLIP
     steps: int = 0  # of each fine-tuning; 0: train.py's, for scenes 150
     lr: float = 0.0  # 0: train.py's
     batch_size: int = 0  # images over all source domains; 0: train.py's
-    bias: float = 0.0  # scenes: share of training pictures with the background of their class
     # running
     device: str = "auto"  # cpu, cuda or auto
     threads: int = 0  # CPU threads; 0: torch's choice
@@ -58,42 +55,44 @@ def choose(what: str, wanted: str, known) -> list[str]:
     return names
 
 
-def plan(c: Comparison, init: str, out: Path) -> list[dict]:
-    """The flags of every run of train.py."""
-    source = "scenes" if c.scenes else c.data
-    where = where_of(c)
-    passed = ("lr", "batch_size", "bias", "threads", *where)
+def plan(c: Comparison, init: str, out: Path) -> list[tuple[dict, dict]]:
+    """What every run is, and its flags of train.py."""
+    source, where = "scenes" if c.scenes else c.data, where_of(c)
+    passed = ("lr", "batch_size", "threads", *where)
     common = {k: getattr(c, k) for k in passed if getattr(c, k)} | {"device": c.device, "workers": c.workers}
-    steps = c.steps or (150 if c.scenes else 0)
-    if c.quick:
-        steps = max(1, (steps or 300) // 10)
-    common |= {"steps": steps} if steps else {}
-    runs = []
+    if steps := c.steps or (150 if c.scenes else 0):
+        common["steps"] = steps
+    methods, runs = choose("method", c.methods, METHODS), []
     for task in choose("task", c.tasks, TASKS):
         targets = domains_of(source, task, **where)
         if targets != [""] and (c.targets or c.scenes):
             targets = choose("domain", c.targets or "cartoon", targets)
-        for target in targets:
-            for seed in range(1 if c.quick else c.seeds):
-                for method in choose("method", c.methods, (*METHODS, *ON_REQUEST)):
-                    name = "-".join(x for x in (task, target, method, str(seed)) if x)
-                    run = dict(method=method, init=init, train_data=source, open_task=task)
-                    run |= dict(target_domain=target, seed=seed, out=str(out / name))
-                    runs.append(run | common)
+        for target, seed, method in product(targets, range(c.seeds), methods):
+            name = "-".join(x for x in (task, target, method, str(seed)) if x)
+            run = dict(method=method, init=init, train_data=source, open_task=task, target_domain=target)
+            about = dict(task=task, domain=target, seed=seed, method=method)
+            runs.append((about, run | dict(seed=seed, out=str(out / name)) | common))
     return runs
 
 
-def records_of(flags: dict, results: dict) -> list[dict]:
-    """Records of the reported model (the averaged one where there is one), zero-shot and chance."""
-    about = {"task": flags["open_task"], "domain": flags["target_domain"], "seed": flags["seed"]}
-    reported = results.get("averaged", results["fine-tuned"])
-    found = {"chance": reported["chance"], "zero-shot": results["zero-shot"], flags["method"]: reported}
-    if "averaged" in results:
-        found[f"{flags['method']}, last step"] = results["fine-tuned"]
-    return [
-        {**about, "method": name, **{f: result[f] for f in FIGURES if f in result}}
-        for name, result in found.items()
-    ]
+def run_all(runs: list[tuple[dict, dict]], log) -> list[dict]:
+    """Runs what is missing.
+
+    Returns: records of the reported models (the averaged ones where there are any), zero-shot and chance.
+    """
+    progress, records = Progress("fine-tuning", len(runs), "runs"), {}
+    for about, flags in runs:
+        results, method = run_training(flags, log), about["method"]
+        reported = results.get("averaged", results["fine-tuned"])
+        found = {"chance": reported["chance"], "zero-shot": results["zero-shot"], method: reported}
+        if "averaged" in results:
+            found[f"{method}, last step"] = results["fine-tuned"]
+        for name, result in found.items():
+            # zero-shot is the same for all methods of a seed
+            record = about | {"method": name, **{f: result[f] for f in FIGURES if f in result}}
+            records[about["task"], name, about["domain"], about["seed"]] = record
+        progress.add(1)
+    return list(records.values())
 
 
 def compare(c: Comparison) -> list[dict]:
@@ -104,29 +103,19 @@ def compare(c: Comparison) -> list[dict]:
         raise ValueError(f"--data {c.data} needs --init: the CLIP to fine-tune")
     if c.seeds < 1:
         raise ValueError(f"--seeds {c.seeds}: must be at least 1")
-    if not 0 <= c.bias <= 1:
-        raise ValueError(f"--bias {c.bias}: must lie in [0, 1]")
-    name = ("scenes" if c.scenes else Path(c.data).stem) + ("-quick" if c.quick else "")
-    out = Path(c.out or f"runs/open-world-{name}")
-    init, records = c.init or str(out / "clip"), {}
+    out = Path(c.out or f"runs/open-world-{'scenes' if c.scenes else Path(c.data).stem}")
+    init = c.init or str(out / "clip")
     runs = plan(c, init, out)
     output_folder(out)
     with open(out / "log.txt", "a") as log:
         if c.scenes and not c.init:
-            steps = max(1, c.pretrain_steps // (10 if c.quick else 1))
-            flags = dict(method="clip", train_data="broad", steps=steps, out=init)
-            print(f"pre-training a small CLIP on broad scenes, {steps} steps -> {init}", flush=True)
+            print(f"pre-training a small CLIP on broad scenes -> {init}", flush=True)
+            flags = dict(method="clip", train_data="broad", steps=1000, out=init)
             run_training(flags | dict(device=c.device, threads=c.threads), log)
-        progress = Progress("fine-tuning", len(runs), "runs")
-        for flags in runs:
-            for r in records_of(flags, run_training(flags, log)):
-                # zero-shot is the same for all methods of a seed
-                records[r["task"], r["method"], r["domain"], r["seed"]] = r
-            progress.add(1)
-    rows = summarise(list(records.values()))
+        records = run_all(runs, log)
+    rows = summarise(records)
     print(f"\n{table(rows)}\n\nval: held out of the source domains. written to {out / 'results.json'}")
-    content = {"comparison": asdict(c), "rows": rows, "records": list(records.values())}
-    write_json(out / "results.json", content)
+    write_json(out / "results.json", {"comparison": asdict(c), "rows": rows, "records": records})
     return rows
 
 

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from losses import siglip
 from model import CONFIGS, Config
 from util.text import one_line, warn
+from weights.layouts import to_huggingface_config
 
 
 def published_pair_loss(
@@ -46,28 +47,20 @@ def published_tower(visual: nn.Module, images: Tensor) -> Tensor:
 
 def open_clip_model(c: Config) -> nn.Module:
     """open_clip's CLIP at the sizes of a configuration, random weights."""
-    import open_clip.model as clip
+    from open_clip.model import CLIP
 
-    image = dict(
-        patch_size=c.patch_size, image_size=c.image_size, head_width=c.vision_width // c.vision_heads
-    )
+    vision = dict(layers=c.vision_layers, width=c.vision_width, head_width=c.vision_width // c.vision_heads)
+    vision |= dict(patch_size=c.patch_size, image_size=c.image_size)
     text = dict(context_length=c.context_length, vocab_size=c.vocab_size, heads=c.text_heads)
-    vision = clip.CLIPVisionCfg(layers=c.vision_layers, width=c.vision_width, **image)
-    text = clip.CLIPTextCfg(layers=c.text_layers, width=c.text_width, **text)
-    return clip.CLIP(c.embed_dim, vision, text, quick_gelu=c.activation == "quick_gelu")
+    text |= dict(layers=c.text_layers, width=c.text_width)
+    return CLIP(c.embed_dim, vision, text, quick_gelu=c.activation == "quick_gelu")
 
 
 def transformers_model(c: Config) -> nn.Module:
     """transformers' CLIPModel at the sizes of a configuration, random weights."""
     from transformers import CLIPConfig, CLIPModel
 
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    vision = dict(zip(names, (c.vision_width, c.vision_mlp, c.vision_layers, c.vision_heads)))
-    vision |= dict(image_size=c.image_size, patch_size=c.patch_size, hidden_act=c.activation)
-    text = dict(zip(names, (c.text_width, c.text_mlp, c.text_layers, c.text_heads)), hidden_act=c.activation)
-    text |= dict(vocab_size=c.vocab_size, max_position_embeddings=c.context_length, pad_token_id=0)
-    text |= dict(bos_token_id=c.vocab_size - 2, eos_token_id=c.vocab_size - 1)
-    return CLIPModel(CLIPConfig(projection_dim=c.embed_dim, vision_config=vision, text_config=text))
+    return CLIPModel(CLIPConfig.from_dict(to_huggingface_config(c)))
 
 
 def open_clip_logits(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:

@@ -204,7 +204,6 @@ lab.compare --scenes --seeds 0
 lab.compare --data nowhere --init START
 lab.compare --data DATA/bed
 lab.compare --data DATA/bed --init START --targets moon
-lab.compare --scenes --bias 3
 lab.compare --scenes --seed 3
 baselines.metaclip DATA/pairs.csv --build-entries 1 --column title --t 9 --out DATA
 baselines.metaclip DATA/pairs.csv --build 1 --column title --t 9 --out DATA/kept

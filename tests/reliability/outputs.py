@@ -18,7 +18,7 @@ from reliability import invocations
 MODEL = "--model START --device cpu --batch-size 16"
 BED = f"{MODEL} --data DATA/bed"
 SCENES = f"{MODEL} --data scenes --limit 8"
-TUNED = "--data DATA/bed --init START --quick --targets sketch --tasks domain-shift"
+TUNED = "--data DATA/bed --init START --seeds 1 --targets sketch --tasks domain-shift"
 # OUT is a folder that cannot be written
 COMMANDS = f"""
 train.py --method clip --train-size 24 --batch-size 8 --steps 1 --threads 1 --device cpu --out OUT
