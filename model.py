@@ -129,9 +129,7 @@ class Transformer(nn.Module):
         return function(*arguments)
 
 
-def resize_positions(
-    positions: Tensor, extra: int, size: tuple[int, int], mode: str = "bicubic", antialias: bool = True
-) -> Tensor:
+def resize_positions(positions: Tensor, extra: int, size: tuple, mode="bicubic", antialias=True) -> Tensor:
     """Interpolates the patch positions of a position embedding to another grid of patches.
 
     No equation. open_clip (model.py, resize_pos_embed) uses bicubic interpolation with antialias, the default
@@ -172,8 +170,7 @@ class VisionTransformer(nn.Module):
     def embed(self, images: Tensor, mode: str = "bicubic", antialias: bool = True) -> Tensor:
         """The input of the first block: images of any size (B, 3, height, width) -> (B, tokens + P, D)."""
         x = self.conv1(images)  # (B, D, rows, columns)
-        size = (x.shape[-2], x.shape[-1])
-        x = x.flatten(2).transpose(1, 2)  # (B, P, D)
+        size, x = x.shape[-2:], x.flatten(2).transpose(1, 2)  # (B, P, D)
         first = self.class_embedding.to(x.dtype).expand(len(x), self.tokens, -1)  # (B, tokens, D)
         positions = resize_positions(self.positional_embedding, self.tokens, size, mode, antialias)
         x = torch.cat([first, x], 1) + positions.to(x.dtype)  # (B, tokens + P, D)
@@ -256,15 +253,11 @@ class DualEncoder(nn.Module):
 
     def set_grad_checkpointing(self, enabled: bool = True) -> None:
         """Recomputes every block in the backward pass: 1/3 more FLOPs, memory of one block per tower."""
-        self.visual.transformer.grad_checkpointing = enabled
-        self.transformer.grad_checkpointing = enabled
+        self.visual.transformer.grad_checkpointing = self.transformer.grad_checkpointing = enabled
 
 
 class CLIP(DualEncoder):
-    """CLIP, or with a bias SigLIP. `visual` replaces the image tower that config describes.
-
-    Radford et al. 2021, Fig. 3:  logits = exp(logit_scale) * cos(image, text); the initial scale is 1/0.07
-    """
+    """CLIP (Radford et al. 2021, Fig. 3), or with a bias SigLIP. `visual` replaces the usual image tower."""
 
     def __init__(self, config: Config, scale: float = 1 / 0.07, bias: float | None = None, visual=None):
         super().__init__(config, visual or VisionTransformer(config), scale, bias)

@@ -41,26 +41,19 @@ KNOWN = {"activation": str, "vision_heads": int, "text_heads": int, "image_size"
 KNOWN |= {"heads": int, "temperature": float | int, "pooling": str}
 
 
-def load(
-    source: str | Path,
-    *,
-    quick_gelu: bool | None = None,
-    vision_heads: int | None = None,
-    text_heads: int | None = None,
-    mixture_heads: int | None = None,
-    temperature: float | None = None,
-    pooling: str | None = None,
-) -> DualEncoder:
+def load(source: str | Path, **options) -> DualEncoder:
     """Rebuilds the model of a checkpoint.
 
     Args:    source: a file, a folder (a run, or a Hugging Face repository), or a name to download
-             others: properties that shapes cannot tell. They replace customs (TorchScript archives and Llip's
+             options: those of LoadFlags, which shapes cannot tell: quick_gelu, vision_heads, text_heads,
+             mixture_heads, temperature, pooling. They replace customs (TorchScript archives and Llip's
              files are QuickGELU), but may not contradict a configuration; the temperature may.
     Returns: CLIP, Llip or PooledTokens in fp32, in eval mode, on the CPU.   Raises: ValueError, OSError.
     """
-    explicit = {"activation": {True: "quick_gelu", False: "gelu"}.get(quick_gelu), "heads": mixture_heads}
-    explicit |= {"vision_heads": vision_heads, "text_heads": text_heads}
-    explicit |= {"temperature": temperature, "pooling": pooling}
+    given = LoadFlags(**options)
+    explicit = {"activation": {True: "quick_gelu", False: "gelu"}.get(given.quick_gelu)}
+    explicit |= {"heads": given.mixture_heads, "temperature": given.temperature, "pooling": given.pooling}
+    explicit |= {"vision_heads": given.vision_heads, "text_heads": given.text_heads}
     explicit = {key: value for key, value in explicit.items() if value is not None}
     path = locate(source)
     try:
@@ -70,7 +63,7 @@ def load(
         state = layouts.to_openai(checkpoint.tensors(arrays))
         stated = flat(description or {})
         if description is not None:
-            stated |= {"temperature": temperature} if temperature else {}
+            stated |= {"temperature": given.temperature} if given.temperature else {}
             known = {"vision_heads": None, "text_heads": None}  # here they are never guessed
             known |= {key: value for key, value in stated.items() if key in KNOWN}
         elif checkpoint.kind == "TorchScript archive" or layout == "Llip":
@@ -85,11 +78,7 @@ def load(
         fill(model, state)
     except (ValueError, LookupError, ArithmeticError, RuntimeError) as error:
         text = printable(one_line(error))
-        text = text if str(path) in str(error) else f"{path}: {text}"
-        previous = path.with_name("checkpoint.previous.pt")
-        if ("damaged" in text or "truncated" in text) and path.name == "checkpoint.pt" and previous.exists():
-            text += f"; the previous one is {previous}"
-        raise ValueError(text) from error
+        raise ValueError(text if str(path) in str(error) else f"{path}: {text}") from error
     return model.eval()
 
 
@@ -181,9 +170,8 @@ def infer(state: dict[str, Tensor], known: dict, config: Config | None = None) -
         found["pooling"] = known.get("pooling", "learned" if "query" in state else None)
         used = ("heads", "temperature") if found["pooling"] == "learned" else ()
         found |= {key: known.get(key) for key in ("heads", "temperature") if key in used or key in known}
-    if unknown := [ARGUMENT.get(k, k) for k in found if found[k] is None]:
-        text = f"{' and '.join(unknown)} of this {found['class']}"
-        raise ValueError(f"{text} cannot be read from the weights: give the value of the training")
+    if unknown := " and ".join(ARGUMENT.get(k, k) for k in found if found[k] is None):
+        raise ValueError(f"{unknown} of this {found['class']} cannot be read from the weights: give a value")
     if found["class"] != "Llip":
         found["bias"] = -10.0 if "logit_bias" in state else None
     return found
@@ -216,9 +204,8 @@ def read_config(state: dict[str, Tensor], known: dict) -> Config:
     if side == 0 or side**2 != positions[0] - tokens:
         raise ValueError(f"{positions[0]} image positions: not {tokens} tokens and a square of patches")
     if known.get("activation") not in ("quick_gelu", "gelu"):
-        text = "the activation is not in the weights, and a wrong one costs accuracy: quick_gelu=True, "
-        text += "--quick-gelu (OpenAI, MetaCLIP, DFN), or False, --no-quick-gelu (most others)"
-        raise ValueError(text)
+        ways = "quick_gelu=True, --quick-gelu (OpenAI, MetaCLIP, DFN) or False, --no-quick-gelu (most others)"
+        raise ValueError(f"the activation is not in the weights, and a wrong one costs accuracy: {ways}")
     size = known.get("image_size", side * conv1[-1])
     if size // conv1[-1] != side:
         raise ValueError(f"image_size {size}, but the weights are for {side * conv1[-1]} pixels")

@@ -206,12 +206,9 @@ def gather_rows(x: Tensor) -> Tensor:
     """Rows of all ranks, without gradient. Ranks may have different numbers of rows."""
     if world_size() == 1:
         return x
-    counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
-    padded = torch.cat([x, x.new_zeros(int(max(counts)) - len(x), *x.shape[1:])]).contiguous()
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([p[: int(c)] for p, c in zip(parts, counts)])
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, x.cpu())
+    return torch.cat(parts).to(x.device)
 
 
 def broadcast(value):

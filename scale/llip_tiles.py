@@ -119,7 +119,7 @@ def tile_cosines(keys, values, queries, u, S, by_gram: bool) -> Tensor:
 def sweep(inputs: tuple, temperature: float, visit: Callable, train: bool = False) -> tuple | None:
     """Calls visit(cosines (I, J), rows, columns) for every tile, with the slices that the tile covers.
 
-    Args:    inputs: as in cosines;  train: visit must call backward on the cosines
+    Args:    inputs: as in AllCosines;  train: visit must call backward on the cosines
     Returns: the gradients of the inputs if train, else None.
     """
 
@@ -161,7 +161,13 @@ def sweep(inputs: tuple, temperature: float, visit: Callable, train: bool = Fals
     return *grads, dq, text.grad, weight.grad
 
 
-class _Cosines(torch.autograd.Function):
+class AllCosines(torch.autograd.Function):
+    """cos(z_ij, t_j) of every pair; the plain form is llip.Llip.pair_logits.
+
+    Args:    temperature, keys, values (B, H, M, K), queries (N, H, K), text (N, E), weight W_O (E, E)
+    Returns: (B, N). Needs the memory of one tile more. The backward pass computes every tile again.
+    """
+
     @staticmethod
     def forward(ctx, temperature: float, *inputs: Tensor) -> Tensor:
         ctx.temperature = temperature
@@ -177,19 +183,10 @@ class _Cosines(torch.autograd.Function):
         return None, *sweep(inputs, tau, lambda cos, *tile: cos.backward(grad[tile]), train=True)
 
 
-def cosines(keys, values, queries, text, weight, temperature: float) -> Tensor:
-    """cos(z_ij, t_j) of every pair; the plain form is llip.Llip.pair_logits.
-
-    Args:    keys, values (B, H, M, K), queries (N, H, K), text (N, E), weight W_O (E, E), of one dtype
-    Returns: (B, N). Needs the memory of one tile more. The backward pass computes every tile again.
-    """
-    return _Cosines.apply(temperature, keys, values, queries, text, weight)
-
-
 class TiledLoss(torch.autograd.Function):
     """Sum over tiles of loss(cosines (I, J), first row, first column), its gradient taken tile by tile.
 
-    Args: loss, temperature, the five inputs of cosines, and parameters of the loss, which need a gradient.
+    Args: loss, temperature, the five inputs of AllCosines, and parameters of the loss, which need a gradient.
     The forward pass has already computed the gradient, so that the graph has one node.
     """
 
@@ -224,21 +221,19 @@ class TiledLlip(Llip):
     """Llip whose pairs are computed tile by tile. It adds no state, so a Llip can change its class."""
 
     def inputs(self, image_side: tuple, text_side: tuple) -> tuple:
-        """Of cosines, never in half precision."""
+        """Of AllCosines, never in half precision."""
         return tuple(at_least_fp32(x) for x in (*image_side, *text_side, self.pred.out_proj))
 
     def pair_logits(self, image_side: tuple, text_side: tuple) -> Tensor:
         """As Llip.pair_logits: (B_img, B_txt)."""
-        return self.scale_logits(cosines(*self.inputs(image_side, text_side), self.temperature))
+        return self.scale_logits(AllCosines.apply(self.temperature, *self.inputs(image_side, text_side)))
 
     def pair_loss(self, image_side: tuple, text_side: tuple, loss: Callable) -> Tensor:
         """Sum over tiles of loss(logits (I, J), first row, first column), its gradient taken tile by tile."""
         scaling = [p for p in (self.logit_scale, self.logit_bias) if p is not None and p.requires_grad]
 
-        def of_cosines(cosines: Tensor, row: int, column: int) -> Tensor:
-            return loss(self.scale_logits(cosines), row, column)
-
-        return TiledLoss.apply(of_cosines, self.temperature, *self.inputs(image_side, text_side), *scaling)
+        inputs = (self.temperature, *self.inputs(image_side, text_side), *scaling)
+        return TiledLoss.apply(lambda cos, *tile: loss(self.scale_logits(cos), *tile), *inputs)
 
 
 def select(model: nn.Module, pairs: str, rows: int, columns: int) -> nn.Module:

@@ -73,8 +73,8 @@ def test_tensors_share_no_memory_and_keep_no_more_than_their_own(tmp_path):
     assert found["part"].untyped_storage().nbytes() == 20 and found["turned"].is_contiguous()
 
 
-@pytest.mark.parametrize("protocol, legacy", [(2, False), (3, False), (4, False), (5, False), (2, True)])
-def test_reads_what_torch_reads(tmp_path, legacy, protocol):
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_reads_what_torch_reads(tmp_path, protocol):
     base = torch.arange(24.0).view(4, 6)
     state = {
         "view": base.t()[1:4, ::2],  # strides and an offset
@@ -87,12 +87,8 @@ def test_reads_what_torch_reads(tmp_path, legacy, protocol):
         "parameter": torch.nn.Parameter(torch.randn(2, 2)),
     }
     file = tmp_path / "x.bin"
-    torch.save(
-        {"epoch": 3, "list": [1, (2.5, None)], "state_dict": state},
-        file,
-        pickle_protocol=protocol,
-        _use_new_zipfile_serialization=not legacy,
-    )
+    content = {"epoch": 3, "list": [1, (2.5, None)], "state_dict": state}
+    torch.save(content, file, pickle_protocol=protocol)
     checkpoint = archive.read(file)
     assert checkpoint.kind == "torch.save file"
     assert checkpoint.content["epoch"] == 3 and checkpoint.content["list"] == [1, (2.5, None)]
@@ -417,11 +413,9 @@ def test_pickles_that_exhaust(tmp_path, monkeypatch):
         "no end": b"N",
     }
     for name, program in bombs.items():
-        for make in (lambda p: torch_zip(tmp_path / "x", p), lambda p: legacy(tmp_path / "x", p)):
-            with pytest.raises(ValueError) as error:
-                pretrained.load(make(program))
-            assert len(str(error.value)) < 400, name
-    refused(legacy(tmp_path / "x", b"N.", laugh + b"](hde."), "storage key")
+        with pytest.raises(ValueError) as error:
+            pretrained.load(torch_zip(tmp_path / "x", program))
+        assert len(str(error.value)) < 400, name
     monkeypatch.setattr(archive, "OPERATIONS", 1000)
     refused(torch_zip(tmp_path / "x", b"]" * 2000 + b"."), "operations")
     assert time.monotonic() - began < 30, "the hash of the nested tuples alone would take 2**100 steps"
@@ -503,19 +497,12 @@ def test_a_view_of_a_storage_is_refused(tmp_path):
     view = b"(" + text("v") + b"K\2K\2t"
     program = program.replace(b"K\4tQ", b"K\4" + view + b"tQ")
     tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + program + b"K\0K\2\x85K\1\x85\x89)tR"
-    keys = b"]" + text("0") + b"a." + struct.pack("<q", 4) + NUMBERS
-    refused(legacy(tmp_path / "x", b"}" + text("w") + tensor + b"s.", keys), "view of another")
+    refused(torch_zip(tmp_path / "x", b"}" + text("w") + tensor + b"s.", [NUMBERS]), "view of another")
 
 
 def test_a_storage_that_is_declared_twice(tmp_path):
     program = b"(" + STORAGE % (text("0"), b"K\4") + STORAGE % (text("0"), b"K\2") + b"t."
     refused(torch_zip(tmp_path / "x", program, [NUMBERS]), "declared twice")
-
-
-def legacy(path, program, keys=b"]."):
-    start = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
-    path.write_bytes(start + b"}" + text("little_endian") + b"\x88s." + program + keys)
-    return path
 
 
 def test_a_module_that_contains_itself():
@@ -527,11 +514,10 @@ def test_a_module_that_contains_itself():
 
 @pytest.mark.parametrize("cut", [1, 40, 2000])
 def test_truncated_files(tmp_path, cut):
-    for number, new in enumerate((True, False)):
-        file = tmp_path / f"{number}"
-        torch.save(STATE, file, _use_new_zipfile_serialization=new)
-        file.write_bytes(file.read_bytes()[:-cut] or b"x")
-        refused(file, "truncated", "not a checkpoint", "not readable", "exhausted")
+    file = tmp_path / "x"
+    torch.save(STATE, file)
+    file.write_bytes(file.read_bytes()[:-cut])
+    refused(file, "truncated")
 
 
 def safetensors(path, header, data=b"\0" * 16, length=None):
@@ -701,7 +687,6 @@ def test_memory_stays_small_whatever_a_file_declares(tmp_path):
         torch_zip(tmp_path / "b", b"\x8d" + struct.pack("<Q", big) + b"x."),
         safetensors(tmp_path / "c", {"a": entry(0, 4 * big, (big,))}),
         safetensors(tmp_path / "d", {"a": entry()}, length=big),
-        legacy(tmp_path / "e", tensor_program(big, 0, (big,))[2:], b"]X\x01\0\0\x000a."),
     ]
     bomb = tmp_path / "f"
     torch_zip(bomb, bytes(50_000_000), method=zipfile.ZIP_DEFLATED)  # 50 kB that unpack to 50 MB
@@ -714,7 +699,7 @@ def test_memory_stays_small_whatever_a_file_declares(tmp_path):
                 read_all(file)
             except ValueError as error:
                 said.append(str(error))
-        os._exit(0 if len(said) == 6 and not any("MemoryError" in s for s in said) else 1)
+        os._exit(0 if len(said) == 5 and not any("MemoryError" in s for s in said) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
@@ -722,7 +707,7 @@ def test_negative_and_conjugate_bits_are_refused(tmp_path):
     """torch keeps them beside the numbers; without them the sign of a weight is wrong."""
     torch.save({"w": torch.ones(3, dtype=torch.complex64).conj().imag}, tmp_path / "x.pt")
     refused(tmp_path / "x.pt", "negative or conjugate bit")
-    torch.save({"w": torch.ones(3)._neg_view()}, tmp_path / "y.pt", _use_new_zipfile_serialization=False)
+    torch.save({"w": torch.ones(3)._neg_view()}, tmp_path / "y.pt")
     refused(tmp_path / "y.pt", "negative or conjugate bit")
     plain = torch.ones(3, dtype=torch.complex64).conj().imag.resolve_neg()
     torch.save({"w": plain}, tmp_path / "z.pt")

@@ -79,7 +79,7 @@ def test_gradcheck(monkeypatch, which):
     model, (image_side, text_side) = build(2, 2), sides(2, 2, 3, 3)
 
     def cosines(*inputs):
-        return tiles.cosines(*inputs, 2.0)
+        return tiles.AllCosines.apply(2.0, *inputs)
 
     inputs = (*image_side, *text_side, model.pred.out_proj)
     assert torch.autograd.gradcheck(cosines, inputs, fast_mode=True)
@@ -110,7 +110,7 @@ def test_values_that_cancel(monkeypatch, left):
         opposite = torch.cat([half, left * torch.randn_like(half) - half], 2)  # equal weights
         k, v, q, t = (x.double() for x in (keys, opposite, queries, text))
         exact = (plain_logits(build(2, 2, scale=1.0, bias=0.0), (k, v), (q, t))).detach()
-        got = tiles.cosines(keys, opposite, queries, text, model.pred.out_proj.detach(), 2.0)
+        got = tiles.AllCosines.apply(2.0, keys, opposite, queries, text, model.pred.out_proj.detach())
         assert (got - exact).abs().max() < 4 * torch.finfo(torch.float32).eps / left**2
 
 

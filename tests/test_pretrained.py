@@ -190,13 +190,12 @@ def test_wrappers_and_prefixes(tmp_path, prefix):
         same(model, pretrained.load(saved(tmp_path, wrap), **KNOWN))
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-def test_parameters_with_attributes(tmp_path, legacy):
+def test_parameters_with_attributes(tmp_path):
     """torch pickles an nn.Parameter with extra attributes in another way."""
     model = make()
     state = {k: nn.Parameter(v) for k, v in model.state_dict().items()}
     state["ln_final.bias"].weight_decay = [0.0, {"table": torch.zeros(3)}]
-    torch.save(state, tmp_path / "x", _use_new_zipfile_serialization=not legacy)
+    torch.save(state, tmp_path / "x")
     same(model, pretrained.load(tmp_path / "x", **KNOWN))
 
 
@@ -230,14 +229,19 @@ def test_sharded_and_half_precision_repositories(tmp_path):
     same(found, pretrained.load(tmp_path))
 
 
-@pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_precisions_and_the_old_format(tmp_path, dtype, legacy):
+def test_precisions(tmp_path, dtype):
     model = make()
     state = {k: v.to(dtype) for k, v in model.state_dict().items()}
-    torch.save(state, tmp_path / "x", _use_new_zipfile_serialization=not legacy)
+    torch.save(state, tmp_path / "x")
     found = pretrained.load(tmp_path / "x", **KNOWN)
     assert all(torch.equal(v, state[k].float()) for k, v in found.state_dict().items())
+
+
+def test_the_format_before_torch_1_6_is_refused(tmp_path):
+    torch.save(make().state_dict(), tmp_path / "x", _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match="before 1.6: load it with torch and save it again"):
+        pretrained.load(tmp_path / "x", **KNOWN)
 
 
 def test_openai_buffers_are_dropped(tmp_path):

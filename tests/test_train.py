@@ -614,11 +614,10 @@ def test_a_resumed_run_keeps_its_vocabulary_and_its_data(tmp_path, capsys):
     vocabulary = (tmp_path / "run" / "tokenizer.json").read_bytes()
     changes = {
         "8 rows became 9": lambda: captions_file(tmp_path, [*words, "purple"]),
-        "the rows are in another order": lambda: path.write_text(
-            "image,caption\n" + "\n".join(f"{k}.png,a {words[k]} thing" for k in range(7, -1, -1))
-        ),
-        "images, captions or labels were replaced": lambda: captions_file(tmp_path, words[::-1]),
+        "images, captions, labels or order": lambda: captions_file(tmp_path, words[::-1]),
     }
+    lines = [f"{k}.png,a {words[k]} thing" for k in range(7, -1, -1)]
+    changes["labels or order;"] = lambda: path.write_text("\n".join(["image,caption", *lines]))
     for message, change in changes.items():
         change()
         assert run(tmp_path / "run", *flags, "--steps", 2, "--resume", "auto") == 2
@@ -642,7 +641,7 @@ def test_a_resumed_run_finds_its_data_in_another_place(tmp_path, capsys):
     assert moved in capsys.readouterr().out
     captions_file(tmp_path / "there", "red green blue pink".split(), size=99)
     assert main(again) == 2
-    assert "images, captions or labels were replaced" in capsys.readouterr().err
+    assert "images, captions, labels or order" in capsys.readouterr().err
 
 
 def test_a_failing_evaluation_loses_no_step(tmp_path, monkeypatch, capsys):

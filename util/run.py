@@ -260,36 +260,30 @@ def check_same_run(old: dict, new: dict) -> None:
 
 
 def fingerprint(dataset) -> dict:
-    """What identifies a data set: rows, a hash of them in order, and one that ignores the order.
+    """What identifies a data set: the number of its rows, and a hash of them in order.
 
     A row is the image's name below the common folder, its captions or label, and the size of its file; in tar
     shards the positions and sizes of both members.
     """
     if (table := getattr(dataset, "table", None)) is not None:
-        rows = hashlib.sha256(table.tobytes()).hexdigest()
-        return {"rows": len(table), "order": rows, "any_order": rows}
+        return {"rows": len(table), "order": hashlib.sha256(table.tobytes()).hexdigest()}
     names = [dataset.name(i) for i in range(len(dataset))]
     folder = len(os.path.commonprefix([os.path.dirname(name) for name in names[:1] + names[-1:]]))
     texts = dataset.captions if hasattr(dataset, "captions") else dataset.labels
     stride = max(1, len(names) // 10_000)  # file sizes of so many images at most
-    order, total = hashlib.sha256(), 0
+    order = hashlib.sha256()
     for i, name in enumerate(names):
         size = os.path.getsize(name) if i % stride == 0 and os.path.isfile(name) else 0
-        row = hashlib.sha256(repr((name[folder:], texts[i], size)).encode("utf-8", "replace")).digest()
-        order.update(row)
-        total = (total + int.from_bytes(row[:8], "big")) % 2**64
-    return {"rows": len(names), "order": order.hexdigest(), "any_order": f"{total:016x}"}
+        row = repr((name[folder:], texts[i], size)).encode("utf-8", "replace")
+        order.update(hashlib.sha256(row).digest())
+    return {"rows": len(names), "order": order.hexdigest()}
 
 
 def check_same_data(old: dict, new: dict, allowed: bool, say) -> None:
     """Says which data changed.   Raises: ValueError if --train-data did, without --data-changed."""
-    for flag in (flag for flag in old if flag in new and old[flag] != new[flag]):
-        before, now = old[flag], new[flag]
-        change = "images, captions or labels were replaced"
-        if before["rows"] != now["rows"]:
-            change = f"{before['rows']:,} rows became {now['rows']:,}"
-        elif before["any_order"] == now["any_order"]:
-            change = "the rows are in another order"
+    for flag in (flag for flag in old if flag in new and old[flag]["order"] != new[flag]["order"]):
+        before, now = old[flag]["rows"], new[flag]["rows"]
+        change = f"{before:,} rows became {now:,}" if before != now else "images, captions, labels or order"
         message = f"changed since the checkpoint: {change}"
         if flag == "train_data" and not allowed:
             raise ValueError(f"the training data {message}; --data-changed continues")

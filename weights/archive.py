@@ -5,7 +5,6 @@ interprets the opcodes of a pickle and calls nothing. A class or a function is o
 is not a tensor, a dict, a list or a plain value becomes an inert Stub.
 
     zip of torch.save, or TorchScript    <root>/data.pkl, and <root>/data/<key> for each storage
-    torch.save before 1.6                five pickles, then the storages
     safetensors                          length, JSON header, numbers
     index of sharded safetensors         JSON with the file of each tensor
 
@@ -15,14 +14,12 @@ storages may not share bytes. Time and memory are linear in the size of the file
 
 import json
 import math
-import mmap
 import pickletools
 import struct
 import zipfile
 import zlib
 from collections import defaultdict, namedtuple
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -36,7 +33,6 @@ DIRECTORY_BYTES = 4 << 20  # of the directory of a zip, a safetensors header or 
 ENTRIES, NAME, DIMENSIONS = 100_000, 300, 8  # values of a state dict, characters of a name, of a tensor
 BROKEN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
 BROKEN += (EOFError, OSError, struct.error, zipfile.BadZipFile)
-LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of torch.save before 1.6
 
 # torch's storage, safetensors' name, dtype
 TYPES = "Double F64 float64, Float F32 float32, Half F16 float16, BFloat16 BF16 bfloat16, Long I64 int64, "
@@ -139,12 +135,12 @@ def read(path: str | Path, index: bool = True) -> Checkpoint:
         try:
             if head.startswith(b"PK\x03\x04"):
                 found = read_zip(path, file, size)
-            elif head.startswith(LEGACY):
-                found = read_legacy(path, file)
             elif head[8:9] == b"{":
                 found = read_safetensors(path, file, size)
             elif head.startswith(b"{") and index:
                 return read_index(path, size)
+            elif head.startswith(b"\x80\x02\x8a\nl\xfc\x9cF"):
+                raise ValueError("torch.save's format before 1.6: load it with torch and save it again")
             elif head.startswith(b"version https://"):
                 raise ValueError("a Git LFS pointer, not the weights: run git lfs pull")
             else:
@@ -196,28 +192,10 @@ def read_zip(path: Path, file, size: int) -> Checkpoint:
     check_spans(spans, size)
     if root + "byteorder" in spans and read_span(*spans.pop(root + "byteorder")) != b"little":
         raise ValueError("written on a big-endian machine: not supported")
-    content = read_pickle(BytesIO(read_span(*spans[root + "data.pkl"])), root + "data/")
+    content = read_pickle(read_span(*spans[root + "data.pkl"]), root + "data/")
     script = root + "constants.pkl" in members
     content = flatten(content) if script else content
     return Checkpoint(path, "TorchScript archive" if script else "torch.save file", content, spans)
-
-
-def read_legacy(path: Path, file) -> Checkpoint:
-    """torch.save before 1.6: magic number, version, machine, object, storage keys; then the storages."""
-    storages, spans = {}, {}
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:  # its read() never over-allocates
-        for _ in range(3):
-            read_pickle(data)
-        content = read_pickle(data, "", storages)
-        for key in read_pickle(data):
-            if type(key) is not str:  # TRAP: hashing nested tuples can take for ever
-                raise ValueError("a storage key that is not a name")
-            itemsize = storages[key].dtype.itemsize
-            start = data.tell() + 8
-            length = struct.unpack("<q", data.read(8))[0] * itemsize
-            spans[key] = (path, start, length, None)
-            data.seek(min(start + length, len(data)))
-    return Checkpoint(path, "torch.save file", content, spans)
 
 
 def read_safetensors(path: Path, file, size: int) -> Checkpoint:
@@ -281,14 +259,10 @@ TAKES |= dict(SETITEM=2, APPEND=1, BUILD=1, POP=1, POP_MARK=-1)
 TAKES |= dict.fromkeys(("TUPLE", "LIST", "DICT", "FROZENSET", "SETITEMS", "APPENDS", "ADDITEMS"), -1)
 
 
-def read_pickle(file, prefix: str = "", storages: dict | None = None) -> object:
-    """The value that a pickle describes, found without calling anything.   Raises: one of BROKEN.
-
-    Args: file with read, readline and tell;  prefix of storage names;  storages: receives those in the pickle
-    """
-    stack, marks, memo = [], [], {}
-    storages = {} if storages is None else storages
-    for count, (code, arg, _) in enumerate(pickletools.genops(file)):
+def read_pickle(program: bytearray, prefix: str) -> object:
+    """The value that a pickle describes, found without a call; prefix: of storage names.   Raises: one of BROKEN."""
+    stack, marks, memo, storages = [], [], {}, {}
+    for count, (code, arg, _) in enumerate(pickletools.genops(program)):
         op = code.name
         if count > OPERATIONS:
             raise ValueError(f"a pickle of more than {OPERATIONS} operations")

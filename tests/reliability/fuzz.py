@@ -267,8 +267,6 @@ def random_pickle(good: bytes, rng: random.Random, tokens) -> bytes:
         if rng.random() < 0.1:  # a call
             program += b"c" + rng.choice(NAMES).encode() + b"\n(X\7\0\0\0touch-xtR"
     program += b"."
-    if rng.random() < 0.3:
-        return LEGACY_HEAD + program * rng.choice([1, 3])
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as new:
         new.writestr("a/data.pkl", program)
@@ -283,7 +281,6 @@ LIKELY += (
     "BINUNICODE SHORT_BINUNICODE BININT1 BINPUT BINGET MEMOIZE BUILD NEWOBJ STACK_GLOBAL DICT LIST APPENDS"
 )
 LIKELY = {*LIKELY.split(), "SETITEMS", "NEWTRUE"}
-LEGACY_HEAD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.}X\1\0\0\0xNs."
 # format: (mutation that knows the format, share of the inputs that get it)
 DEEPER = {
     "checkpoint (zip)": (mutate_zip, 0.8),
@@ -431,7 +428,7 @@ def checkpoint_file(kind: str) -> bytes:
                 layouts.write_safetensors(state, file)
         else:
             content = {"state_dict": state, "model": pretrained.describe(model)}
-            torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
+            torch.save(content, path)
         return path.read_bytes()
 
 
@@ -586,7 +583,6 @@ FORMATS = {
         [b'"F32"', b'"BF16"', b'"data_offsets"', b'"shape"', b"[0,0]"],
     ),
     "checkpoint (zip)": (".pt", [checkpoint_file("zip")], read_weights, (ValueError, OSError), PICKLE),
-    "checkpoint (legacy)": (".bin", [checkpoint_file("legacy")], read_weights, (ValueError, OSError), PICKLE),
     "metadata": (
         ".json",
         [b'["a cat", "dog"]', b'{"a cat": 3, "dog": 1}'],
