@@ -260,7 +260,7 @@ TAKES |= dict.fromkeys(("TUPLE", "LIST", "DICT", "FROZENSET", "SETITEMS", "APPEN
 
 
 def read_pickle(program: bytearray, prefix: str) -> object:
-    """The value that a pickle describes, found without a call; prefix: of storage names.   Raises: one of BROKEN."""
+    """The value that a pickle describes, found without calling anything.   Raises: one of BROKEN."""
     stack, marks, memo, storages = [], [], {}, {}
     for count, (code, arg, _) in enumerate(pickletools.genops(program)):
         op = code.name
