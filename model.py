@@ -211,10 +211,7 @@ class DualEncoder(nn.Module):
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
 
     def text_features(self, tokens: Tensor) -> Tensor:
-        """The end token's features after ln_final, before any projection: (B, L) -> (B, D).
-
-        The end token is the first one with the highest id. Raises ValueError if L exceeds the context length.
-        """
+        """Features of the end token, the first with the highest id, after ln_final: (B, L) -> (B, D)."""
         L, context = tokens.shape[-1], self.config.context_length
         if L > context:
             raise ValueError(f"texts of {L} tokens, but the context is {context}")
@@ -297,10 +294,7 @@ def group_mean(x: Tensor, group: Tensor) -> Tensor:
 
 @torch.no_grad()
 def initialize(model: DualEncoder) -> None:
-    """Initialises every parameter as in OpenAI's clip/model.py, with normal distributions.
-
-    conv1, the image blocks and every LayerNorm keep PyTorch's defaults, as in OpenAI's code.
-    """
+    """As in OpenAI's clip/model.py: conv1, the image blocks and every LayerNorm keep PyTorch's defaults."""
     nn.init.normal_(model.token_embedding.weight, std=0.02)
     nn.init.normal_(model.positional_embedding, std=0.01)
     width, layers = model.transformer.width, len(model.transformer.resblocks)

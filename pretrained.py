@@ -141,10 +141,7 @@ def weights(checkpoint: archive.Checkpoint) -> tuple[dict[str, archive.Array], d
 
 
 def more_than_clip(task: object, config: dict) -> str:
-    """Why the CLIP in a checkpoint is not the model of its run; empty if it is.
-
-    Args: task: the entry of the checkpoint;  config: config.json of the run
-    """
+    """Why a CLIP is not the whole model of its run, by the checkpoint's "task" and config.json; or empty."""
     if isinstance(task, dict) and task.get("learned"):
         return f"{config.get('method', 'its method')} learned more than the weights of a CLIP"
     pooling = config.get("image_pooling", "cls")
@@ -279,9 +276,8 @@ def fill(model: nn.Module, state: dict[str, Tensor]) -> None:
 def save(model: DualEncoder, path: str | Path, layout="openai", tokenizer: Tokenizer | None = None) -> Path:
     """Writes a checkpoint in fp32 that load reads, atomically.
 
-    Args: layout "openai": one file {"state_dict": OpenAI's names, "model": describe(model)}, which
-          open_clip reads too; "huggingface": a folder for transformers.CLIPModel.from_pretrained, and with
-          the tokenizer also for CLIPProcessor.from_pretrained.
+    Args: layout "openai": a file {"state_dict": OpenAI's names, "model": describe(model)}, for open_clip too;
+          "huggingface": a folder for transformers' CLIPModel, and with the tokenizer for CLIPProcessor.
     """
     path, description = Path(path), describe(model)
     state = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in model.state_dict().items()}

@@ -143,10 +143,7 @@ def replace(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
 
 
 def learn_merges(words: Counter, limit: int) -> list[tuple[int, int]]:
-    """Merge the most frequent pair of neighbours, again and again (Sennrich et al. 2016, Algorithm 1).
-
-    Args: words, how often each occurs;  limit, merges at most. Of equally frequent pairs, lower ids go first.
-    """
+    """Merge the most frequent pair, `limit` times at most, lower ids first (Sennrich et al., Algorithm 1)."""
     spelled, times = [byte_ids(word) for word in words], list(words.values())
     counts, places = Counter(), defaultdict(set)  # of a pair: occurrences; words that may hold it
 

@@ -40,9 +40,7 @@ def setup(device: str = "auto") -> torch.device:
     """Joins the process group, with nccl or gloo, if torchrun or SLURM's srun started several processes.
 
     Args:    device: "auto", "cpu", "mps", "cuda" (the GPU with the number of the local rank) or "cuda:N"
-    Returns: the device of this process
-    Raises:  ValueError if the device does not exist, "cuda:N" is used with several processes, or the
-             processes do not find each other within TIMEOUT
+    Returns: the device of this process   Raises: ValueError, one line
     """
     env = os.environ
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
@@ -64,15 +62,13 @@ def setup(device: str = "auto") -> torch.device:
             raise ValueError(f"{device} does not exist: this process sees {GPUs} GPUs; use --device cpu")
         torch.cuda.set_device(device)
     if several and not dist.is_initialized():
+        # with gloo for CPU tensors, plain numbers are reduced without waiting for a GPU
         join("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     return torch.device(device)
 
 
 def join(backend: str) -> None:
-    """Meets the other ranks. With gloo for CPU tensors, plain numbers are reduced without waiting for a GPU.
-
-    Raises: ValueError, one line, if a variable of the launcher is wrong or a rank does not come in time.
-    """
+    """Meets the other ranks.   Raises: ValueError for a variable of the launcher or a rank that is late."""
     names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
     address, *numbers = (os.environ.get(name, "") for name in names)
     torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -29,10 +29,7 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
 
 @contextlib.contextmanager
 def replacing(path: str | Path):
-    """A binary file that takes the place of `path` when the block ends without an error.
-
-    Raises: OSError that names the file; `path` is then what it was before.
-    """
+    """A binary file that replaces `path` if the block ends without an error.   Raises: OSError, one line."""
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
     try:
@@ -90,11 +87,7 @@ def output_folder(path: str | Path) -> Path:
 
 
 def open_own(path: str | Path, flags: int):
-    """Opens a regular file for writing; never through a link, and never a pipe or a device.
-
-    Args:   flags of os.open beside O_CREAT, as os.O_RDWR or os.O_WRONLY | os.O_APPEND
-    Raises: OSError, also if there is something else under this name.
-    """
+    """Opens or makes a regular file for writing with flags of os.open.   Raises: OSError, also for a link."""
     if os.path.islink(path) or (os.path.exists(path) and not os.path.isfile(path)):
         raise OSError(f"cannot write {path}: it is a link, a folder, a pipe or a device")
     flags |= os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
@@ -102,12 +95,10 @@ def open_own(path: str | Path, flags: int):
 
 
 def lock(file, wait: bool = False) -> bool:
-    """Locks an open file until the process ends, however it ends.
+    """Locks an open file until the process ends; False where the disk or the system has no locks.
 
     TRAP: lockf, not flock: loader workers would inherit a lock of flock, outlive a killed run by seconds, and
-    keep its successor out.
-    Returns: False where the disk or the system has no locks.
-    Raises:  BlockingIOError if another process holds the lock and wait is False.
+    keep its successor out.   Raises: BlockingIOError if another process holds it and wait is False.
     """
     try:
         import fcntl

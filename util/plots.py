@@ -72,10 +72,7 @@ def limits(values: list[float]) -> tuple[float, float]:
 
 
 def lines(path: str | Path, panels: dict[str, dict[str, list]], xlabel: str = "step", levels=None) -> None:
-    """Writes line charts, one panel per title: {title: {label: [(x, y), ...]}}. A single point is a dot.
-
-    Args: levels: {title: {label: y}}, a dotted line across the panel in the colour of its label
-    """
+    """Writes line charts {title: {label: [(x, y), ...]}}, with dotted levels {title: {label: y}}."""
     width, height, margin = 420, 260, 60
     legend_rows = (max(map(len, panels.values())) + 1) // 2
     image = Image.new("RGB", ((width + margin) * len(panels) + 30, height + 85 + 15 * legend_rows), "white")
@@ -136,10 +133,7 @@ def heat(values: np.ndarray) -> np.ndarray:
 
 
 def sheet(pictures: list, texts: list[str], columns: int, tile: int = 128, title: str = "") -> Image.Image:
-    """A contact sheet: rows of pictures, each above at most three lines of text; at most MAX_WIDTH wide.
-
-    Args: pictures: Pillow images or (H, W, 3) uint8 arrays;  tile: pixels of the longer side of a picture
-    """
+    """A contact sheet: pictures (Pillow or (H, W, 3) uint8), the longer side `tile`, each above its text."""
     gap, top = 6, 26 if title else 2
     columns = max(1, min(columns, len(pictures), MAX_WIDTH // 70))
     tile = min(tile, MAX_WIDTH // columns - gap)

@@ -96,10 +96,9 @@ def leave(status: int) -> None:
     TRAP: under torchrun gloo's destructor can hang when the interpreter exits, and with a closed stdout the
     interpreter prints a traceback at its end: both are avoided by os._exit.
     """
+    end = os._exit if "WORLD_SIZE" in os.environ else sys.exit
     try:
         sys.stdout.flush()
     except (OSError, ValueError, AttributeError):
-        os._exit(status)
-    if "WORLD_SIZE" in os.environ:
-        os._exit(status)
-    sys.exit(status)
+        end = os._exit
+    end(status)

@@ -8,10 +8,7 @@ from util.text import duration, printable
 
 
 class Progress:
-    """Shows share, rate and time left, one line every ten seconds.
-
-    Args: label: empty for no output;  total: 0 where it is not known;  unit: of what add() counts
-    """
+    """Share, rate and time left, one line every ten seconds; label "" for none, total 0 if unknown."""
 
     def __init__(self, label: str, total: int, unit: str):
         self.label, self.total, self.unit, self.done = label, total, unit, 0
@@ -35,10 +32,7 @@ NUMBER = re.compile(r"|[-+]?[\d,]*\.?\d+(e[-+]?\d+)?( (\+-|±) [\d,.e-]+)?|nan|-
 
 
 def format_table(rows: list[dict], digits: int = 3) -> str:
-    """Rows of {column: value} as an aligned Markdown table, floats with so many digits; numbers to the right.
-
-    Columns are those of all rows in order of appearance; a value that a row lacks stays empty.
-    """
+    """Rows of {column: value} as an aligned Markdown table; a value that a row lacks stays empty."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     values = [[row.get(column, "") for column in columns] for row in rows]
     table = [[f"{v:.{digits}f}" if isinstance(v, float) else printable(v) for v in line] for line in values]
@@ -54,10 +48,7 @@ def format_table(rows: list[dict], digits: int = 3) -> str:
 
 
 def results_table(results: dict[str, dict]) -> str:
-    """{"retrieval": result, "zeroshot": result} as one table in percent, with chance beside each figure.
-
-    Lines below it tell the numbers of images, captions and classes, and the standard error in percent.
-    """
+    """{"retrieval": result, "zeroshot": result} as a table in percent; sizes and standard errors below."""
     rows, sizes = [], []
     for task, result in results.items():
         chance, ceiling = result["chance"], result.get("ceiling", {})

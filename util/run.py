@@ -212,10 +212,7 @@ def read_config(source: str | Path) -> dict:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """A checkpoint of this project, with all checksums right.
-
-    Raises: FileNotFoundError; OSError where it cannot be read now; ValueError, one line, if damaged.
-    """
+    """A checkpoint whose checksums are right.   Raises: OSError if unreadable now; ValueError if damaged."""
     with open_file(path) as file:  # an OSError here says nothing about the file
         try:
             with zipfile.ZipFile(file) as archive:
@@ -260,10 +257,8 @@ def check_same_run(old: dict, new: dict) -> None:
 
 
 def fingerprint(dataset) -> dict:
-    """What identifies a data set: the number of its rows, and a hash of them in order.
-
-    A row is the image's name below the common folder, its captions or label, and the size of its file; in tar
-    shards the positions and sizes of both members.
+    """The number of rows of a data set, and a hash of them in order: names below a common folder, captions or
+    labels, and file sizes; in tar shards the positions and sizes of the members.
     """
     if (table := getattr(dataset, "table", None)) is not None:
         return {"rows": len(table), "order": hashlib.sha256(table.tobytes()).hexdigest()}

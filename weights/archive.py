@@ -91,10 +91,7 @@ class Checkpoint:
     size: int = 0  # bytes of all its files
 
     def tensors(self, arrays: dict[str, Array]) -> dict[str, Tensor]:
-        """Reads tensors in the precision of the file; no two share memory.
-
-        Raises: ValueError for a storage that is missing, short or damaged, or views that repeat its elements.
-        """
+        """Reads tensors in the file's precision; no two share memory.   Raises: ValueError if damaged."""
         if sum(math.prod(a.shape) * a.storage.dtype.itemsize for a in arrays.values()) > self.size:
             raise ValueError(f"{self.path}: its tensors are declared larger than the file")
         found, storages = {}, defaultdict(dict)
@@ -124,10 +121,7 @@ def read_span(path: Path, start: int, length: int, crc: int | None) -> bytearray
 
 
 def read(path: str | Path, index: bool = True) -> Checkpoint:
-    """Opens a checkpoint, or the index of one if index. The first bytes tell the format, not the name.
-
-    Raises: ValueError, one line, for everything that is wrong with it; OSError if it cannot be opened.
-    """
+    """Opens a checkpoint, or an index, by its first bytes.   Raises: ValueError, one line; OSError."""
     path = Path(path)
     size = path.stat().st_size
     with open_file(path) as file:
@@ -361,16 +355,13 @@ def persistent(record: tuple, prefix: str, storages: dict) -> Storage:
 
 
 def flatten(content: object) -> dict[str, Array]:
-    """Nested dicts and objects to dotted names: {"visual": {"proj": Array}} -> {"visual.proj": Array}.
-
-    Raises: ValueError for too many values or too long names, as in a structure that contains itself.
-    """
+    """Nested dicts and objects to dotted names: {"visual": {"proj": Array}} -> {"visual.proj": Array}."""
     found, todo, steps = {}, [("", content)], 0
     while todo:
         name, value = todo.pop()
         value = value.state if isinstance(value, Stub) else value
         steps += 1 + (len(value) if isinstance(value, dict) else 0)
-        if steps > ENTRIES or len(name) > NAME:
+        if steps > ENTRIES or len(name) > NAME:  # as in a structure that contains itself
             raise ValueError(f"a state dict of more than {ENTRIES} values, or a name too long")
         if isinstance(value, Array):
             found[name] = value

@@ -32,10 +32,7 @@ NAMES = {
 
 
 def fetch(name: str, folder: Path = CACHE) -> Path:
-    """The file of a released model, from the cache or the network.
-
-    Raises: ValueError for an unknown name and for a damaged file in the cache; OSError as download.
-    """
+    """The file of a released model.   Raises: ValueError for another name or a damaged file; OSError."""
     known = name.replace("/", "-").replace("@", "-").removesuffix("px")  # OpenAI's spelling ViT-L/14@336px
     if known not in NAMES:
         raise ValueError(f"{name}: no such file, and not one of {', '.join(NAMES)}")
@@ -71,10 +68,7 @@ class SameScheme(urllib.request.HTTPRedirectHandler):
 
 
 def download(url: str, path: Path, sha256: str | None = None) -> None:
-    """Downloads to path.part and renames it at the end. A later call continues a partial file.
-
-    Raises: OSError, one line, for a failing network or disk and for a wrong hash or size.
-    """
+    """Downloads to path.part, continued by a later call, and renames it at the end.   Raises: OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     locked = path.with_name(path.name + ".lock")
     with open(locked, "wb") as handle:
