@@ -20,7 +20,6 @@ SPLIT_WORDS = {
     "val": r"(?:val|valid|validation|crossval)(?:set|data)?\d*",
     "dev": "dev|devset",
     "test": r"(?:test|testing|tst)(?:set|data)?\d*",
-    "full": "full",
 }
 
 
@@ -80,13 +79,8 @@ def captions_beside(image: Path, by_line: bool) -> list:
     return []
 
 
-def is_split(folder: str) -> bool:
-    """Whether a folder name means a split; "full" is one beside other splits only."""
-    return split_name(folder) not in (None, "full")
-
-
 def levels(found: dict, tops: list) -> tuple[str, dict]:
-    """(layout, {place: (split, domain, its class folders)}) of folders that hold no images themselves."""
+    """(layout, {place: (folder of a split, domain, its class folders)}) of folders that hold no images."""
     used = {}
     for top in tops:
         place, names = (top,), below(found, (top,))
@@ -95,18 +89,18 @@ def levels(found: dict, tops: list) -> tuple[str, dict]:
             place = (top, *names)
             names = below(found, place)
         used[place] = names
-    by_split = any(map(is_split, tops))
+    by_split = any(map(split_name, tops))
     nested = not any((*place, name) in found for place, names in used.items() for name in names)
     places = {}
     for place, names in used.items():
-        split, domain = (split_name(place[0]) or place[0], None) if by_split else (None, place[0])
+        folder, domain = (place[0], None) if by_split else (None, place[0])
         inner = {(*place, name): below(found, (*place, name)) for name in names} if nested else {}
-        if nested and not by_split and any(map(is_split, names)):
-            places |= {p: (split_name(p[-1]) or p[-1], domain, classes) for p, classes in inner.items()}
+        if nested and not by_split and any(map(split_name, names)):
+            places |= {p: (p[-1], domain, classes) for p, classes in inner.items()}
         elif nested and by_split and len(set(map(tuple, inner.values()))) == 1 < len(names):
-            places |= {p: (split, p[-1], classes) for p, classes in inner.items()}
+            places |= {p: (folder, p[-1], classes) for p, classes in inner.items()}
         else:
-            places[place] = split, domain, names
+            places[place] = folder, domain, names
     splits, domains = (any(value[k] for value in places.values()) for k in (0, 1))
     return "/".join(["domain"] * domains + ["split"] * splits + ["class"]), places
 
@@ -132,7 +126,7 @@ def read_folder(root: Path, caption_lines: str | None = None) -> Listing | None:
     # PACS comes as kfold/domain/class
     while len(tops) == 1 and not split_name(tops[0]) and (*above, *tops) not in found:
         inner = below(found, (*above, *tops))
-        if not all(map(is_split, inner)) and all((*above, *tops, name) in found for name in inner):
+        if not all(map(split_name, inner)) and all((*above, *tops, name) in found for name in inner):
             break
         above, tops = (*above, *tops), inner
     found = {place[len(above) :]: names for place, names in found.items()}
@@ -141,7 +135,7 @@ def read_folder(root: Path, caption_lines: str | None = None) -> Listing | None:
         return None
     notes = [f"the folder {os.path.join(*above)} is read"] if above else []
     deep = [top for top in tops if top not in flat]
-    if flat and any(map(is_split, deep)):
+    if flat and any(map(split_name, deep)):
         notes += [f"{top!r} has no class folders and is left out" for top in flat]
         tops, flat = deep, []
     if flat and deep:
@@ -170,13 +164,13 @@ def read_folder(root: Path, caption_lines: str | None = None) -> Listing | None:
 
 
 def choose_places(places: dict, notes: list) -> dict:
-    """The places whose images have known classes and are in no other split; notes what was taken for what."""
-    splits = {split for split, _, _ in places.values()}
-    known = {name for split, _, names in places.values() if split == "train" for name in names}
+    """The places whose images have known classes and are in no other split, with the split of each."""
+    splits = {folder: split_name(folder or "") or folder for folder, _, _ in places.values()}
+    known = {name for folder, _, names in places.values() if splits[folder] == "train" for name in names}
     chosen = {}
-    for place, (split, domain, names) in places.items():
-        folder = next((name for name in place if split and (split_name(name) or name) == split), None)
-        if split == "full" and len(splits) > 1:
+    for place, (folder, domain, names) in places.items():
+        split = splits[folder]
+        if split == "full" and len(set(splits.values())) > 1:
             # TRAP: the "full" of VLCS repeats the images of the other splits
             notes.append(f"{folder!r} is left out, because it repeats the other splits")
         elif split and known and len(names) == 1 and names[0] not in known:

@@ -60,9 +60,8 @@ def check_file(data: bytes) -> bool:
         tags.load(file)
         strips = tags.get(273, tags.get(324))
         check_count(len(strips) if isinstance(strips, tuple) else 1, MAX_STRIPS, "TIFF strips")
-        check_count(
-            math.prod(tags.get(side, 1) for side in (322, 323)), MAX_TILE_PIXELS, "pixels in a TIFF tile"
-        )
+        tile = math.prod(tags.get(side, 1) for side in (322, 323))
+        check_count(tile, MAX_TILE_PIXELS, "pixels in a TIFF tile")
     elif data.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP")):
         check_jpeg2000(data)
     elif data[4:8] == b"ftyp":  # an AVIF
