@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import data
 import pretrained
-from baselines import saved
+from baselines import methods
 from pretrained import check_vocabulary
 from readers import scenes
 from readers import templates as prompts
@@ -260,12 +260,12 @@ def open_model(source: str, vocab: str = "", *, towers: bool = False, **load_opt
     tokenizer = pretrained.tokenizer_for(source, vocab, 49408 if towers else model.config.vocab_size)
     if not towers:
         check_vocabulary(model, tokenizer)
-    config, task = saved.read(source, towers)
+    config, task = methods.read_saved(source, towers)
     if not config:
         return model, tokenizer
     with evaluating(model):
         text = encode_classes(model, tokenizer, task["classes"], tuple(task["templates"]))
-    return saved.rebuild(source, config, task, model, tokenizer, text), tokenizer
+    return methods.rebuild(source, config, task, model, tokenizer, text), tokenizer
 
 
 def open_data(flags, model: nn.Module, kind: str):

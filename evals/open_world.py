@@ -21,7 +21,7 @@ from typing import Literal
 
 import data
 import evaluate
-from baselines.saved import fine_tuned
+from baselines.methods import fine_tuned
 from evals.protocol import TASKS, Protocol, check_target, domains_of, protocol, templates_of
 from readers import templates as prompts
 from scale import distributed
