@@ -186,12 +186,10 @@ def probe_data(flags: Flags, model: nn.Module) -> dict:
     if flags.data != "scenes":
         splits = getattr(data.open_dataset(flags.data, **where_of(flags)), "splits", {})
         names = [name for name in names if name in splits]
-    whole = "train" not in names or len(names) < 2
-    splits = {"all": ""} if whole else {name: name for name in names}
-    parts = {n: evaluate.open_data(replace(flags, split=s), model, "labels") for n, s in splits.items()}
-    if "test" not in parts and not whole:
-        parts["test"] = parts.pop("val")
-    return parts
+    if "train" not in names or len(names) < 2:
+        return {"all": evaluate.open_data(flags, model, "labels")}
+    parts = {name: evaluate.open_data(replace(flags, split=name), model, "labels") for name in names}
+    return parts if "test" in parts else {"train": parts["train"], "test": parts["val"]}
 
 
 @program

@@ -5,7 +5,7 @@
     python -m evals.mixtures --model runs/llip --image photo.jpg --text "a red dog" "on grass" --out OUT
 
 Phi_ijk^m is the weight of token k in head m for image i and caption j (Lavoie et al. 2024, eq. 1). The paper
-does not look inside the tokens, so it has no equation for these figures.
+does not look inside the tokens, so it has no equation for these figures. docs/evaluation.md has the columns.
 
     weights.png    mean of Phi over the images. Its variance has three parts, as in a two-way analysis of
                    variance: across captions, across images, and jointly (the part that needs both)
@@ -13,11 +13,8 @@ does not look inside the tokens, so it has no equation for these figures.
     captions.png   surgery.mixed_maps: the same maps, mixed by the weights of a caption
     names.png      the captions that use each token most. Coherence is the share of common words of two such
                    captions; "permuted" is the same after the captions are dealt to the weights at random
-    ablation.png   drop of the cosine when one token is removed before the softmax, relative to the lead: the
-                   cosine of true pairs less that of false ones. A sigmoid loss gives zero no meaning
-
-With --image every text counts as true of every image, so there is no lead.
-Scenes have masks. The lift of a map is its share on a thing over the thing's share of the picture.
+    ablation.png   drop of the cosine when one token is removed before the softmax, relative to the lead. A
+                   sigmoid loss gives zero no meaning. With --image all texts are true: there is no lead
 """
 
 from collections import Counter
@@ -202,9 +199,7 @@ def names(means: Tensor, texts: list[str]) -> tuple[list[dict], dict]:
 def ablation(found: dict, captions) -> list[dict]:
     """Mean drop of the cosine without the token of a pair's largest weight, and without another, by topic.
 
-    Returns: rows. The lead is the mean cosine of true pairs less that of false ones, and % are of the lead.
-             "true" and "false" are the drops of these pairs, "lead lost" their difference, "another" the lead
-             lost without another token. "most needed": the largest drop is at the token of largest weight
+    The lead is the mean cosine of true pairs less that of false ones, and % are of the lead.
     """
     drops = found["cosines"][:, :1] - found["cosines"][:, 1:]  # (P, M)
     M, rows = drops.shape[1], []

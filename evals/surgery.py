@@ -310,9 +310,8 @@ def map_sheet(path: str | Path, rows: list[tuple], title: str) -> None:
 def main(argv: list[str]) -> None:
     flags = parse(Flags, argv, __doc__, positional=("image", "texts"))
     out = Path(flags.out)
-    fits = out.parent.is_dir() and out.suffix.lower() == ".png"
-    if not fits or out.resolve() == Path(flags.image).resolve():
-        raise ValueError(f"--out {out}: give another name, which ends in .png, in a folder that exists")
+    if out.suffix.lower() != ".png" or out.resolve() == Path(flags.image).resolve():
+        raise ValueError(f"--out {out}: give another name, which ends in .png")
     image = read_image(flags.image, flags.max_pixels)
     model, tokenizer = open_for_maps(flags.model, flags.vocab, **load_options(flags))
     patch, size = model.visual.patch_size, model.config.image_size if flags.size is None else flags.size
