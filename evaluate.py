@@ -41,7 +41,7 @@ from scale import distributed, llip_tiles
 from util import plots
 from util.evaluation import DataFlags, ModelFlags, load_options, options_of, start, where_of, write_results
 from util.flags import Parser, parse
-from util.metrics import KS, Recall, Relevance, accuracy, no_nan, places
+from util.metrics import KS, Recall, Relevance, accuracy, certainty, no_nan, places
 from util.program import leave, program
 from util.report import Progress, results_table
 from util.text import warn
@@ -163,11 +163,15 @@ def encode_classes(model, tokenizer, classes, templates: tuple[str, ...], batch_
     return shared_out(len(names), encode)
 
 
-def classify(model, dataset, tokenizer, templates=prompts.PHOTO, classes=None, **options) -> tuple:
+def classify(
+    model, dataset, tokenizer, templates=prompts.PHOTO, classes=None, known=None, **options
+) -> tuple:
     """Zero-shot classification of every image of a labelled data set, equal on every rank.
 
-    Args:    classes: names that replace dataset.classes, in the same order;  options: of score_rows
-    Returns: (N,) long, the rank of the right class, 0 first;  (N,) long, the class with the highest score
+    Args:    classes: names that replace dataset.classes, in the same order;  options: of score_rows;
+             known: names of the classes of training
+    Returns: (N,) long, the rank of the right class, 0 first;  (N,) long, the class with the highest score;
+             with known also (N,), the metrics.certainty that the image is of one of them
     Raises:  ValueError if the number of classes differs.
     """
     classes = dataset.classes if classes is None else classes
@@ -182,14 +186,18 @@ def classify(model, dataset, tokenizer, templates=prompts.PHOTO, classes=None, *
         if twin != c and distributed.rank() == 0:
             warn(f"classes {twin} and {c} are both named {names!r}: they tie, so class {c} is never right")
     with evaluating(model) as device:
-        text = encode_classes(model, tokenizer, classes, templates, **text_options(options))
+        C, names = len(classes), [*classes, *(name for name in known or () if name not in classes)]
+        among = [names.index(name) for name in known or ()]
+        text = encode_classes(model, tokenizer, names, templates, **text_options(options))
         target = torch.tensor(dataset.labels, device=device)  # (N,)
-        rows = [torch.zeros(0, 2, dtype=torch.long, device=device)]
+        rows, certain = [torch.zeros(0, 2, dtype=torch.long, device=device)], [torch.zeros(0, device=device)]
         for first, scores in score_rows(model, dataset, text, **options):
+            certain += [certainty(scores[:, among])] if among else []
+            scores = scores[:, :C]  # (b, C)
             place = places(scores, target[first : first + len(scores)])  # (b,)
             rows.append(torch.stack([place, no_nan(scores).argmax(1)], 1))
-        place, answer = distributed.gather_rows(torch.cat(rows)).cpu().unbind(1)  # (N,) each
-    return place, answer
+        found = distributed.gather_rows(torch.cat(rows)).cpu().unbind(1)  # (N,) each
+        return (*found, distributed.gather_rows(torch.cat(certain)).cpu()) if among else found
 
 
 def zeroshot(model: nn.Module, dataset, tokenizer, templates=prompts.PHOTO, **options) -> dict:

@@ -38,7 +38,7 @@ class Prompted(nn.Module):
 
     def __init__(self, method: LabelMethod):
         super().__init__()
-        self.method, self.config = method, method.clip.config
+        self.method, self.config, self.scale = method, method.clip.config, method.clip.scale_logits
         self.train(method.training)
 
     def class_templates(self, templates: tuple[str, ...]) -> tuple[str, ...]:
@@ -64,11 +64,11 @@ class Prompted(nn.Module):
         return tokens
 
     def pair_logits(self, images: Tensor, classes: Tensor) -> Tensor:
-        """Scores (B, C). A method may know more about the classes of training, so these are recognised."""
+        """Logits (B, C). A method may know more about the classes of training, so these are recognised."""
         trained = self.trained_classes()  # (C, L), or (C, E) for TeS
         classes = classes.to(trained.dtype)
         same = classes.shape == trained.shape and torch.allclose(classes, trained, atol=1e-5)
-        return self.method.predict(images, None if same else classes)
+        return self.scale(self.method.predict(images, None if same else classes))
 
 
 class PromptLearner(LabelMethod):

@@ -50,6 +50,7 @@ class TextSupervised(Prompted):
         clip = method.clip
         self.encode_text, self.ensemble_text = clip.encode_text, clip.ensemble_text
         self.class_templates = clip.class_templates
+        self.scale = nn.Identity()  # the classifier's own scale
 
     def trained_classes(self) -> Tensor:
         return self.method.text  # (C, E)

@@ -19,6 +19,8 @@ import statistics
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 import data
 import evaluate
 from baselines.methods import fine_tuned
@@ -27,6 +29,7 @@ from readers import templates as prompts
 from scale import distributed
 from util.evaluation import SeveralFlags, each_model, options_of, start, where_of, write_results
 from util.flags import parse
+from util.metrics import accuracy, auroc, constant_answer
 from util.program import leave, program
 from util.report import format_table
 from util.run import read_config
@@ -34,7 +37,7 @@ from util.text import say
 
 # what config.json of a fine-tuned run says
 WRITTEN = {"open_task": str, "target_domain": str, "whole_target": bool, "template": str, "seed": int}
-FIGURES = ("val", "target", "test", "base", "new", "H")
+FIGURES = ("val", "target", "test", "base", "new", "H", "auroc", "mean_per_class", "constant")
 
 
 def evaluate_protocol(model, protocol: Protocol, tokenizer, templates=prompts.PHOTO, **options) -> dict:
@@ -43,19 +46,34 @@ def evaluate_protocol(model, protocol: Protocol, tokenizer, templates=prompts.PH
     REF: images are resized bilinearly, as in the loaders of CLIPood and AlignCLIP; CLIP's resize is bicubic.
     Args:    options: of evaluate.score_rows
     Returns: top-1 in [0, 1] of "val" and of "target", "test", or "base", "new" and their harmonic mean "H";
+             with new classes "auroc", how well an image's maximum softmax probability among the names of the
+             base classes tells base images from new ones (Hendrycks and Gimpel 2017, arXiv:1610.02136);
+             where a constant answer beats chance, "mean_per_class" and "constant": target, test or H from
+             accuracies that weigh classes equally, and of the most frequent class as the answer to each test;
              "chance", the same of a random answer; "images", the number of test images; "standard_error" of
              a figure of one half on the smallest test, the largest that there is
     """
-    val, result, chance = protocol.val, {}, {}
+    tests, H, result, chance = protocol.tests, statistics.harmonic_mean, {}, {}
     options["transform"] = data.preprocess_of(model.config, interpolation="bilinear")
-    parts = {} if val is None or not len(val) else {"val": val}
-    for name, dataset in (parts | protocol.tests).items():
-        place, _ = evaluate.classify(model, dataset, tokenizer, templates, **options)
-        result[name], chance[name] = (place < 1).double().mean().item(), 1 / len(dataset.classes)
-    if "new" in result:
-        for figures in (result, chance):
-            figures["H"] = float(statistics.harmonic_mean([figures["base"], figures["new"]]))
-    sizes = [len(dataset) for dataset in protocol.tests.values()]
+    options |= {"known": protocol.train.classes} if "new" in tests else {}
+    parts, per_class, constant, certain = {"val": protocol.val} if protocol.val else {}, [], [], []
+    for name, dataset in (parts | tests).items():
+        place, _, *more = evaluate.classify(model, dataset, tokenizer, templates, **options)
+        target = torch.tensor(dataset.labels)
+        found = accuracy(place, target)
+        result[name], chance[name] = found["top1"], 1 / len(dataset.classes)
+        if name in tests:
+            per_class.append(found["mean_per_class"])
+            constant.append(constant_answer(target))
+            certain += more
+    blind = float(H([chance[name] for name in tests]))
+    if "new" in tests:
+        result |= {"H": float(H([result["base"], result["new"]])), "auroc": auroc(*certain)}
+        chance |= {"H": blind, "auroc": 0.5}
+    if H(constant) > blind:
+        result |= {"mean_per_class": float(H(per_class)), "constant": float(H(constant))}
+        chance |= {"mean_per_class": blind, "constant": blind}
+    sizes = [len(dataset) for dataset in tests.values()]
     return result | {"chance": chance, "images": sum(sizes), "standard_error": 0.5 / min(sizes) ** 0.5}
 
 

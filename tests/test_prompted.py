@@ -96,7 +96,8 @@ def test_the_dual_encoder_answers_for_any_classes(clip, classes, tokenizer, modu
         tokens = tokenizer([method.template.replace("{}", name) for name in names], 24)
         assert torch.equal(features.long(), tokens)
         scores = dual.pair_logits(dual.encode_image(images), features)
-        torch.testing.assert_close(scores, method.predict(images, tokens))
+        # at CLIP's logit scale, as in training: softmax gives the model's own probabilities
+        torch.testing.assert_close(scores, clip.logit_scale.exp() * method.predict(images, tokens))
     with pytest.raises(ValueError, match="3 prompts for 2 classes: a learned prompt takes one"):
         evaluate.encode_classes(dual, tokenizer, [["cat", "kitten"], "dog"], PHOTO)
 
@@ -105,7 +106,8 @@ def test_class_contexts_answer_for_the_classes_of_training_only(clip, classes, t
     method = randomize(coop.build(coop.Settings(context=4, class_context=True), clip, classes)).eval()
     dual = method.dual_encoder()
     features = evaluate.encode_classes(dual, tokenizer, classes.names, ("{}.",))
-    assert torch.equal(dual.pair_logits(images, features), method.predict(images)) and not method.new_classes
+    expected = clip.scale_logits(method.predict(images))
+    assert torch.equal(dual.pair_logits(images, features), expected) and not method.new_classes
     # the same names in another order, and fewer of them
     for names in (["cat", "dog", "red deer"], ["dog", "cat"]):
         features = evaluate.encode_classes(dual, tokenizer, names, ("{}.",))

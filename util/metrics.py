@@ -70,6 +70,27 @@ def accuracy(place: Tensor, target: Tensor) -> dict[str, float]:
     return top | {"mean_per_class": (hits / counts)[counts > 0].mean().item()}
 
 
+def constant_answer(target: Tensor) -> float:
+    """Accuracy of the best constant answer: the share of the most frequent class in labels (N,)."""
+    return torch.bincount(target).max().item() / len(target)
+
+
+def certainty(logits: Tensor) -> Tensor:
+    """Log odds of the maximum softmax probability p of each row: (B, C) -> (B,) ln p / (1 - p).
+
+    TRAP: p itself rounds to 1 in fp32 when the best logit leads by 17. Its log odds keep the order.
+    """
+    best, others = logits.topk(logits.shape[1], 1).values.split([1, logits.shape[1] - 1], 1)
+    return best[:, 0] - others.logsumexp(1)
+
+
+def auroc(known: Tensor, new: Tensor) -> float:
+    """Probability that a random score of known (P,) is above one of new (N,); ties count one half."""
+    known, new = no_nan(known.cpu()), no_nan(new.cpu()).sort().values
+    below, not_above = (torch.searchsorted(new, known, right=right) for right in (False, True))  # (P,) each
+    return (below + not_above).double().mean().item() / (2 * len(new))
+
+
 def classification_metrics(logits: Tensor, target: Tensor) -> dict[str, float]:
     """Accuracies of a classifier in [0, 1].
 
