@@ -111,19 +111,19 @@ def image_batches(model, dataset, *, batch_size=256, transform=None, workers=0, 
         shown.add(len(images))
 
 
-def score_rows(model, dataset, text, *, batch_size=256, precision="fp32", **options) -> Iterator:
+def score_rows(model, dataset, *text, batch_size=256, precision="fp32", **options) -> Iterator:
     """Scores of this rank's images against all texts, one batch of images at a time.
 
-    Args:    text: features of T texts;  options: of image_batches
-    Returns: iterator of (number of the first image, scores (b, T) fp32)
+    Args:    text: features of T texts, and perhaps of other sets of texts;  options: of image_batches
+    Returns: iterator of (number of the first image, scores (b, T) fp32, those of the other sets)
     """
     # SPEED: many pairs of an Llip are scored in tiles, by a copy that shares the weights
-    texts = len(text[0] if isinstance(text, tuple) else text)
+    texts = max(len(some[0] if isinstance(some, tuple) else some) for some in text)
     pairs = llip_tiles.select(copy.copy(model), "auto", batch_size, texts)
     for images, ids in image_batches(model, dataset, batch_size=batch_size, **options):
         with towers(images.device, precision):
-            features = model.encode_image(images)
-        yield int(ids[0]), pairs.pair_logits(map_features(Tensor.float, features), text).float()
+            features = map_features(Tensor.float, model.encode_image(images))
+        yield int(ids[0]), *(pairs.pair_logits(features, some).float() for some in text)
 
 
 def text_options(options: dict) -> dict:
@@ -186,18 +186,16 @@ def classify(
         if twin != c and distributed.rank() == 0:
             warn(f"classes {twin} and {c} are both named {names!r}: they tie, so class {c} is never right")
     with evaluating(model) as device:
-        C, names = len(classes), [*classes, *(name for name in known or () if name not in classes)]
-        among = [names.index(name) for name in known or ()]
-        text = encode_classes(model, tokenizer, names, templates, **text_options(options))
+        sets = [classes, known] if known and known != classes else [classes]
+        text = [encode_classes(model, tokenizer, some, templates, **text_options(options)) for some in sets]
         target = torch.tensor(dataset.labels, device=device)  # (N,)
         rows, certain = [torch.zeros(0, 2, dtype=torch.long, device=device)], [torch.zeros(0, device=device)]
-        for first, scores in score_rows(model, dataset, text, **options):
-            certain += [certainty(scores[:, among])] if among else []
-            scores = scores[:, :C]  # (b, C)
+        for first, scores, *more in score_rows(model, dataset, *text, **options):
             place = places(scores, target[first : first + len(scores)])  # (b,)
             rows.append(torch.stack([place, no_nan(scores).argmax(1)], 1))
+            certain.append(certainty((more or [scores])[0]))
         found = distributed.gather_rows(torch.cat(rows)).cpu().unbind(1)  # (N,) each
-        return (*found, distributed.gather_rows(torch.cat(certain)).cpu()) if among else found
+        return (*found, distributed.gather_rows(torch.cat(certain)).cpu()) if known else found
 
 
 def zeroshot(model: nn.Module, dataset, tokenizer, templates=prompts.PHOTO, **options) -> dict:
