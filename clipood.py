@@ -76,10 +76,12 @@ class LabelMethod(nn.Module):
     whole_batch   the loss is not a mean over images, so a batch cannot be cut into chunks
     one_process   a layer must see the whole batch, so there can be no other ranks
     new_classes   classes that were not trained on can be scored
+    interpolation  of the published loaders' resizing, in training and evaluation
     """
 
     starts_as, loss_terms = "training starts at zero-shot CLIP", ""
     whole_batch, one_process, new_classes = False, False, True
+    interpolation = "bilinear"  # REF: CLIPood and AlignCLIP have torchvision's default
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss: the call that DistributedDataParallel wraps."""

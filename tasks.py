@@ -301,8 +301,8 @@ class LabelTask(Task):
             self.average = BetaMovingAverage(self.clip, c.steps, self.beta)
 
     def batches(self, start: int) -> data.Batches:
-        # REF: CLIPood and AlignCLIP crop 0.7 to 1 of the area, flip, and resize bilinearly
-        how = self.loading(start, data.preprocess_of(self.config, interpolation="bilinear"), flip=True)
+        transform = data.preprocess_of(self.config, interpolation=self.model.interpolation)
+        how = self.loading(start, transform, flip=True)
         return data.domain_batches(self.train, batch_size=self.c.batch_size // self.domains, **how)
 
     def step(self, model: nn.Module, batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
@@ -336,7 +336,8 @@ class LabelTask(Task):
         return rows
 
     def score(self, model: nn.Module) -> dict:
-        return open_world.evaluate_protocol(model, self.protocol, self.tokenizer, self.templates)
+        how = self.protocol, self.tokenizer, self.templates, self.model.interpolation
+        return open_world.evaluate_protocol(model, *how)
 
     def datasets(self) -> dict:
         return {"train_data": self.protocol.train}

@@ -39,6 +39,7 @@ class Prompted(nn.Module):
     def __init__(self, method: LabelMethod):
         super().__init__()
         self.method, self.config, self.scale = method, method.clip.config, method.clip.scale_logits
+        self.interpolation = method.interpolation
         self.train(method.training)
 
     def class_templates(self, templates: tuple[str, ...]) -> tuple[str, ...]:
@@ -81,6 +82,8 @@ class PromptLearner(LabelMethod):
             rows: leading dimensions of the context, (C,) for one context per class
     Raises: ValueError if clip is no CLIP, or a class (given by its index) leaves no room for the context.
     """
+
+    interpolation = "bicubic"  # REF: of the configurations of CoOp, CoCoOp and MaPLe
 
     def __init__(self, clip: CLIP, class_tokens: Tensor, context: int, words=None, template="{}.", rows=()):
         super().__init__()

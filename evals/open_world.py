@@ -40,10 +40,13 @@ WRITTEN = {"open_task": str, "target_domain": str, "whole_target": bool, "templa
 FIGURES = ("val", "target", "test", "base", "new", "H", "auroc", "mean_per_class", "constant")
 
 
-def evaluate_protocol(model, protocol: Protocol, tokenizer, templates=prompts.PHOTO, **options) -> dict:
+def evaluate_protocol(
+    model, protocol: Protocol, tokenizer, templates=prompts.PHOTO, interpolation="bilinear", **options
+) -> dict:
     """Accuracy on every part of a protocol, each among its own class names.
 
-    REF: images are resized bilinearly, as in the loaders of CLIPood and AlignCLIP; CLIP's resize is bicubic.
+    REF: images are resized bilinearly, as in the loaders of CLIPood and AlignCLIP; CLIP's resize is bicubic,
+    and so is that of CoOp, CoCoOp and MaPLe, whose runs are evaluated with it.
     Args:    options: of evaluate.score_rows
     Returns: top-1 in [0, 1] of "val" and of "target", "test", or "base", "new" and their harmonic mean "H";
              with new classes "auroc", how well an image's maximum softmax probability among the names of the
@@ -54,7 +57,7 @@ def evaluate_protocol(model, protocol: Protocol, tokenizer, templates=prompts.PH
              a figure of one half on the smallest test, the largest that there is
     """
     tests, H, result, chance = protocol.tests, statistics.harmonic_mean, {}, {}
-    options["transform"] = data.preprocess_of(model.config, interpolation="bilinear")
+    options["transform"] = data.preprocess_of(model.config, interpolation=interpolation)
     options |= {"known": protocol.train.classes} if "new" in tests else {}
     parts, per_class, constant, certain = {"val": protocol.val} if protocol.val else {}, [], [], []
     for name, dataset in (parts | tests).items():
@@ -173,9 +176,11 @@ def main(argv: list[str]) -> None:
         prompt = templates_of(flags.templates or list(filter(None, [config.get("template")])), flags.data)
         of_data = where_of(flags) | {"scene": {"image_size": model.config.image_size}}
         of_data["whole"] = flags.whole_target or config.get("whole_target", False)
+        options = options_of(flags, "open-world")
+        options["interpolation"] = getattr(model, "interpolation", "bilinear")
         for target in targets:
             parts = protocol(flags.data, task, target, **of_data)
-            result = evaluate_protocol(model, parts, tokenizer, prompt, **options_of(flags, "open-world"))
+            result = evaluate_protocol(model, parts, tokenizer, prompt, **options)
             records.append(about | {"domain": target} | result)
             error = 100 * result["standard_error"]
             counts.append(f"{target or 'all'} {result['images']:,} (at most {error:.1f})")

@@ -190,6 +190,33 @@ def test_batches_hold_as_many_of_each_source_domain(folder, clip):
     assert {wild.train.classes[y] for y in next(wild.batches(0)).labels.tolist()} <= {"cat", "dog"}
 
 
+LOADERS = {
+    "clipood": "bilinear",
+    "alignclip": "bilinear",
+    "coop": "bicubic",
+    "cocoop": "bicubic",
+    "maple": "bicubic",
+}
+
+
+@pytest.mark.parametrize("method", LOADERS)
+def test_pictures_are_resized_as_by_the_published_loaders(tmp_path, clip, folder, method, monkeypatch):
+    """In training, in its evaluations, and when the run is evaluated later."""
+    expected, used = evaluate.data.preprocess(16, LOADERS[method]), []
+    task = task_of(clip, method, train_data=str(folder), crop_scale=1.0)
+    batch = next(task.batches(0))
+    assert torch.equal(batch.images, torch.stack([expected(task.train.image(i)) for i in batch.ids.tolist()]))
+    classify = evaluate.classify
+    monkeypatch.setattr(
+        evaluate, "classify", lambda *a, **more: used.append(more["transform"]) or classify(*a, **more)
+    )
+    flags = ["--train-data", folder, "--steps", 1]
+    assert run(tmp_path / "run", clip, method, *flags) == 0
+    in_training = len(used)
+    assert openworld.main(["--model", str(tmp_path / "run"), "--data", str(folder), "--device", "cpu"]) == 0
+    assert len(used) > in_training > 2 and set(used) == {expected}
+
+
 def test_average_pooling_trains_and_asks_the_mean_of_the_patches(clip):
     task = task_of(clip, "finetune", image_pooling="average")
     batch = next(task.batches(0))
@@ -451,7 +478,7 @@ def test_new_classes_are_asked_through_what_was_learned(clip, method):
             p.data.add_(torch.randn_like(p))
     task.model.eval()
     result = task.evaluate(task.model)["fine-tuned"]
-    transform = evaluate.data.preprocess(16, "bilinear")
+    transform = evaluate.data.preprocess(16, "bilinear" if method == "tes" else "bicubic")
     for part in ("base", "new"):
         dataset = task.protocol.tests[part]
         classes = dataset.classes

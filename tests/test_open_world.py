@@ -323,7 +323,8 @@ def test_hand_made_answers():
     assert found["auroc"] == pytest.approx((3 * 4 + (3 + 4) / 2) / 20)
     chance = dict.fromkeys(("base", "new", "H", "mean_per_class", "constant"), 0.2)
     assert found["chance"] == pytest.approx({"val": 0.5, "auroc": 0.5} | chance)
-    asked = protocols.Protocol(train, None, {"base": train, "new": Painted([2, 0, 2], [0, 1, 0], CLASSES[2:4])})
+    new = Painted([2, 0, 2], [0, 1, 0], CLASSES[2:4])
+    asked = protocols.Protocol(train, None, {"base": train, "new": new})
     found = openworld.evaluate_protocol(Colours(), asked, Names(), ("{}",))
     # among their own names the new images are named; the two names of training decide the score
     assert found["new"] == pytest.approx(2 / 3) and found["auroc"] == pytest.approx((2 * 2 + 2 / 2) / 6)
