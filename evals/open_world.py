@@ -37,6 +37,7 @@ from util.text import say
 
 # what config.json of a fine-tuned run says
 WRITTEN = {"open_task": str, "target_domain": str, "whole_target": bool, "template": str, "seed": int}
+WRITTEN |= {"shots": int}
 FIGURES = ("val", "target", "test", "base", "new", "H", "auroc", "mean_per_class", "constant")
 
 
@@ -176,6 +177,7 @@ def main(argv: list[str]) -> None:
         prompt = templates_of(flags.templates or list(filter(None, [config.get("template")])), flags.data)
         of_data = where_of(flags) | {"scene": {"image_size": model.config.image_size}}
         of_data["whole"] = flags.whole_target or config.get("whole_target", False)
+        of_data |= {name: config.get(name, 0) for name in ("shots", "seed")}  # they decide val
         options = options_of(flags, "open-world")
         options["interpolation"] = getattr(model, "interpolation", "bilinear")
         for target in targets:

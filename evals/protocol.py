@@ -11,12 +11,15 @@ images with labels, and the embedded scenes.
 """
 
 import functools
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import data
 from readers import scenes
 from readers import templates as prompts
+from readers.benchmarks import read_few_shots
+from util.text import printable, say
 
 TASKS = ("domain-shift", "open-class", "in-the-wild", "all-classes")
 NEW_CLASSES = ("open-class", "in-the-wild")  # tasks that evaluate classes without training images
@@ -49,7 +52,7 @@ def protocol(source, task: str, target="", *, whole=False, shots=0, seed=0, scen
         dataset = data.open_dataset(source, kind="labels", **where)
         check_target(source, task, target, dataset.domain_names or ())
         if dataset.domains is None and "train" in dataset.splits:
-            result = split_protocol(source, task, dataset.splits, where)
+            result, shots = split_protocol(source, task, dataset.splits, where, shots, seed), 0
         else:
             result = domain_protocol(dataset, task, target, whole)
     if empty := [name for name, part in {"train": result.train, **result.tests}.items() if not len(part)]:
@@ -57,7 +60,7 @@ def protocol(source, task: str, target="", *, whole=False, shots=0, seed=0, scen
     if len(result.train.classes) < 2:
         names = ", ".join(result.train.classes)
         raise ValueError(f"{source}: training needs two classes or more, there is only {names}")
-    return Protocol(few(result.train, shots, seed), result.val, result.tests) if shots else result
+    return replace(result, train=few(result.train, shots, random.Random(seed))) if shots else result
 
 
 def check_target(source, task: str, target: str, names) -> None:
@@ -134,10 +137,22 @@ def domain_protocol(dataset, task: str, target: str, whole: bool) -> Protocol:
     return Protocol(train, held, tests)
 
 
-def split_protocol(source, task: str, splits: dict, where: dict) -> Protocol:
-    """Data with splits, such as CoOp's: all of the test images, or their base and new halves."""
+def split_protocol(source, task: str, splits: dict, where: dict, shots: int, seed: int) -> Protocol:
+    """Data with splits, such as CoOp's: all of the test images, or their base and new halves.
+
+    REF: CoOp draws its few shots from all classes, before it takes the base classes; of val at most 4.
+    """
     test = "test" if "test" in splits else "val"
     parts = {name: data.open_dataset(source, name, kind="labels", **where) for name in splits}
+    counts, draw = {"train": shots, "val": min(shots, 4)} if shots else {}, random.Random(seed)
+    folder = Path(source) if Path(source).is_dir() else Path(source).parent
+    kept, lists = folder / "split_fewshot" / f"shot_{shots}-seed_{seed}.pkl", {}
+    if shots and kept.is_file():
+        lists = read_few_shots(kept)
+        say(printable(f"the few shots are those of {kept}"))
+    for name in (name for name in counts if name in parts and name != test):
+        own = parts[name]
+        parts[name] = listed(own, lists[name], kept) if name in lists else few(own, counts[name], draw)
     base, new = data.base_new_classes(len(parts["train"].classes))
     chosen = {"base": base, "new": new}
     if task == "all-classes":
@@ -149,12 +164,29 @@ def split_protocol(source, task: str, splits: dict, where: dict) -> Protocol:
     return Protocol(data.Subset(parts["train"], None, base), val, tests)
 
 
-def few(dataset, shots: int, seed: int):
-    """At most `shots` images of each class, as CoOp; its own draw depends on Python's global state."""
-    ids = [[i for i, y in enumerate(dataset.labels) if y == c] for c in range(len(dataset.classes))]
-    draw = data.generator(seed, "shots")
-    chosen = [draw.sample(some, min(shots, len(some))) for some in ids]
+def few(dataset, shots: int, draw: random.Random):
+    """At most `shots` images of each class, drawn as CoOp does after random.seed(--seed).
+
+    No equation; KaiyangZhou/Dassl.pytorch@c61a1b5 generate_fewshot_dataset: classes in order of appearance, a
+    class with too few images keeps all of them without a draw.
+    """
+    ids = {}
+    for i, label in enumerate(dataset.labels):
+        ids.setdefault(label, []).append(i)
+    chosen = [draw.sample(some, shots) if len(some) >= shots else some for some in ids.values()]
     return data.Subset(dataset, [i for some in chosen for i in some])
+
+
+def listed(dataset, files: list[str], where):
+    """The images of a list, whose folders may be those of another machine.   Raises: ValueError."""
+    number, found = {file: i for i, file in enumerate(dataset.files)}, []
+    for file in files:
+        names = file.replace("\\", "/").split("/")
+        ends = ["/".join(names[k:]) for k in range(len(names))]
+        if not (places := [number[end] for end in ends if end in number]):
+            raise ValueError(f"{where}: {printable(file)} is not in this split: delete it to draw anew")
+        found.append(places[0])
+    return data.Subset(dataset, found)
 
 
 def domains_of(source: str | Path, task: str, **where) -> list[str]:

@@ -2,14 +2,18 @@
 
 import hashlib
 import re
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
 from readers.lists import Listing
 from readers.templates import SUITE, WORDNET, read_classes, recognise
-from util.text import printable, say
+from util.files import open_file
+from util.text import one_line, printable, say
+from weights.archive import BROKEN, read_pickle
 
+FEW_SHOTS_BYTES = 16 << 20  # 16 images of each of ImageNet's classes take 2 MB
 NAMES = "classnames.txt LOC_synset_mapping.txt synset_words.txt classnames.json imagenet_class_index.json"
 
 
@@ -46,6 +50,26 @@ def refine(path: Path, listing: Listing) -> Listing:
         classes = {label: str(name).replace("_", " ") for label, name in zip(classes, names)}
     form = f"{found.name}, template {found.template!r}: {listing.format}" if found else listing.format
     return listing._replace(rows=rows, classes=classes, format=form)
+
+
+def read_few_shots(path: Path) -> dict[str, list[str]]:
+    """Image paths of CoOp's split_fewshot/shot_K-seed_S.pkl, {"train" | "val": paths}; nothing is executed.
+
+    Raises: ValueError, one line, for all but lists of Datum, Dassl's class, in such a dict.
+    """
+    try:
+        with open_file(path) as file:
+            raw = file.read(FEW_SHOTS_BYTES + 1)
+        if len(raw) > FEW_SHOTS_BYTES:
+            raise ValueError(f"more than {FEW_SHOTS_BYTES >> 20} MB")
+        lists = read_pickle(BytesIO(raw))
+        found = {name: [datum.state["_impath"] for datum in some] for name, some in lists.items()}
+        if not found["train"] or not all(type(file) is str for some in found.values() for file in some):
+            raise ValueError("no paths of training images")
+    except BROKEN as error:
+        problem = printable(one_line(error))
+        raise ValueError(f"{path}: not few shots of CoOp ({problem}): delete it to draw anew") from error
+    return found
 
 
 def domainbed_split(

@@ -2,7 +2,12 @@
 
 import io
 import json
+import os
+import pickle
+import random
 import tarfile
+from collections import defaultdict
+from pathlib import Path
 from statistics import harmonic_mean
 
 import numpy as np
@@ -18,7 +23,7 @@ from evals import protocol as protocols
 from evals.open_world import protocol, summarise
 from lab.reproduce import run_training
 from model import CLIP, Config
-from readers import scenes
+from readers import benchmarks, scenes
 from readers import templates as prompts
 from readers.datasets import Images
 
@@ -205,6 +210,117 @@ def test_shots(coop, folder):
     assert names(p.train) != names(protocol(coop, "open-class", shots=2, seed=4).train)
     assert len(protocol(coop, "open-class", shots=99).train) == 12
     assert protocol(folder, "domain-shift", "art", shots=3).train.domains
+
+
+class Datum:
+    """As Dassl's, which CoOp pickles."""
+
+    def __init__(self, impath="", label=0, domain=0, classname=""):
+        self._impath, self._label, self._domain, self._classname = impath, label, domain, classname
+
+
+def few_as_in_dassl(items: list[Datum], shots: int) -> list[Datum]:
+    """With Python's global random numbers, as the published code draws."""
+    tracker, chosen = defaultdict(list), []
+    for item in items:
+        tracker[item._label].append(item)
+    for some in tracker.values():
+        chosen.extend(random.sample(some, shots) if len(some) >= shots else some)
+    return chosen
+
+
+def split_file(root: Path) -> tuple[Path, dict]:
+    """A CoOp split whose classes appear in another order than their numbers, and the Datum of each row."""
+    content, order = {}, (3, 0, 4, 1, 2)
+    for split, n in (("train", 8), ("val", 6), ("test", 2)):
+        rows = [(f"{split}/{c}-{k}.png", c, CLASSES[c]) for c in order for k in range(max(1, n - 3 * (c == 4)))]
+        content[split] = rows[::2] + rows[1::2]
+        (root / split).mkdir()
+        for file, _, _ in rows:
+            Image.new("RGB", (8, 8)).save(root / file)
+    (root / "split_zhou_OxfordPets.json").write_text(json.dumps(content))
+    data = {split: [Datum(f"/home/me/{f}", y, 0, c) for f, y, c in rows] for split, rows in content.items()}
+    return root / "split_zhou_OxfordPets.json", data
+
+
+@pytest.mark.parametrize("shots, seed", [(1, 1), (2, 0), (6, 2), (8, 3)])
+def test_shots_are_coops_own_draw(tmp_path, shots, seed):
+    """Drawn from all classes before the base classes are taken; classes with too few images keep all."""
+    path, items = split_file(tmp_path)
+    before = random.getstate()
+    try:
+        random.seed(seed)
+        train = few_as_in_dassl(items["train"], shots)
+        val = few_as_in_dassl(items["val"], min(shots, 4))
+    finally:
+        random.setstate(before)
+    for task, base in (("all-classes", CLASSES), ("open-class", CLASSES[:3])):
+        found = protocol(path, task, shots=shots, seed=seed)
+        for part, wanted in ((found.train, train), (found.val, val)):
+            files = [Path(part.name(i)).relative_to(tmp_path).as_posix() for i in range(len(part))]
+            assert files == [x._impath.removeprefix("/home/me/") for x in wanted if x._classname in base]
+        assert sum(map(len, found.tests.values())) == 9
+    assert random.getstate() == before
+
+
+def test_an_evaluated_val_is_not_cut(tmp_path):
+    """ImageNet has no test: its val is evaluated."""
+    path, _ = split_file(tmp_path)
+    content = json.loads(path.read_text())
+    del content["test"]
+    path.write_text(json.dumps(content))
+    found = protocol(path, "all-classes", shots=1)
+    assert len(found.train) == 5 and len(found.tests["test"]) == 27 and found.val is None
+
+
+@pytest.mark.parametrize("version", [2, pickle.HIGHEST_PROTOCOL])
+def test_shots_of_coops_cache_are_used(tmp_path, version, capsys):
+    path, items = split_file(tmp_path)
+    kept = tmp_path / "split_fewshot" / "shot_2-seed_5.pkl"
+    kept.parent.mkdir()
+    chosen = {"train": items["train"][5:12], "val": items["val"][:3]}
+    kept.write_bytes(pickle.dumps(chosen, version))
+    for source in (path, tmp_path):
+        found = protocol(source, "all-classes", shots=2, seed=5)
+        for split, part in (("train", found.train), ("val", found.val)):
+            files = [Path(part.name(i)).relative_to(tmp_path).as_posix() for i in range(len(part))]
+            assert files == [x._impath.removeprefix("/home/me/") for x in chosen[split]]
+    assert f"the few shots are those of {kept}" in capsys.readouterr().out
+    other = protocol(path, "all-classes", shots=2, seed=6)
+    assert len(other.train) == 10 and len(other.val) == 10
+    assert len(protocol(path, "all-classes").train) == 37
+
+
+class Attack:
+    def __reduce__(self):
+        return os.mkdir, ("attacked",)
+
+
+def test_a_cache_that_is_no_list_of_shots_is_refused(tmp_path, monkeypatch):
+    path, items = split_file(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    kept = tmp_path / "split_fewshot" / "shot_1-seed_0.pkl"
+    kept.parent.mkdir()
+    wrong_split = {"train": items["test"][:1]}
+    for content, message in (
+        ({"train": [Attack()]}, "not few shots of CoOp"),
+        ({"train": [Datum(Attack())]}, "no paths of training images"),
+        ({"train": [Datum(7)]}, "no paths of training images"),
+        ({"train": []}, "no paths of training images"),
+        ({"val": items["val"]}, "'train'"),
+        ([Datum("a.png")], "not few shots of CoOp"),
+        (wrong_split, f"{wrong_split['train'][0]._impath} is not in this split: delete it to draw anew"),
+    ):
+        kept.write_bytes(pickle.dumps(content))
+        with pytest.raises(ValueError) as error:
+            protocol(path, "all-classes", shots=1)
+        assert str(error.value).startswith(str(kept)) and message in str(error.value), content
+        assert "\n" not in str(error.value)
+    monkeypatch.setattr(benchmarks, "FEW_SHOTS_BYTES", 100)
+    kept.write_bytes(pickle.dumps({"train": items["train"]}))
+    with pytest.raises(ValueError, match="more than 0 MB"):
+        protocol(path, "all-classes", shots=1)
+    assert not (tmp_path / "attacked").exists()
 
 
 def test_shards_with_labels_have_base_and_new_classes(tmp_path, monkeypatch):
