@@ -76,11 +76,12 @@ class LabelMethod(nn.Module):
     whole_batch   the loss is not a mean over images, so a batch cannot be cut into chunks
     one_process   a layer must see the whole batch, so there can be no other ranks
     new_classes   classes that were not trained on can be scored
-    interpolation  of the published loaders' resizing, in training and evaluation
+    interpolation      of the published loaders' resizing, in training and evaluation
+    prompts_per_class  P: an image is trained with each prompt of its class, and labels are P * class + prompt
     """
 
     starts_as, loss_terms = "training starts at zero-shot CLIP", ""
-    whole_batch, one_process, new_classes = False, False, True
+    whole_batch, one_process, new_classes, prompts_per_class = False, False, True, 1
     interpolation = "bilinear"  # REF: CLIPood and AlignCLIP have torchvision's default
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -45,6 +45,7 @@ class LabelledBatch(NamedTuple):
     images: Tensor  # (b, 3, S, S)
     labels: Tensor  # (b,)
     ids: Tensor  # (b,)
+    draws: Tensor  # (b,) random numbers, which choose a prompt of each image
 
 
 class Stream(NamedTuple):
@@ -176,7 +177,9 @@ class DomainSource(Source):
         for domain, pool in enumerate(self.pools):
             ids += generator(self.seed, "draw", step, domain).choices(pool, k=self.batch_size)
         images, ids = self.images([ids[k] for k in self.rows], [(step, k) for k in self.rows], broken)
-        return LabelledBatch(images, torch.tensor([self.dataset.labels[i] for i in ids]), torch.tensor(ids))
+        labels = torch.tensor([self.dataset.labels[i] for i in ids])
+        draws = [generator(self.seed, "prompt", step, k).getrandbits(31) for k in self.rows]
+        return LabelledBatch(images, labels, torch.tensor(ids), torch.tensor(draws))
 
 
 class EvalSource(Source):

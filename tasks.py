@@ -53,6 +53,10 @@ class Task:
     def __init__(self, c, s):
         self.c, self.s = c, s
 
+    def samples(self) -> int:
+        """The length of an epoch."""
+        return len(self.train)
+
     @functools.cached_property
     def fingerprints(self) -> dict[str, dict]:
         """What identifies the data of datasets()."""
@@ -295,6 +299,9 @@ class LabelTask(Task):
         if model.one_process and distributed.world_size() > 1:
             raise ValueError(f"{c.method} has a BatchNorm, which must see the whole batch: use one process")
 
+    def samples(self) -> int:
+        return len(self.train) * self.model.prompts_per_class
+
     def begin(self, c) -> None:
         self.c = c
         if self.beta:
@@ -308,7 +315,8 @@ class LabelTask(Task):
     def step(self, model: nn.Module, batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses are means over images, so the mean over chunks is exact."""
         chunks = self.c.accumulate
-        images, labels = (x.to(device, non_blocking=True) for x in (batch.images, batch.labels))
+        labels = batch.labels * self.model.prompts_per_class + batch.draws % self.model.prompts_per_class
+        images, labels = (x.to(device, non_blocking=True) for x in (batch.images, labels))
         parts, total, sums = list(zip(images.chunk(chunks), labels.chunk(chunks))), 0.0, {}
         for k, (x, y) in enumerate(parts, 1):
             synchronise = k == len(parts) or not isinstance(model, DistributedDataParallel)

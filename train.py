@@ -162,7 +162,7 @@ def loop(c: TrainConfig, s, run: Run, device: torch.device) -> dict:
     say = text.say if run.writes else (lambda *values: None)
     task = tasks.TASKS[methods.METHODS[c.method].module.TASK](c, s, run.vocabulary())
     if c.epochs:
-        c = replace(c, steps=max(1, round(c.epochs * (len(task.train) // c.batch_size))))
+        c = replace(c, steps=max(1, round(c.epochs * (task.samples() // c.batch_size))))
 
     # initialisation, in this order: the run's own checkpoint, else --init, else random
     raw = task.model.to(device).train()

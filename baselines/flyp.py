@@ -5,10 +5,13 @@ several ranks the prompts of every rank are the negatives, as in pre-training.
 
     REF: two images of one class in a batch are negatives of each other there, and therefore here. The loss of
     a batch with repeated classes cannot reach 0.
+    REF: its lists pair every image with each template. Batches are drawn from these pairs, and an epoch is
+    as long as the list.
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 import clipood
@@ -21,7 +24,7 @@ from scale.distributed import gather, rank, transpose
 class FLYP(LabelMethod):
     """Pre-training's loss on the images and prompts of labelled data.
 
-    Args:   class_tokens (C, L): the tokenized prompt of each class
+    Args:   class_tokens (C P, L): the P tokenized prompts of each class, those of class 0 first
     Raises: ValueError if clip is no CLIP.
     Cost:   forward, T FLOPs of the text tower a prompt, cut to the longest class', U classes in the batch:
             B I + U T + 2 B G E. Ranks exchange 4 bytes of gradient a weight of both towers, and 4 E a text
@@ -29,35 +32,38 @@ class FLYP(LabelMethod):
 
     whole_batch = True
 
-    def __init__(self, clip: CLIP, class_tokens: Tensor):
+    def __init__(self, clip: CLIP, class_tokens: Tensor, prompts_per_class: int = 1):
         super().__init__()
         require_clip(clip)
-        self.clip = clip.requires_grad_(True)
+        self.clip, self.prompts_per_class = clip.requires_grad_(True), prompts_per_class
         # SPEED: no token attends to a later one, so columns that no class uses are cut off; not for each
         # batch, since --compile needs constant shapes
         used = int(class_tokens.argmax(-1).max()) + 1
-        self.register_buffer("class_tokens", class_tokens[:, :used], persistent=False)  # (C, L')
+        self.register_buffer("class_tokens", class_tokens[:, :used], persistent=False)  # (C P, L')
 
     def first_loss(self, classes: int, batch_size: int) -> str:
         return f"{super().first_loss(batch_size, batch_size)}; images of one class keep it above 0"
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The logged accuracy is among this rank's prompts."""
+        """labels: rows of class_tokens. The logged accuracy is among the classes of this rank's prompts."""
         image = unit(self.clip.encode_image(images))
-        # SPEED: a class that occurs n times in the batch is encoded once; the gradient is the same
-        classes, place = labels.unique(return_inverse=True)
-        text = unit(self.clip.encode_text(self.class_tokens[classes]))[place]  # (B, E)
+        # SPEED: a prompt that occurs n times in the batch is encoded once; the gradient is the same
+        rows, place = labels.unique(return_inverse=True)
+        text = unit(self.clip.encode_text(self.class_tokens[rows]))[place]  # (B, E)
         with full_precision(image):
             logits = self.clip.scale_logits(image @ gather(text).t())  # (B, G)
             first = rank() * len(image)
             loss = info_nce(logits, transpose(logits), first)
         answer = labels[logits[:, first : first + len(labels)].detach().argmax(-1)]  # (B,)
-        return loss, {"accuracy": (answer == labels).float().mean()}
+        return loss, {
+            "accuracy": (answer // self.prompts_per_class == labels // self.prompts_per_class).float().mean()
+        }
 
     def predict(self, images: Tensor) -> Tensor:
-        """Cosines (B, C) to the prompts of the classes, encoded by the text tower as it is now."""
+        """Cosines (B, C) to the mean prompts of the classes, encoded by the text tower as it is now."""
         image = unit(self.clip.encode_image(images))
-        text = unit(self.clip.encode_text(self.class_tokens))  # (C, E)
+        text = unit(self.clip.encode_text(self.class_tokens))  # (C P, E)
+        text = unit(text.unflatten(0, (-1, self.prompts_per_class)).mean(1))  # (C, E)
         with full_precision(image):
             return image @ text.t()  # (B, C)
 
@@ -76,4 +82,5 @@ TASK = "labels"
 
 
 def build(settings: Settings, clip: CLIP, classes: Classes) -> FLYP:
-    return FLYP(clip, classes.tokens(classes.templates[0], clip.config.context_length))
+    tokens = [classes.tokens(template, clip.config.context_length) for template in classes.templates]
+    return FLYP(clip, torch.stack(tokens, 1).flatten(0, 1), len(tokens))

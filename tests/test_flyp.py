@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from baselines import flyp
 from baselines.flyp import FLYP
-from clipood import unit
+from clipood import Classes, unit
 from llip import Llip
 from losses import info_nce
 from model import CLIP, Config
@@ -103,6 +103,29 @@ def test_predictions_follow_the_text_tower(clip, batch):
             clip.ln_final.bias[3] += 1.0
     assert method.dual_encoder() is clip and method.learned() == {}
     assert method.first_loss(5, 6).startswith("ln 6 = 1.79 for a blind answer; images of one class")
+
+
+def test_every_class_has_a_prompt_of_each_template(clip, batch):
+    """Labels are rows of class_tokens; the classes are scored by the mean of their prompts."""
+
+    def tokenizer(texts, length):
+        return torch.tensor([[38, *(1 + ord(c) % 36 for c in text[:9]), 39] for text in texts])
+
+    names, templates = ["ant", "bee", "cat"], ("{} abcdef", "xy {} abc")
+    classes = Classes(names, templates, tokenizer, torch.eye(3))
+    method = flyp.build(flyp.Settings(), clip, classes)
+    texts = [template.replace("{}", name) for name in names for template in templates]
+    assert method.prompts_per_class == 2 and torch.equal(method.class_tokens, tokenizer(texts, 12))
+    images, labels = batch
+    loss, _ = method.loss(images, labels)
+    torch.testing.assert_close(loss, info_nce(clip.pair_logits(*clip(images, tokenizer(texts, 12)[labels]))))
+    text = clip.ensemble_text(clip.encode_text(tokenizer(texts, 12)), torch.tensor([0, 0, 1, 1, 2, 2]))
+    torch.testing.assert_close(method.predict(images), unit(clip.encode_image(images)) @ text.t())
+    # the other prompt of the class is a right answer
+    with torch.no_grad():
+        clip.text_projection.zero_()
+    assert method.loss(images[:2], torch.tensor([0, 1]))[1]["accuracy"] == 1
+    assert method.loss(images[:2], torch.tensor([0, 2]))[1]["accuracy"] == 0.5
 
 
 def test_works_in_fp64(clip, batch):

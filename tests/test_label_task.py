@@ -217,6 +217,33 @@ def test_pictures_are_resized_as_by_the_published_loaders(tmp_path, clip, folder
     assert len(used) > in_training > 2 and set(used) == {expected}
 
 
+def test_flyp_pairs_every_image_with_each_template(clip, folder, monkeypatch):
+    task = task_of(clip, "flyp", train_data=str(folder), epochs=3.0, batch_size=8)
+    assert task.samples() == len(task.train) == 24 and task.model.prompts_per_class == 1
+    monkeypatch.setattr(protocols, "templates_of", lambda *_: ("a {}", "the {}", "one {}"))
+    task = task_of(clip, "flyp", train_data=str(folder), epochs=3.0, batch_size=8)
+    assert task.samples() == 3 * 24
+    pairs, seen = [], set()
+    monkeypatch.setattr(
+        task.model, "loss", lambda x, y: pairs.append(y) or (x.sum() + task.clip.logit_scale, {})
+    )
+    for step, batch in zip(range(40), task.batches(0)):
+        task.step(task.model, batch, torch.device("cpu"))
+        assert torch.equal(pairs[-1] // 3, batch.labels)
+        seen |= set(zip(batch.ids.tolist(), (pairs[-1] % 3).tolist()))
+        if step == 30:
+            resumed = next(task.batches(30))
+            assert all(torch.equal(a, b) for a, b in zip(resumed, batch))
+    assert len(seen) > 0.95 * 3 * 24
+    other = task_of(clip, "clipood", train_data=str(folder))
+    batch = next(other.batches(0))
+    monkeypatch.setattr(
+        other.model, "loss", lambda x, y: pairs.append(y) or (other.clip.visual.proj.sum(), {})
+    )
+    other.step(other.model, batch, torch.device("cpu"))
+    assert torch.equal(pairs[-1], batch.labels)  # the others see classes
+
+
 def test_average_pooling_trains_and_asks_the_mean_of_the_patches(clip):
     task = task_of(clip, "finetune", image_pooling="average")
     batch = next(task.batches(0))

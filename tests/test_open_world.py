@@ -233,7 +233,9 @@ def split_file(root: Path) -> tuple[Path, dict]:
     """A CoOp split whose classes appear in another order than their numbers, and the Datum of each row."""
     content, order = {}, (3, 0, 4, 1, 2)
     for split, n in (("train", 8), ("val", 6), ("test", 2)):
-        rows = [(f"{split}/{c}-{k}.png", c, CLASSES[c]) for c in order for k in range(max(1, n - 3 * (c == 4)))]
+        rows = [
+            (f"{split}/{c}-{k}.png", c, CLASSES[c]) for c in order for k in range(max(1, n - 3 * (c == 4)))
+        ]
         content[split] = rows[::2] + rows[1::2]
         (root / split).mkdir()
         for file, _, _ in rows:
