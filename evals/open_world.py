@@ -38,7 +38,7 @@ from util.text import say
 # what config.json of a fine-tuned run says
 WRITTEN = {"open_task": str, "target_domain": str, "whole_target": bool, "template": str, "seed": int}
 WRITTEN |= {"shots": int}
-FIGURES = ("val", "target", "test", "base", "new", "H", "auroc", "mean_per_class", "constant")
+FIGURES = ("val", "target", "test", "base", "new", "H", "auroc", "mean_per_class")
 
 
 def evaluate_protocol(
@@ -52,33 +52,32 @@ def evaluate_protocol(
     Returns: top-1 in [0, 1] of "val" and of "target", "test", or "base", "new" and their harmonic mean "H";
              with new classes "auroc", how well an image's maximum softmax probability among the names of the
              base classes tells base images from new ones (Hendrycks and Gimpel 2017, arXiv:1610.02136);
-             where a constant answer beats chance, "mean_per_class" and "constant": target, test or H from
-             accuracies that weigh classes equally, and of the most frequent class as the answer to each test;
-             "chance", the same of a random answer; "images", the number of test images; "standard_error" of
-             a figure of one half on the smallest test, the largest that there is
+             "constant", the same of the best constant answer, the most frequent class of each test; {} where
+             it is no better than chance, and if it is, "mean_per_class": target, test or H from accuracies
+             that weigh classes equally; "chance", the same of a random answer; "images", the number of test
+             images; "standard_error" of a figure of one half on the smallest test, the largest that there is
     """
-    tests, H, result, chance = protocol.tests, statistics.harmonic_mean, {}, {}
+    tests, result, chance, constant, per_class, certain = protocol.tests, {}, {}, {}, {}, []
     options["transform"] = data.preprocess_of(model.config, interpolation=interpolation)
     options |= {"known": protocol.train.classes} if "new" in tests else {}
-    parts, per_class, constant, certain = {"val": protocol.val} if protocol.val else {}, [], [], []
-    for name, dataset in (parts | tests).items():
+    for name, dataset in (({"val": protocol.val} if protocol.val else {}) | tests).items():
         place, _, *more = evaluate.classify(model, dataset, tokenizer, templates, **options)
         target = torch.tensor(dataset.labels)
         found = accuracy(place, target)
         result[name], chance[name] = found["top1"], 1 / len(dataset.classes)
         if name in tests:
-            per_class.append(found["mean_per_class"])
-            constant.append(constant_answer(target))
+            constant[name], per_class[name] = constant_answer(target), found["mean_per_class"]
             certain += more
-    blind = float(H([chance[name] for name in tests]))
     if "new" in tests:
-        result |= {"H": float(H([result["base"], result["new"]])), "auroc": auroc(*certain)}
-        chance |= {"H": blind, "auroc": 0.5}
-    if H(constant) > blind:
-        result |= {"mean_per_class": float(H(per_class)), "constant": float(H(constant))}
-        chance |= {"mean_per_class": blind, "constant": blind}
+        for figures in (result, chance, constant, per_class):
+            figures["H"] = float(statistics.harmonic_mean([figures["base"], figures["new"]]))
+        result["auroc"], chance["auroc"] = auroc(*certain), 0.5
+    if unbalanced := any(share > chance[name] for name, share in constant.items()):
+        last = [*per_class][-1]  # target, test or H
+        result["mean_per_class"], chance["mean_per_class"] = per_class[last], chance[last]
     sizes = [len(dataset) for dataset in tests.values()]
-    return result | {"chance": chance, "images": sum(sizes), "standard_error": 0.5 / min(sizes) ** 0.5}
+    result |= {"chance": chance, "constant": constant if unbalanced else {}, "images": sum(sizes)}
+    return result | {"standard_error": 0.5 / min(sizes) ** 0.5}
 
 
 def summarise(records: list[dict]) -> list[dict]:
@@ -186,7 +185,8 @@ def main(argv: list[str]) -> None:
             records.append(about | {"domain": target} | result)
             error = 100 * result["standard_error"]
             counts.append(f"{target or 'all'} {result['images']:,} (at most {error:.1f})")
-            records.append(about | {"method": "chance", "domain": target} | result["chance"])
+            for name in ("chance", "constant"):
+                records += [about | {"method": name, "domain": target} | result[name]] if result[name] else []
     if distributed.rank() == 0:
         rows = summarise(records)
         print(table(rows))

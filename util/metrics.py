@@ -75,6 +75,20 @@ def constant_answer(target: Tensor) -> float:
     return torch.bincount(target).max().item() / len(target)
 
 
+def classification_metrics(logits: Tensor, target: Tensor) -> dict[str, float]:
+    """Accuracies of a classifier in [0, 1].
+
+    No equation; LAION-AI/CLIP_benchmark metrics/zeroshot_classification.py @48de38c, except for ties.
+    Args:    logits (N, C);  target (N,) long
+    Returns: "top1", "top5", "mean_per_class": the mean over classes of the accuracy on their images
+    Raises:  ValueError if there are no images, or the shapes or the labels do not fit.
+    """
+    N, C = logits.shape
+    if target.shape != (N,) or not N or not set(target.tolist()) <= set(range(C)):
+        raise ValueError(f"target: need one of {C} classes for each of {N} > 0 images")
+    return accuracy(places(logits, target), target)
+
+
 def certainty(logits: Tensor) -> Tensor:
     """Log odds of the maximum softmax probability p of each row: (B, C) -> (B,) ln p / (1 - p).
 
@@ -89,20 +103,6 @@ def auroc(known: Tensor, new: Tensor) -> float:
     known, new = no_nan(known.cpu()), no_nan(new.cpu()).sort().values
     below, not_above = (torch.searchsorted(new, known, right=right) for right in (False, True))  # (P,) each
     return (below + not_above).double().mean().item() / (2 * len(new))
-
-
-def classification_metrics(logits: Tensor, target: Tensor) -> dict[str, float]:
-    """Accuracies of a classifier in [0, 1].
-
-    No equation; LAION-AI/CLIP_benchmark metrics/zeroshot_classification.py @48de38c, except for ties.
-    Args:    logits (N, C);  target (N,) long
-    Returns: "top1", "top5", "mean_per_class": the mean over classes of the accuracy on their images
-    Raises:  ValueError if there are no images, or the shapes or the labels do not fit.
-    """
-    N, C = logits.shape
-    if target.shape != (N,) or not N or not set(target.tolist()) <= set(range(C)):
-        raise ValueError(f"target: need one of {C} classes for each of {N} > 0 images")
-    return accuracy(places(logits, target), target)
 
 
 def ordered_hits(scores: Tensor, relevant: Tensor) -> Tensor:
