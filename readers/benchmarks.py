@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +61,7 @@ def read_few_shots(path: Path) -> dict[str, list[str]]:
             raw = file.read(FEW_SHOTS_BYTES + 1)
         if len(raw) > FEW_SHOTS_BYTES:
             raise ValueError(f"more than {FEW_SHOTS_BYTES >> 20} MB")
-        lists = read_pickle(BytesIO(raw))
+        lists = read_pickle(raw, "")
         found = {name: [datum.state["_impath"] for datum in some] for name, some in lists.items()}
         if not found["train"] or not all(type(file) is str for some in found.values() for file in some):
             raise ValueError("no paths of training images")
