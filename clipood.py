@@ -35,6 +35,8 @@ from losses import at_least_fp32, margin_metric_logits, smoothing_targets, soft_
 from model import CLIP, VisionTransformer
 from util.flags import parse
 from util.program import leave, program
+from util.run import read_config
+from weights import archive
 
 
 def unit(x: Tensor) -> Tensor:
@@ -311,6 +313,10 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"{c.out} exists already: give another --out")
     if not 0 <= c.alpha <= 1:
         raise ValueError(f"--alpha {c.alpha}: must be in [0, 1], where 1 is the fine-tuned model")
+    for source in (c.zero_shot, c.fine_tuned):
+        task = archive.read(pretrained.locate(source)).content.get("task")
+        if reason := pretrained.more_than_clip(task, read_config(source)):
+            raise ValueError(f"{source}: {reason}, so a mixture of the weights would not be its model")
     model = pretrained.load(c.zero_shot)
     model.load_state_dict(wise_ft(model.state_dict(), pretrained.load(c.fine_tuned).state_dict(), c.alpha))
     print(f"written to {pretrained.save(model, c.out)}")

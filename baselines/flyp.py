@@ -55,9 +55,8 @@ class FLYP(LabelMethod):
             first = rank() * len(image)
             loss = info_nce(logits, transpose(logits), first)
         answer = labels[logits[:, first : first + len(labels)].detach().argmax(-1)]  # (B,)
-        return loss, {
-            "accuracy": (answer // self.prompts_per_class == labels // self.prompts_per_class).float().mean()
-        }
+        right = answer // self.prompts_per_class == labels // self.prompts_per_class
+        return loss, {"accuracy": right.float().mean()}
 
     def predict(self, images: Tensor) -> Tensor:
         """Cosines (B, C) to the mean prompts of the classes, encoded by the text tower as it is now."""

@@ -296,6 +296,31 @@ def test_wise_ft_ends_and_middle(clip):
         torch.testing.assert_close(value, 0.75 * start[name] + 0.25 * end[name])
 
 
+def test_wise_ft_writes_a_model_between_two(tmp_path, capsys):
+    paths = [tmp_path / name for name in ("a.pt", "b.pt", "c.pt")]
+    for seed, path in enumerate(paths[:2]):
+        torch.manual_seed(seed)
+        pretrained.save(CLIP(CONFIG), path)
+    flags = ["wise-ft", *map(str, paths[:2]), "--alpha", "0.25", "--out", str(paths[2])]
+    assert main(flags) == 0
+    start, end, mixed = (pretrained.load(path).state_dict() for path in paths)
+    for name, value in mixed.items():
+        torch.testing.assert_close(value, 0.75 * start[name] + 0.25 * end[name])
+    assert main(flags) == 2 and f"{paths[2]} exists already" in capsys.readouterr().err
+
+
+def test_wise_ft_refuses_a_run_that_learned_more_than_a_clip(tmp_path, capsys):
+    pretrained.save(CLIP(CONFIG), tmp_path / "a.pt")
+    prompts = torch.load(tmp_path / "a.pt") | {"task": {"learned": {"ctx": torch.zeros(1)}}}
+    torch.save(prompts, tmp_path / "b.pt")
+    for order in ("ab", "ba"):
+        flags = [str(tmp_path / f"{name}.pt") for name in order]
+        assert main(["wise-ft", *flags, "--out", str(tmp_path / "c.pt")]) == 2
+        said = capsys.readouterr().err
+        assert f"{tmp_path / 'b.pt'}: its method learned more than the weights of a CLIP" in said
+    assert not (tmp_path / "c.pt").exists()
+
+
 @pytest.mark.parametrize("alpha", ["3", "-0.1", "nan"])
 def test_wise_ft_refuses_weights_outside_the_two_models(tmp_path, capsys, alpha):
     pretrained.save(CLIP(CONFIG), tmp_path / "a.pt")

@@ -425,6 +425,8 @@ def everything(batch_size):
             common = build(name), TruePictures(count), TOKENIZER
             results.append(evaluate.retrieval(*common, batch_size=batch_size))
             results.append(evaluate.zeroshot(*common, ("a {}", "the {}"), batch_size=batch_size))
+            _, _, certain = evaluate.classify(*common, known=["dog", "red cat"], batch_size=batch_size)
+            results.append({"by certainty": certain.argsort().tolist()})
         labelled = Pictures()
         labelled.classes, labelled.labels = ["dog"], [0] * 11
         results.append(evaluate.zeroshot(build(name), labelled, TOKENIZER))
