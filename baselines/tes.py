@@ -134,6 +134,5 @@ TINY = clipood.TINY | dict(optimizer="adamw", batch_size=36, epochs=0.0, shots=0
 PRESETS, TASK = {"tes-cifar100": dict(tes_share=0.1, tes_weight=0.3)}, "labels"
 
 
-def build(settings: Settings, clip: CLIP, classes: Classes) -> TeS:
-    s = settings
+def build(s: Settings, clip: CLIP, classes: Classes) -> TeS:
     return TeS(clip, classes.text, tau=s.tes_temperature, lambda_v=s.tes_share, lambda_t=s.tes_weight)

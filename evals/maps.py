@@ -32,8 +32,6 @@ from util.metrics import MAP_FIGURES, map_figures
 from util.program import leave, program
 from util.report import format_table
 
-# a structure and the method that equals it
-TITLES = {"vvv": "vvv (surgery)", "dv": "dv (alignclip)"}
 ATTENTION, LLIP = ("cls", "cls-early"), ("caption", "cls")
 NAMES = (*KINDS, "plain", "gem", "maskclip", "sclip", "clearclip", *ATTENTION)
 SHOWN = 8  # pictures on a sheet
@@ -118,8 +116,7 @@ def draw_sheet(path: Path, dataset, kept: dict[int, Tensor], names: list[str], t
     rows = []
     for i, maps in kept.items():
         what = f"{dataset.domain_names[dataset.domains[i]]}: {scenes.KINDS[dataset.facts['kind'][i, 0]]}"
-        labels = [what, "mask", *(TITLES.get(name, name) for name in names)]
-        rows.append((dataset.image(i), maps[..., : 1 + len(names)], labels))  # (S, S, 1 + names)
+        rows.append((dataset.image(i), maps[..., : 1 + len(names)], [what, "mask", *names]))
     surgery.map_sheet(path, rows, title)
 
 
@@ -134,8 +131,7 @@ def main(argv: list[str]) -> None:
     models = each_model(flags, device, surgery.open_for_maps)
     for number, (source, model, tokenizer) in enumerate(models):
         dataset = evaluate.open_data(flags, model, "labels")
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
-        show = sorted(order[:SHOWN]) if flags.out else []
+        show = range(min(SHOWN, len(dataset))) if flags.out else ()
         names = LLIP if model.conditional else NAMES
         sought = names if number else (*names, "centre")
         scores, kept = measure(model, tokenizer, dataset, sought, show, **options_of(flags, source))
@@ -144,7 +140,7 @@ def main(argv: list[str]) -> None:
         if show:
             title = f"{source}, {dataset.image_size} pixels"
             pictures[Path(flags.out) / f"maps-{number + 1}.png"] = (dataset, kept, names, title)
-    print(format_table([row | {"map": TITLES.get(row["map"], row["map"])} for row in rows]))
+    print(format_table(rows))
     print(f"images {len(dataset):,}  chance: lift 1, pointing the area")
     write_results(flags, {"task": "map", "data": flags.data, "split": flags.split, "rows": rows})
     for path, parts in pictures.items():

@@ -45,7 +45,7 @@ from util.plots import GRID, bars, heat, matrix, sheet
 from util.program import leave, program
 from util.report import format_table
 
-MAX_TEXTS, SHOWN = 512, 4  # captions of a data set; images on a sheet
+MAX_TEXTS = 512  # captions of a data set
 NAMES, SHUFFLES = 4, 200  # names of a token; random comparisons
 TINY = torch.finfo(torch.float64).tiny
 
@@ -338,17 +338,16 @@ def caption_rows(dataset, found: dict, captions, show: list[int]) -> list[tuple]
     return rows
 
 
-def examples(dataset, found: dict, captions, count: int) -> list[int]:
-    """Scenes of several things with the best and the worst caption maps, or evenly spaced images."""
+def examples(dataset, found: dict, captions) -> list[int]:
+    """Two scenes of several things with the best caption maps and two with the worst, or four images."""
     if "by_pair" not in found:
-        return sorted({k * len(dataset) // count for k in range(count)})
+        return sorted({k * len(dataset) // 4 for k in range(4)})
     scores, image = {}, captions.pairs()[:, 0].tolist()
     for p, (value, right, _) in found["by_pair"].items():
         if len(kinds_in(dataset, image[p])) > 1:
             scores.setdefault(image[p], []).append((right, value))
     order = sorted(scores, key=lambda i: np.mean(scores[i], 0).tolist())
-    best = order[::-1][: -(-count // 2)]
-    return best + [i for i in order[: count // 2] if i not in best]
+    return list(dict.fromkeys([*order[:-3:-1], *order[:2]]))
 
 
 def draw(out: Path, dataset, captions: Captions, found: dict, tables: dict) -> None:
@@ -356,7 +355,7 @@ def draw(out: Path, dataset, captions: Captions, found: dict, tables: dict) -> N
     means = found["by_caption"][..., : found["maps"].shape[-1]]
     most = min(16, 144 // means.shape[1])  # tokens that fit into the width of weights.png
     order = means.mean((0, 1)).argsort(descending=True).tolist()
-    few, show = sorted(order[:8]), examples(dataset, found, captions, SHOWN)
+    few, show = sorted(order[:8]), examples(dataset, found, captions)
     draw_weights(out / "weights.png", means, captions, sorted(order[:most]))
     draw_names(out / "names.png", tables["names"], few)
     note = "; a number is the share of the map on a thing over its share of the picture" * ("labels" in found)
@@ -364,12 +363,8 @@ def draw(out: Path, dataset, captions: Captions, found: dict, tables: dict) -> N
     surgery.map_sheet(out / "tokens.png", token_rows(dataset, found, show, few), title)
     title = f"The maps of the tokens, mixed by the weights of a caption{note}"
     surgery.map_sheet(out / "captions.png", caption_rows(dataset, found, captions, show), title)
-    columns = {"true, %": "score lost by true captions without the token that they use most"}
-    columns |= {"false, %": "score lost by false captions without that token"}
-    columns |= {"lead lost, %": "lead of true captions lost", "another, %": "lead lost without another token"}
     rows = [row for row in tables["ablation"] if "lead" in row]
-    parts = {row["topic"]: {text: (row[k], 0.0) for k, text in columns.items()} for row in rows}
-    if parts:
+    if parts := {row["topic"]: {k: (row[k], 0.0) for k in row if "%" in k} for row in rows}:
         bars(out / "ablation.png", parts, "A token is removed before the softmax: changes in % of the lead")
     print(f"pictures in {out}")
 

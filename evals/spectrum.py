@@ -30,15 +30,6 @@ def covariance_spectrum(tokens: Tensor) -> Tensor:
     return torch.linalg.svdvals(torch.cov(z.t(), correction=0))
 
 
-def effective_rank(values: Tensor) -> float:
-    """exp of the entropy of values / their sum: D if all are equal, 1 if only one is not 0.
-
-    Roy and Vetterli 2007, "The effective rank", eq. 4. A slower decay has a higher effective rank.
-    """
-    p = values / values.sum()
-    return torch.special.entr(p).sum().exp().item()
-
-
 def spectrum_row(source: str, tokens: Tensor) -> tuple[dict, list]:
     """A row of the table, and the natural logarithms by rank; None where a value is 0 within rounding."""
     N, M, D = tokens.shape
@@ -48,7 +39,8 @@ def spectrum_row(source: str, tokens: Tensor) -> tuple[dict, list]:
     zero = values[0] * D * torch.finfo(torch.float64).eps
     logs = [math.log(v) if v > zero else None for v in values.tolist()]
     row = {"model": source, "tokens": M, "vectors": N * M, "width": D}
-    row["effective rank"] = effective_rank(values)
+    # Roy and Vetterli 2007, "The effective rank", eq. 4: D if all are equal, 1 if only one is not 0
+    row["effective rank"] = torch.special.entr(values / values.sum()).sum().exp().item()
     for name, k in (("1", 0), ("D/4", D // 4), ("D/2", D // 2), ("3D/4", 3 * D // 4)):
         row[f"ln s at {name}"] = "0" if logs[k] is None else logs[k]
     return row, logs

@@ -169,8 +169,7 @@ def similarity_map(tokens: Tensor, text: Tensor, size: int | tuple[int, int] | N
     Li et al. 2023, eq. 1;  M = resize(minmax(cos(F_p, T_c))). AlignCLIP's Fig. 1(b) shows the same maps.
     Args:    tokens (B, 1 + P, E) from dense_features, the class token is dropped;  text (C, E)
              size in pixels: None for one value per patch, an int, or (height, width)
-    Returns: (B, rows, columns, C), or (B, height, width, C).
-    Raises:  ValueError if the patches are not a square.
+    Returns: (B, rows, columns, C), or (B, height, width, C).   Raises: ValueError unless they are a square.
     """
     cosines = F.normalize(tokens[:, 1:], dim=-1) @ F.normalize(text, dim=-1).t()  # (B, P, C)
     return stretch(as_grid(cosines), size)

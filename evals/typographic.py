@@ -23,7 +23,6 @@ from util.metrics import no_nan, places
 from util.program import leave, program
 from util.report import format_table
 
-IMAGES = {"clean": "clean", "blank": "blank note", "word": "word"}
 COLUMNS = {"top1": "top-1 %", "word": "answers the word %", "object_wins": "object wins %"}
 
 
@@ -123,7 +122,7 @@ def main(argv: list[str]) -> None:
         options = options_of(flags, f"typographic {source}")
         results[source] = typographic(model, dataset, tokenizer, templates, flags.seed, **options)
         for kind, figures in results[source].items():
-            row = {"model": source, "image": IMAGES[kind]}
+            row = {"model": source, "image": kind}
             row |= {head: 100 * figures[key] for key, head in COLUMNS.items()}
             row["attack success %"] = 100 * figures["success"] if kind == "word" else ""
             rows.append(row | {x.replace("_", " "): f"{v:.4f}" for x, v in figures.items() if "cos_" in x})

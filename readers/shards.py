@@ -106,7 +106,7 @@ def scan_members(path: str) -> tuple[dict, Counter]:
     return members, others
 
 
-def index_shard(path: str, cache: Path) -> dict:
+def index_shard(path: str) -> dict:
     """Where the samples of an archive are; cached in a file while the archive's size and time stay the same.
 
     Returns: {"samples": [[stem, image offset, size, text offset, size, is_json, label], ...],
@@ -117,6 +117,7 @@ def index_shard(path: str, cache: Path) -> dict:
         raise ValueError(f"{path}: no such tar shard")
     status = os.stat(path)
     state = {"version": 2, "size": status.st_size, "mtime": status.st_mtime_ns}
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "alignclip_llip"
     file = cache / (hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:32] + ".idx")
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # there is none yet, or it is damaged
         index = json.loads(file.read_text())
@@ -172,24 +173,22 @@ class Shards:
     The headers of each archive are read once and kept in the user's cache. Sample i is then (archive, offset,
     size): resuming is exact, all ranks get equally many batches, and there may be more workers than shards.
     Args:   spec 'a/{00000..00010}.tar::b.tar';  caption_lines "yes" or "no": whether each line of a .txt is a
-            caption, None: lines_are_captions;  window archives of epoch_order: more of them for archives
-            that are sorted by content;  cache folder of the indices
+            caption, None: lines_are_captions
     Raises: ValueError for a missing, damaged or compressed archive, or if there are no samples.
     """
 
     domains = domain_names = None
     splits, max_pixels = {}, None  # open_dataset sets it
+    window = 16  # archives of epoch_order
 
-    def __init__(self, spec: str, caption_lines: str | None = None, window: int = 16, cache=None):
-        user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        self.cache = Path(cache) if cache else user / "alignclip_llip"
-        self.paths, self.window, tables, labels = expand_shards(spec), window, [], []
+    def __init__(self, spec: str, caption_lines: str | None = None):
+        self.paths, tables, labels = expand_shards(spec), [], []
         self.format, self.by_line = f"tar shards ({len(self.paths)})", False
         self.states, self.stems = [], {}  # size and time of each archive;  names that were used
         skipped, others = 0, Counter()
         progress = Progress("indexing" if len(self.paths) >= 100 else "", len(self.paths), "shards")
         for shard, path in enumerate(self.paths):
-            index = index_shard(path, self.cache)
+            index = index_shard(path)
             self.states.append((index["size"], index["mtime"]))
             rows = [[shard, *sample[1:6]] for sample in index["samples"]]
             tables.append(np.array(rows, dtype=np.int64).reshape(-1, 6))
@@ -247,7 +246,7 @@ class Shards:
         if path not in self.stems:
             self.stems[path] = {}
             with contextlib.suppress(ValueError):  # the archive was damaged since it was opened
-                self.stems[path] = {s[1]: s[0] for s in index_shard(path, self.cache)["samples"]}
+                self.stems[path] = {s[1]: s[0] for s in index_shard(path)["samples"]}
         return f"{path}:{self.stems[path].get(int(offset), offset)}"
 
     def image(self, i: int) -> Image.Image:

@@ -1026,7 +1026,8 @@ def test_oversized_members_are_broken_images(tmp_path, monkeypatch):
 
 
 def test_epoch_order_of_shards_stays_within_windows(tmp_path):
-    dataset = data.Shards(shard_files(tmp_path, count=6, each=4), window=2)
+    dataset = data.Shards(shard_files(tmp_path, count=6, each=4))
+    dataset.window = 2
     orders = [dataset.epoch_order(np.random.default_rng((0, e))) for e in (0, 0, 1)]
     np.testing.assert_array_equal(orders[0], orders[1])
     assert (orders[0] != orders[2]).any()

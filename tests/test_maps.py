@@ -257,7 +257,7 @@ def test_command_line(runs, tmp_path, capsys):
     more = ["--more", runs / "b", runs / "llip"]
     assert call(runs, *more, "--out", tmp_path) == 0
     printed = capsys.readouterr().out
-    assert "vvv (surgery)" in printed and "dv (alignclip)" in printed and "no model" in printed
+    assert "| vvv " in printed and "no model" in printed
     assert "images 12  chance" in printed
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     names = "qkv vvv qqv kkv dv plain gem maskclip sclip clearclip cls cls-early".split()

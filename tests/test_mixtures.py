@@ -156,11 +156,11 @@ def test_a_map_on_the_named_thing_is_right(measured):
     own, other = tables["caption maps"]
     assert own["right thing"] == 1 > other["right thing"] and own["lift"] > 2 and 0.25 <= own["chance"] <= 0.5
     assert labels[0][0].split()[0] == mixtures.kinds_in(dataset, 0)[0]
-    best, worst = mixtures.examples(dataset, {"by_pair": by_pair}, captions, 2)
+    best, _, worst, _ = mixtures.examples(dataset, {"by_pair": by_pair}, captions)
     assert best != worst
     # all maps of one scene are wrong: it comes last
     wrong = {p: (0.1, False, "") if pairs[p, 0] == best else row for p, row in by_pair.items()}
-    assert mixtures.examples(dataset, {"by_pair": wrong}, captions, 2)[1] == best
+    assert mixtures.examples(dataset, {"by_pair": wrong}, captions)[2] == best
 
 
 # Command line ----------------------------------------------------------------------------------------

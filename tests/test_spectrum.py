@@ -21,8 +21,8 @@ def test_spectrum_of_a_known_covariance():
     assert logs == pytest.approx([math.log(a * a / 4) for a in scale.tolist()])
     assert (row["tokens"], row["vectors"], row["width"]) == (2, 8, 4)
     assert row["ln s at D/2"] == logs[2]
-    assert spectrum.effective_rank(torch.ones(5)) == pytest.approx(5)
-    assert spectrum.effective_rank(torch.tensor([3.0, 0, 0])) == pytest.approx(1)
+    shares = [a * a / 21.25 for a in scale.tolist()]
+    assert row["effective rank"] == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)))
     z[:, 1] = z[:, 0]  # a direction that nothing points to
     assert spectrum.spectrum_row("x", z.view(4, 2, 4))[1][-1] is None
 

@@ -155,4 +155,4 @@ def test_typographic_command(small_runs, tmp_path, capsys):
             scenes.TEMPLATES,
         )
         assert figures["clean"]["top1"] == pytest.approx(plain["top1"])
-    assert "blank note" in capsys.readouterr().out
+    assert "| blank " in capsys.readouterr().out

@@ -347,7 +347,8 @@ def tar_file() -> bytes:
 
 
 def read_tar(path: Path):
-    found = shards.Shards(str(path), cache=path.parent / "cache")
+    os.environ["XDG_CACHE_HOME"] = str(path.parent / "cache")
+    found = shards.Shards(str(path))
     for i in range(len(found)):
         assert all(isinstance(text, str) and text for text in found.captions[i])
         found.name(i)
