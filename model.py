@@ -135,8 +135,7 @@ def resize_positions(positions: Tensor, extra: int, size: tuple, mode="bicubic",
     No equation. open_clip (model.py, resize_pos_embed) uses bicubic interpolation with antialias, the default
     here; Hugging Face bicubic without; OpenAI's ViT-L/14@336 and CLIP Surgery bilinear. They differ by 4 to
     23 % on a smooth grid.
-    Args:    positions (extra + P, D), P a square number;  extra: first rows, which are copied
-             size: (rows, columns) of the new grid
+    Args:    positions (extra + P, D), P square;  extra: first rows, copied;  size: (rows, columns)
     Returns: (extra + rows * columns, D); `positions` itself if the grid has this size already
     """
     side = math.isqrt(len(positions) - extra)

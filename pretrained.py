@@ -206,17 +206,12 @@ def read_config(state: dict[str, Tensor], known: dict) -> Config:
     size = known.get("image_size", side * conv1[-1])
     if size // conv1[-1] != side:
         raise ValueError(f"image_size {size}, but the weights are for {side * conv1[-1]} pixels")
-    return Config(
-        embed_dim=shape("text_projection", 2)[1],
-        image_size=size,
-        patch_size=conv1[-1],
-        context_length=shape("positional_embedding", 2)[0],
-        vocab_size=words[0],
-        activation=known["activation"],
-        preprocessing=layouts.check_preprocessing(known.get("preprocessing", {})),
-        **tower("vision", "visual.transformer.resblocks.", conv1[0]),
-        **tower("text", "transformer.resblocks.", words[1]),
-    )
+    found = tower("vision", "visual.transformer.resblocks.", conv1[0])
+    found |= tower("text", "transformer.resblocks.", words[1])
+    found |= {"image_size": size, "patch_size": conv1[-1], "vocab_size": words[0]}
+    found |= {"embed_dim": shape("text_projection", 2)[1], "activation": known["activation"]}
+    found |= {"context_length": shape("positional_embedding", 2)[0]}
+    return Config(**found, preprocessing=layouts.check_preprocessing(known.get("preprocessing", {})))
 
 
 def flat(description: dict) -> dict:

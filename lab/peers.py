@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from losses import siglip
 from model import CONFIGS, Config
 from util.text import one_line, warn
-from weights.layouts import to_huggingface_config
+from weights.layouts import to_huggingface_files
 
 
 def published_pair_loss(
@@ -60,7 +60,7 @@ def transformers_model(c: Config) -> nn.Module:
     """transformers' CLIPModel at the sizes of a configuration, random weights."""
     from transformers import CLIPConfig, CLIPModel
 
-    return CLIPModel(CLIPConfig.from_dict(to_huggingface_config(c)))
+    return CLIPModel(CLIPConfig.from_dict(to_huggingface_files(c, None)["config.json"]))
 
 
 def open_clip_logits(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:

@@ -2,9 +2,8 @@
 
     python train.py --preset llip-B-32 --dry-run
 
-The model may be on the meta device. FLOPs are counted as in torch's FlopCounterMode. Memory is estimated by
-formulas, without the overhead of the allocator; a test compares the activations with a measurement in fp32.
-Llip's pairs are counted as scale.llip_tiles computes them.
+FLOPs are counted as in torch's FlopCounterMode, Llip's pairs as scale.llip_tiles computes them. Memory is
+estimated without the overhead of the allocator; a test compares the activations with a measurement in fp32.
 """
 
 import math
@@ -112,7 +111,6 @@ def report(model: DualEncoder, c, objective: str) -> tuple[list[str], list[dict]
     rate = GPU_FLOPS * c.batch_size / total
     lines = [
         f"{c.preset or c.method} {c.model}: {c.steps:,} steps of {c.batch_size:,} pairs",
-        f"samples     {c.steps * c.batch_size:,}",
         "parameters  " + ", ".join(f"{k} {v:,}" for k, v in counts.items()),
         f"FLOPs/step  {total:.4g}: " + ", ".join(f"{k} {v:.3g} ({v / total:.0%})" for k, v in flops.items()),
         f"FLOPs in all {total * c.steps:.3g}",

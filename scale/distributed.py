@@ -175,8 +175,7 @@ def start_gather(features):
 def gather(features):
     """Rows of all ranks, with gradient: (B, ...) -> (W B, ...), or a tuple of such tensors.
 
-    Each rank receives W - 1 times its own bytes, and the same again for the gradients.
-    Args: features: rows of this rank, equally many on every rank; or the result of start_gather
+    features: rows of this rank, equally many on every rank; or the result of start_gather
     """
     if isinstance(features, tuple):
         return tuple(gather(x) for x in features)

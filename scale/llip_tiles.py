@@ -40,10 +40,7 @@ def tile_form(texts: int, tokens: int, heads: int, width: int) -> str:
 
 
 def flops(images: int, texts: int, tokens: int, heads: int, width: int, train: bool, which: str = "") -> int:
-    """FLOPs of cosines (or with train of TiledLoss, both passes), two per multiply-add.
-
-    Only matrix products count, as in torch's FlopCounterMode. which: a tile form; empty: by tile_form.
-    """
+    """FLOPs of AllCosines, or with train of TiledLoss, as torch's FlopCounterMode counts them."""
     which = which or tile_form(texts, tokens, heads, width)
     wide = heads * tokens if which == "gram" else width
     linear = 2 * 2 * tokens * width  # scores and, over values, either mixture or <V, u>
@@ -119,8 +116,7 @@ def tile_cosines(keys, values, queries, u, S, by_gram: bool) -> Tensor:
 def sweep(inputs: tuple, temperature: float, visit: Callable, train: bool = False) -> tuple | None:
     """Calls visit(cosines (I, J), rows, columns) for every tile, with the slices that the tile covers.
 
-    Args:    inputs: as in AllCosines;  train: visit must call backward on the cosines
-    Returns: the gradients of the inputs if train, else None.
+    With train, visit must call backward on the cosines, and the gradients of the inputs are returned.
     """
 
     def leaf(x: Tensor) -> Tensor:
@@ -239,9 +235,8 @@ class TiledLlip(Llip):
 def select(model: nn.Module, pairs: str, rows: int, columns: int) -> nn.Module:
     """Gives a Llip the plain or the tiled form of its pairs; any other model is returned as it is.
 
-    Args:   pairs: "plain", "tiled", or "auto": tiled where the plain form would hold more than PLAIN_BYTES
-            rows, columns: local images, texts of all ranks
-    Raises: ValueError for another value of pairs.
+    pairs: "plain", "tiled", or "auto": tiled if the plain form would hold more than PLAIN_BYTES for so many
+    local images and texts of all ranks.   Raises: ValueError.
     """
     if pairs not in ("auto", "plain", "tiled"):
         raise ValueError(f"--pairs {pairs}: expected auto, plain or tiled")

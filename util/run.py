@@ -206,8 +206,7 @@ def read_config(source: str | Path) -> dict:
     try:
         config = json.loads(read_text(path)) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
-        reason = f"{path}: not JSON ({one_line(error)})"
-        raise ValueError(f"{reason}; restore it, or copy the checkpoint to another folder") from None
+        raise ValueError(f"{path}: not JSON ({one_line(error)}); restore it, or move the checkpoint") from None
     return config if isinstance(config, dict) and isinstance(config.get("method"), str) else {}
 
 
@@ -242,10 +241,9 @@ def git_commit() -> str:
 
 
 # flags that may change when a run continues: how it is computed and reported, and where its data are
-FREE = "accumulate workers precision compile grad_checkpointing device threads log_every eval_every"
-FREE += " save_every out resume preset dry_run commit data_changed"
-FREE = {*FREE.split(), "train_data", "val_data", "zeroshot_data"}
-FREE |= {"image_root", "val_image_root", "zeroshot_image_root"}
+FREE = "accumulate workers precision compile grad_checkpointing device threads log_every eval_every "
+FREE += "save_every out resume preset dry_run commit data_changed train_data val_data zeroshot_data"
+FREE = {*FREE.split(), "image_root", "val_image_root", "zeroshot_image_root"}
 
 
 def check_same_run(old: dict, new: dict) -> None:

@@ -154,8 +154,7 @@ def check_spans(spans: dict, size: int) -> None:
     end = 0
     for key, (_, start, length, _) in sorted(spans.items(), key=lambda item: item[1][1:3]):
         if length < 0 or start < end or start + length > size:
-            place = f"storage {key!a:.40} at bytes {start} to {start + length}"
-            raise ValueError(f"{place} overlaps another or the end of the file: truncated, or hostile")
+            raise ValueError(f"storage {key!a:.40} overlaps another or the file's end: truncated, or hostile")
         end = start + length
 
 

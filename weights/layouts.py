@@ -4,6 +4,7 @@ import json
 import re
 import struct
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from model import Config
 from readers.images import FILTERS, MEAN, STD
-from tokenizer import END, START, Tokenizer, parse_merges
+from tokenizer import Tokenizer, parse_merges
 from util.files import read_text
 from util.text import one_line
 from weights import archive
@@ -228,22 +229,30 @@ def check_preprocessing(values: dict) -> dict:
 def to_huggingface_files(c: Config, tokenizer: Tokenizer | None) -> dict[str, dict]:
     """The files beside the weights, for transformers' CLIPModel and, with a tokenizer, CLIPProcessor.
 
-    huggingface.json holds what is the same for every model. TRAP: a padding token is special everywhere: with
-    "!", which has id 0, a typed "!" would become id 0 too.
+    huggingface.json holds them with "$name" for each value of a model. TRAP: a padding token is special
+    everywhere: with "!", which has id 0, a typed "!" would become id 0 too.
     """
     files = json.loads(Path(__file__).with_name("huggingface.json").read_text(encoding="utf-8"))
     own, square = OPENAI | c.preprocessing, {"height": c.image_size, "width": c.image_size}
-    size = square if own["resize_mode"] == "squash" else {"shortest_edge": c.image_size}
-    images = {"size": size, "crop_size": square, "resample": int(FILTERS[own["interpolation"]])}
-    files["preprocessor_config.json"] |= images | {"image_mean": own["mean"], "image_std": own["std"]}
-    files["config.json"] = to_huggingface_config(c)
-    files["tokenizer_config.json"]["model_max_length"] = c.context_length
+    # TRAP: an end token of 2 means argmax pooling to transformers, any other its first occurrence
+    values = asdict(c) | own | {"start": c.vocab_size - 2, "end": c.vocab_size - 1, "square": square}
+    values["size"] = square if own["resize_mode"] == "squash" else {"shortest_edge": c.image_size}
+    values["resample"] = int(FILTERS[own["interpolation"]])
     if tokenizer is None:
-        return {name: content for name, content in files.items() if not name.startswith("tokenizer")}
-    (merges, names), whole = tokenizer.spelled(), files["tokenizer.json"]
-    whole["model"] |= {"merges": merges, "vocab": {name: i for i, name in enumerate(names)}}
-    whole["post_processor"] |= {"cls": [START, tokenizer.start], "sep": [END, tokenizer.end]}
-    return files
+        files = {name: content for name, content in files.items() if not name.startswith("tokenizer")}
+    else:
+        values["merges"], names = tokenizer.spelled()
+        values["vocab"] = {name: i for i, name in enumerate(names)}
+    return filled(files, values)
+
+
+def filled(template, values: dict):
+    """A template of JSON with the values of all "$name" in it."""
+    if isinstance(template, dict):
+        return {key: filled(x, values) for key, x in template.items()}
+    if isinstance(template, list):
+        return [filled(x, values) for x in template]
+    return values[template[1:]] if str(template).startswith("$") else template
 
 
 def from_huggingface_tokenizer(settings: dict) -> Tokenizer:
@@ -254,22 +263,6 @@ def from_huggingface_tokenizer(settings: dict) -> Tokenizer:
     if vocab != {name: i for i, name in enumerate(found.spelled()[1])}:
         raise ValueError("its vocabulary is not laid out as CLIP's")
     return found
-
-
-def to_huggingface_config(c: Config) -> dict:
-    """A config.json for transformers.CLIPModel. Its other values have transformers' defaults."""
-    text = {"vocab_size": c.vocab_size, "max_position_embeddings": c.context_length}
-    # TRAP: an end token of 2 means argmax pooling to transformers, any other its first occurrence
-    text |= dict.fromkeys(("eos_token_id", "pad_token_id"), c.vocab_size - 1)
-    text["bos_token_id"] = c.vocab_size - 2
-    vision = {"image_size": c.image_size, "patch_size": c.patch_size}
-    names = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
-    for tower, found in (("text", text), ("vision", vision)):
-        found |= {"hidden_act": c.activation, "projection_dim": c.embed_dim}
-        for ours, theirs in (names | {"mlp": "intermediate_size"}).items():
-            found[theirs] = getattr(c, f"{tower}_{ours}")
-    both = {"text_config": text, "vision_config": vision, "projection_dim": c.embed_dim}
-    return {"model_type": "clip", "architectures": ["CLIPModel"]} | both
 
 
 def write_safetensors(tensors: dict[str, Tensor], file) -> None:
