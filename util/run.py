@@ -206,7 +206,7 @@ def read_config(source: str | Path) -> dict:
     try:
         config = json.loads(read_text(path)) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({one_line(error)}); restore it, or move the checkpoint") from None
+        raise ValueError(f"{path}: not JSON ({one_line(error)}); restore it or move the checkpoint") from None
     return config if isinstance(config, dict) and isinstance(config.get("method"), str) else {}
 
 
