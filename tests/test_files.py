@@ -24,7 +24,7 @@ READERS = {  # name of the file, and what reads it
     "tokenizer.json": is_saved,
     "openai.txt.gz": open_vocabulary,
     "captions.txt": lambda path: list(Corpus(str(path)).records()),
-    "captions.tsv.gz": lambda path: Corpus(str(path)),
+    "captions.tsv": lambda path: Corpus(str(path)),
     "entries.json": read_entries,
     "classes.txt": lambda path: read_names(str(path)),
     "weights.pt": archive.read,
