@@ -316,7 +316,8 @@ def zeroshot_command(flags: ZeroshotFlags, model: nn.Module, tokenizer) -> None:
     dataset = open_data(flags, model, "labels")
     templates = scenes.TEMPLATES if flags.data == "scenes" else prompts.for_data(flags.data)
     templates = prompts.read_templates(list(flags.templates)) if flags.templates else templates
-    classes = prompts.read_classes(flags.classnames, dataset.classes) if flags.classnames else dataset.classes
+    folders = getattr(dataset, "folders", dataset.classes)
+    classes = prompts.read_classes(flags.classnames, folders) if flags.classnames else dataset.classes
     place, answer = classify(model, dataset, tokenizer, templates, classes, **options_of(flags, "zeroshot"))
     if distributed.rank():
         return

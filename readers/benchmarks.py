@@ -1,14 +1,16 @@
 """The data sets of both papers: names for their classes, and the splits that the papers fix."""
 
 import hashlib
+import os
 import re
 from pathlib import Path
 
 import numpy as np
 
+from readers.folders import natural
 from readers.lists import Listing
 from readers.templates import SUITE, WORDNET, read_classes, recognise
-from util.files import open_file
+from util.files import open_file, read_text
 from util.text import one_line, printable, say
 from weights.archive import BROKEN, read_pickle
 
@@ -29,25 +31,42 @@ def unnamed(classes: list) -> str:
 
 
 def refine(path: Path, listing: Listing) -> Listing:
-    """The listing with names for coded classes and without DomainNet's duplicates; its format names it."""
-    rows, classes = listing.rows, listing.classes
-    found = recognise(path, {row.domain for row in rows if row.domain}, is_coded(classes))
-    duplicates = path / "domain_net_duplicates.txt"
-    if found and found.name == "DomainNet" and duplicates.is_file():
+    """The listing with all class names and without DomainNet's duplicates; its format says what was found."""
+    rows, form, folder = listing.rows, listing.format, path.is_dir()
+    root = path.absolute() if folder else path.absolute().parent
+    labels = natural({row.label for row in rows} - {None})
+    classes = listing.classes or {label: str(label).replace("_", " ") for label in labels}
+    coded = is_coded(classes.values())
+    if found := recognise(path, {row.domain for row in rows if row.domain}, coded):
+        form = f"{found.name}, template {found.template!r}: {form}"
+    # from the folder of the first images to two above the path
+    inner = root / rows[0].file if folder and rows else root
+    places = [place for place in (inner, *inner.parents) if len(place.parts) > len(root.parts) - 3]
+
+    def nearest(*names: str) -> Path | None:
+        files = (place / name for place in places for name in names)
+        return next((file for file in files if file.is_file()), None)
+
+    if found and found.name == "DomainNet" and (file := nearest("domain_net_duplicates.txt")):
         # DomainBed's list of paths, which its own download deletes
-        left_out = set(duplicates.read_text(encoding="utf-8").split())
-        kept = [[n for n in row.names.split("/") if f"{row.file}/{n}" not in left_out] for row in rows]
-        rows = [row._replace(names="/".join(names)) for row, names in zip(rows, kept) if names]
-        count = sum(row.size for row in listing.rows) - sum(map(len, kept))
-        say(printable(f"{path}: {count} images of {duplicates.name} are left out"))
-    if is_coded(classes):
-        places = [path.absolute(), *path.absolute().parents[:2]]
-        files = [place / name for place in places for name in NAMES.split() if (place / name).is_file()]
-        if found and set(classes) <= {*SUITE["ImageNet"]["wnids"], *map(str, range(1000))}:
-            files.append("clip-ImageNet")
-        names = read_classes(str(files[0]), list(classes)) if files else list(classes)
-        classes = {label: str(name).replace("_", " ") for label, name in zip(classes, names)}
-    form = f"{found.name}, template {found.template!r}: {listing.format}" if found else listing.format
+        left_out = {os.path.relpath(file.parent / line, root) for line in read_text(file).split()}
+        rows = []
+        for row in listing.rows:
+            pairs = ((n, f"{row.file}/{n}" if n else row.file) for n in row.names.split("/"))
+            names = [name for name, file_name in pairs if file_name not in left_out]
+            rows += [row._replace(names="/".join(names))] if names else []
+        count = sum(row.size for row in listing.rows) - sum(row.size for row in rows)
+        say(printable(f"{path}: {count} images of {file.name} are left out"))
+    if coded:
+        # TRAP: elsewhere numbers are not places in ImageNet's list
+        numbers = map(str, range(1000)) if found and found.name == "ImageNetV2" else ()
+        known = found and {*classes.values()} <= {*SUITE["ImageNet"]["wnids"], *numbers}
+        file = nearest(*NAMES.split())
+        if source := file or ("clip-ImageNet" if known else None):
+            names = read_classes(str(source), list(classes.values()))
+            names = [name if isinstance(name, str) else str(name[0]) for name in names]
+            classes = {label: name.replace("_", " ") for label, name in zip(classes, names)}
+            form = f"{form}, names of {os.path.relpath(file, root) if file else source}"
     return listing._replace(rows=rows, classes=classes, format=form)
 
 

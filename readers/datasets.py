@@ -23,8 +23,8 @@ from pathlib import Path
 from PIL import Image
 
 from readers import scenes
-from readers.benchmarks import refine
-from readers.folders import folders_in, natural, read_folder
+from readers.benchmarks import is_coded, refine
+from readers.folders import folders_in, read_folder
 from readers.images import IMAGE_SUFFIXES, open_image
 from readers.lists import AIRCRAFT, Listing, read_list
 from readers.shards import Shards, clean_captions
@@ -50,6 +50,7 @@ class Images:
     """Images by path, with the attributes above. Links may lead to files below `inside` only, "" anywhere.
 
     captions[i]: the texts of image i, never empty;  labels, domains: places in classes, in domain_names
+    folders: WordNet ids or numbers that the data have for the classes, or again the classes
     """
 
     def __init__(self, root: str, files: list, inside="", format="files", splits=None, **contents):
@@ -217,15 +218,14 @@ def build(listing: Listing, path: Path, split, default, image_root, allow_outsid
     contents = {"captions": [row.captions for row in rows]} if captioned else {}
     if not unlabelled:
         # numbers come from all splits, so that a class has the same number in each of them
-        labels = natural({row.label for row in listing.rows} - {None})
-        names = listing.classes or {label: str(label).replace("_", " ") for label in labels}
-        number = {label: k for k, label in enumerate(names)}
+        number = {label: k for k, label in enumerate(listing.classes)}
         domain_names = sorted({row.domain for row in listing.rows} - {None}) or None
         if domain_names and (unknown := sum(row.domain is None for row in rows)):
             raise ValueError(f"{path}: no domain in {unknown} rows; complete them, or delete them")
         labels = [number[row.label] for row in rows for _ in range(row.size)]
         domains = domain_names and [domain_names.index(row.domain) for row in rows for _ in range(row.size)]
-        contents |= {"labels": labels, "classes": list(names.values())}
+        contents |= {"labels": labels, "classes": list(listing.classes.values())}
+        contents["folders"] = [*(listing.classes if is_coded(listing.classes) else contents["classes"])]
         contents |= {"domains": domains, "domain_names": domain_names}
     return Images(root, files, inside, listing.format, dict(splits), **contents)
 

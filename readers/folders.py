@@ -125,10 +125,7 @@ def read_folder(root: Path, caption_lines: str | None = None) -> Listing | None:
     above, tops = (), below(found, ())
     # PACS comes as kfold/domain/class
     while len(tops) == 1 and not split_name(tops[0]) and (*above, *tops) not in found:
-        inner = below(found, (*above, *tops))
-        if not all(map(split_name, inner)) and all((*above, *tops, name) in found for name in inner):
-            break
-        above, tops = (*above, *tops), inner
+        above, tops = (*above, *tops), below(found, (*above, *tops))
     found = {place[len(above) :]: names for place, names in found.items()}
     flat = [top for top in tops if (top,) in found]
     if len(flat) == len(tops) and (len(tops) < 2 or all(map(split_name, tops))):

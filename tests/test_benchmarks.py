@@ -1,133 +1,21 @@
-"""Tiny copies of the data sets of both papers, in the layouts of CoOp and DomainBed, recognised by folder."""
+"""The data sets of both papers, recognised by their folders: names, order, templates, wrong copies."""
 
 import json
+from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
+from small_datasets import ALL, COOP, DOMAINS, PHOTO, WORDNET, make, picture, save_clip
 
 import data
 import evaluate
-import pretrained
 import train
 from evals import protocol
-from model import CLIP, Config
 from readers import templates
-from tokenizer import Tokenizer
-
-PHOTO = "a photo of a {}."
-# name of the split file: (folder, folder of the images, template)
-COOP = {
-    "Caltech101": ("caltech-101", "101_ObjectCategories", PHOTO),
-    "OxfordPets": ("oxford_pets", "images", "a photo of a {}, a type of pet."),
-    "StanfordCars": ("stanford_cars", "", PHOTO),
-    "OxfordFlowers": ("oxford_flowers", "jpg", "a photo of a {}, a type of flower."),
-    "Food101": ("food-101", "images", "a photo of {}, a type of food."),
-    "SUN397": ("sun397", "SUN397", PHOTO),
-    "DescribableTextures": ("dtd", "images", "{} texture."),
-    "EuroSAT": ("eurosat", "2750", "a centered satellite photo of {}."),
-    "UCF101": ("ucf101", "UCF-101-midframes", "a photo of a person doing {}."),
-}
-DOMAINS = {
-    "VLCS": ("VLCS", "Caltech101 LabelMe SUN09 VOC2007"),
-    "PACS": ("kfold", "art_painting cartoon photo sketch"),
-    "OfficeHome": ("OfficeHomeDataset_10072016", "Art Clipart Product Real_World"),
-    "TerraIncognita": ("terra_incognita", "location_100 location_38 location_43 location_46"),
-    "DomainNet": ("domain_net", "clipart infograph painting quickdraw real sketch"),
-}
-# three of ImageNet's classes, and what classnames.txt calls them
-WORDNET = {"n01443537": "goldfish", "n01498041": "stingray", "n01514859": "hen"}
-IMAGENET = {
-    "ImageNet": "imagenet/images/val",
-    "ImageNetSketch": "imagenet-sketch/images",
-    "ImageNetA": "imagenet-adversarial/imagenet-a",
-    "ImageNetR": "imagenet-rendition/imagenet-r",
-}
-ALL = ["FGVCAircraft", "ImageNetV2", *COOP, *DOMAINS, *IMAGENET]
-
-
-def picture(path, shade=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(shade).integers(0, 99, (12, 12, 3))
-    Image.fromarray(np.uint8(noise + shade % 150)).save(path)
-
-
-def make(root, name):
-    """A copy with few classes.   Returns: (folder, class names as prompts say them, {split: images})."""
-    classes = ["big cat", "dog", "elk"]
-    if name in COOP:
-        folder, images, _ = COOP[name]
-        splits = {"train": 4, "val": 2, "test": 2}
-        listed = {}
-        for split, n in splits.items():
-            listed[split] = []
-            for c, kind in enumerate(classes):
-                for k in range(n):
-                    # the folders of the images would be read as other classes in another order
-                    file = f"{'zyx'[c]}_folder/{split}{k}.jpg"
-                    picture(root / folder / images / file, 40 * c + k)
-                    listed[split].append([file, c, kind.replace(" ", "_")])
-            # DomainBed's and CoOp's lists are not in the order of the classes
-            listed[split].reverse()
-        # excluded by the split file, as in Caltech101
-        picture(root / folder / images / "BACKGROUND_Google" / "1.jpg")
-        (root / folder / f"split_zhou_{name}.json").write_text(json.dumps(listed))
-        return root / folder, classes, {split: 3 * n for split, n in splits.items()}
-    if name == "FGVCAircraft":
-        folder, classes = root / "fgvc_aircraft", ["707-320", "F/A-18", "Cessna 172"]
-        (folder / "images").mkdir(parents=True)
-        (folder / "variants.txt").write_text("\n".join([*classes, ""]))
-        for s, split in enumerate(("train", "val", "test")):
-            lines = [f"{c}{k}{s} {kind}" for c, kind in enumerate(classes) for k in range(2)]
-            for k, line in enumerate(lines):
-                picture(folder / "images" / f"{line.split()[0]}.jpg", 40 * s + k)
-            (folder / f"images_variant_{split}.txt").write_text("\n".join([*lines, ""]))
-        return folder, classes, {"train": 6, "val": 6, "test": 6}
-    if name in DOMAINS:
-        folder, domains = DOMAINS[name]
-        for d, domain in enumerate(domains.replace("Real_World", "Real World").split(" ")):
-            domain = "Real World" if domain == "Real" else domain
-            if domain == "World":
-                continue
-            for c, kind in enumerate(("big_cat", "dog", "elk", "owl")):
-                for k in range(5):
-                    picture(root / folder / domain / kind / f"{k}.jpg", 40 * c + 7 * d + k)
-        # lists beside the domains, as OfficeHome has
-        (root / folder / "imagelist.txt").write_text("Art/dog/0.jpg\n")
-        return root / folder, [*classes, "owl"], {}
-    if name == "ImageNetV2":
-        folder = root / "imagenetv2" / "imagenetv2-matched-frequency-format-val"
-        picture(root / "one.jpg", 7)
-        one = (root / "one.jpg").read_bytes()
-        for k in range(1000):
-            (folder / str(k)).mkdir(parents=True, exist_ok=True)
-            (folder / str(k) / "0.jpg").write_bytes(one)
-        return folder, templates.SUITE["ImageNet"]["classes"], {}
-    folder, splits = root / IMAGENET[name], {}
-    for c, wnid in enumerate(WORDNET):
-        for k in range(3):
-            picture(folder / wnid / f"{k}.jpg", 40 * c + k)
-            if name == "ImageNet":
-                picture(folder.with_name("train") / wnid / f"{k}.jpg", 40 * c + k + 5)
-                splits = {"train": 9, "val": 9}
-    (folder / "README.txt").write_text("not an image")
-    top = root / IMAGENET[name].split("/")[0]
-    lines = ["n01440764 fish of CoOp", *(f"{wnid} {kind} of CoOp" for wnid, kind in WORDNET.items())]
-    (top / "classnames.txt").write_text("\n".join([*lines, ""]))
-    return top if name == "ImageNet" else folder, [f"{kind} of CoOp" for kind in WORDNET.values()], splits
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A random CLIP as a run directory: checkpoint and vocabulary."""
-    path = tmp_path_factory.mktemp("clip")
-    tokenizer = Tokenizer.learn([PHOTO.format("goldfish"), PHOTO.format("big cat")], 600)
-    tokenizer.save(path / "tokenizer.json")
-    torch.manual_seed(0)
-    sizes = Config(16, 16, 8, 16, 1, 2, 32, 64, tokenizer.vocab_size, 16, 1, 2, 32)
-    pretrained.save(CLIP(sizes), path / "checkpoint.pt")
-    return str(path)
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -152,32 +40,18 @@ def test_a_folder_is_enough(tmp_path, capsys, name):
     assert f"format    {name}, template {template!r}" in printed and classes[1] in printed
 
 
-TASKS = {name: ("domain-shift", "in-the-wild", "open-class", "all-classes") for name in DOMAINS}
-TASKS |= {name: ("open-class", "all-classes") for name in ("FGVCAircraft", "ImageNet", *COOP)}
-DEFAULT = ("PACS", "OxfordPets", "ImageNetR")
-EACH = [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
-
-
-@pytest.mark.parametrize("name", EACH)
-def test_each_set_trains_and_is_evaluated_in_its_tasks(tmp_path, clip, name):
-    folder, classes, splits = make(tmp_path, name)
-    assert (
-        evaluate.main(["zeroshot", "--model", clip, "--data", str(folder), "--out", str(tmp_path / "z")]) == 0
-    )
-    result = json.loads((tmp_path / "z" / "results.json").read_text())
-    assert result["classes"] == len(classes) and result["templates"] == list(templates.for_data(str(folder)))
-    for task in TASKS.get(name, ()):
-        flags = ["--train-data", str(folder), "--open-task", task, "--out", str(tmp_path / task)]
-        if task in ("domain-shift", "in-the-wild"):
-            flags += ["--target-domain", data.open_dataset(folder).domain_names[1]]
-        sources = (
-            1 if name not in TASKS or name not in DOMAINS else len(data.open_dataset(folder).domain_names)
-        )
-        sources -= task in ("domain-shift", "in-the-wild")
-        flags += ["--method", "finetune", "--init", clip, "--steps", "1", "--batch-size", str(2 * sources)]
-        assert train.main([*flags, "--device", "cpu", "--threads", "1"]) == 0
-        rows = json.loads((tmp_path / task / "results.json").read_text())
-        assert "zero-shot" in json.dumps(rows)
+@pytest.mark.parametrize("name", ALL)
+def test_the_page_shows_what_is_printed(tmp_path, capsys, name):
+    """docs/data.md: the row of each data set ends with the format, and PACS is shown whole."""
+    folder, _, _ = make(tmp_path, name)
+    assert data.main([str(folder), "--no-show"]) == 0
+    printed = capsys.readouterr().out
+    form = next(line for line in printed.splitlines() if line.startswith("format "))[10:]
+    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
+    assert row.endswith(f" | `{form.removeprefix(name + ', ')}` |")
+    if name == "PACS":
+        assert f"```\n{printed}```" in page
 
 
 def test_splits_of_domainbed_and_coop(tmp_path):
@@ -202,6 +76,19 @@ def test_domainnets_duplicates_are_left_out(tmp_path, capsys):
     assert "2 images of domain_net_duplicates.txt are left out" in capsys.readouterr().out
     names = {dataset.name(i)[len(str(folder)) + 1 :] for i in range(len(dataset))}
     assert len(dataset) == 118 and not names & {"clipart/dog/1.jpg", "real/elk/0.jpg"}
+
+
+def test_duplicates_of_a_folder_below_and_of_a_list(tmp_path, capsys):
+    folder, _, _ = make(tmp_path, "DomainNet")
+    (folder / "domain_net_duplicates.txt").write_text("clipart/dog/1.jpg\nreal/elk/0.jpg\n")
+    assert len(data.open_dataset(tmp_path)) == 118
+    rows = ["path,label,domain"]
+    for name in DOMAINS["DomainNet"][1].split():
+        rows += [f"{name}/{kind}/{k}.jpg,{kind},{name}" for kind in ("dog", "elk") for k in range(5)]
+    (folder / "list.csv").write_text("\n".join([*rows, ""]))
+    capsys.readouterr()
+    assert len(data.open_dataset(folder / "list.csv")) == 60 - 2
+    assert "2 images of domain_net_duplicates.txt are left out" in capsys.readouterr().out
 
 
 def test_a_split_file_alone(tmp_path):
@@ -245,11 +132,56 @@ def test_numbered_folders(tmp_path):
     assert data.open_dataset(tmp_path / "flowers").classes == ["flower 1", "flower 2", "flower 10"]
 
 
-def test_imagenets_own_names_need_no_file(tmp_path):
+def test_names_are_those_nearest_to_the_images(tmp_path):
+    """Also if the path is a folder above them; the format says which file they are of."""
+    folder, classes, _ = make(tmp_path, "ImageNetA")
+    (tmp_path / "classnames.txt").write_text("".join(f"{wnid} far\n" for wnid in WORDNET))
+    for path, file in {folder: "../classnames.txt", folder.parent: "classnames.txt"}.items():
+        dataset = data.open_dataset(path)
+        assert dataset.classes == classes and dataset.format.endswith(f"class/*, names of {file}")
+        # one folder of class folders is no domain
+        assert dataset.domain_names is None
+
+
+def test_imagenets_own_names_need_no_file(tmp_path, clip):
     folder, classes, _ = make(tmp_path, "ImageNetA")
     (tmp_path / "imagenet-adversarial" / "classnames.txt").unlink()
-    assert data.open_dataset(folder).classes == ["goldfish", "stingray", "hen"]
+    dataset = data.open_dataset(folder)
+    assert dataset.classes == ["goldfish", "stingray", "hen"] and dataset.folders == list(WORDNET)
+    assert dataset.format.endswith("names of clip-ImageNet")
     assert len(templates.SUITE["ImageNet"]["classes"]) == 1000
+    # --classnames refers to the ids, although the classes have names
+    (tmp_path / "mine.txt").write_text("".join(f"{wnid} my {name}\n" for wnid, name in WORDNET.items()))
+    flags = ["--classnames", str(tmp_path / "mine.txt"), "--out", str(tmp_path / "z"), "--device", "cpu"]
+    assert evaluate.main(["zeroshot", "--model", clip, "--data", str(folder), *flags]) == 0
+    rows = json.loads((tmp_path / "z" / "results.json").read_text())["per_class"]
+    assert [row["class"] for row in rows] == ["my goldfish", "my stingray", "my hen"]
+
+
+def test_numbers_are_classes_of_imagenet_in_its_v2_only(tmp_path):
+    for place in ("imagenet/flowers", "imagenet/imagenetv2-matched-frequency-format-val"):
+        for k in (1, 2, 10):
+            picture(tmp_path / place / str(k) / "1.png")
+    assert data.open_dataset(tmp_path / "imagenet/flowers").classes == ["1", "2", "10"]
+    names = data.open_dataset(tmp_path / "imagenet/imagenetv2-matched-frequency-format-val").classes
+    assert names == ["goldfish", "great white shark", "brambling"]
+
+
+def test_a_list_of_ids_gets_names_too(tmp_path):
+    for k in range(3):
+        picture(tmp_path / f"{k}.png")
+    wnids = list(WORDNET)
+    (tmp_path / "a.csv").write_text("path,label\n" + "".join(f"{k}.png,{wnids[2 - k]}\n" for k in range(3)))
+    (tmp_path / "b.jsonl").write_text(
+        "".join(f'{{"image": "{k}.png", "label": {9 + k}}}\n' for k in range(3))
+    )
+    assert data.open_dataset(tmp_path / "a.csv").classes == wnids
+    (tmp_path / "classnames.json").write_text(json.dumps({w: [n, "twin"] for w, n in WORDNET.items()}))
+    dataset = data.open_dataset(tmp_path / "a.csv")
+    assert dataset.classes == list(WORDNET.values()) and dataset.labels == [2, 1, 0]
+    assert dataset.format == "table, separated by ',', names of classnames.json"
+    (tmp_path / "classnames.json").write_text(json.dumps(["x", "y", "z_z"]))
+    assert data.open_dataset(tmp_path / "b.jsonl").classes == ["x", "y", "z z"]
 
 
 def test_classes_without_names(tmp_path, clip, capsys):
