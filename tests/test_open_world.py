@@ -499,9 +499,12 @@ def test_command(tmp_path, clip, folder, capsys):
     out = ["--out", str(tmp_path / "zero")]
     assert openworld.main([*common, "--model", str(clip), "--task", "in-the-wild", *out]) == 0
     rows = json.loads((tmp_path / "zero" / "results.json").read_text())["rows"]
-    wanted = [(m, d) for d in DOMAINS for m in ("zero-shot", "chance")]
+    wanted = [(m, d) for d in DOMAINS for m in ("zero-shot", "chance", "constant")]
     assert {(r["method"], r["domain"]) for r in rows} >= {*wanted, ("zero-shot", "average")}
+    constant = next(r for r in rows if (r["method"], r["domain"]) == ("constant", "average"))
+    assert constant["H"][0] == pytest.approx(harmonic_mean([1 / 2, 1 / 3]))  # 2 base and 3 new classes
     printed = capsys.readouterr().out
+    assert "| auroc |" in printed and "| mean_per_class |" in printed
     # 25 to 35 images of the target: base classes and new ones are few, and their figures uncertain
     assert "| average |" in printed and "standard error of one run in %: art 25 (at most" in printed
 
@@ -528,6 +531,21 @@ def test_command(tmp_path, clip, folder, capsys):
         assert message in capsys.readouterr().err
     assert openworld.main([*common, "--model", str(clip), "--target-domain", "clipart"]) == 2
     assert "no domain 'clipart'; there are: art, photo, sketch" in capsys.readouterr().err
+
+
+def test_few_shots_of_a_run_decide_its_val(tmp_path, clip, coop, capsys):
+    flags = dict(method="finetune", init=str(clip), train_data=str(coop), open_task="open-class", steps=1)
+    flags |= dict(shots=1, seed=2, batch_size=2, device="cpu", out=str(tmp_path / "run"))
+    own = run_training(flags, io.StringIO())["fine-tuned"]
+    command = ["--model", str(tmp_path / "run"), "--data", str(coop), "--out", str(tmp_path / "again")]
+    sizes, classify = [], openworld.evaluate.classify
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            openworld.evaluate, "classify", lambda *a, **more: sizes.append(len(a[1])) or classify(*a, **more)
+        )
+        assert openworld.main([*command, "--device", "cpu"]) == 0
+    found = json.loads((tmp_path / "again" / "results.json").read_text())["records"][0]
+    assert own.items() <= found.items() and sizes == [3, 9, 6]  # one image of val for each of 3 base classes
 
 
 def test_a_list_may_lead_outside_of_its_folder_only_if_asked(tmp_path):
