@@ -8,8 +8,9 @@
                    but the target                  among all names
     all-classes    all classes                     the test images                           test
 
-H = 2 base new / (base + new). The protocol is that of CLIPood (Shu et al. 2023, section 5) and AlignCLIP (Han
-et al. 2025), which share their loaders: thuml/CLIPood@bc0d874 converter_domainbed.py. protocol.py builds it.
+H = 2 base new / (base + new). With new classes auroc tells how well base and new images are told apart.
+The protocol is that of CLIPood (Shu et al. 2023, section 5) and AlignCLIP (Han et al. 2025), which share
+their loaders: thuml/CLIPood@bc0d874 converter_domainbed.py. protocol.py builds it.
 
     python -m evals.open_world --model runs/alignclip --data PACS
     python -m evals.open_world --model ViT-B-16.pt --data PACS --task in-the-wild --target-domain sketch
