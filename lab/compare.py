@@ -55,27 +55,34 @@ def choose(what: str, wanted: str, known) -> list[str]:
     return names
 
 
-def plan(c: Comparison, init: str, out: Path) -> list[tuple[dict, dict]]:
-    """What every run is, and its flags of train.py."""
-    source, where = "scenes" if c.scenes else c.data, where_of(c)
+def runs_of(arms: dict[str, dict], task: str, targets, seeds: int, out: Path, flags: dict) -> list[tuple]:
+    """What every run is, and its flags of train.py: an arm's own and those of all.   arms: {name: flags}"""
+    runs = []
+    for target, seed, (arm, own) in product(targets, range(seeds), arms.items()):
+        name = "-".join(x for x in (task, target, arm, str(seed)) if x).replace(", ", "-").replace(" ", "-")
+        about = dict(task=task, domain=target, seed=seed, method=arm)
+        run = dict(open_task=task, target_domain=target, seed=seed, out=str(out / name))
+        runs.append((about, own | run | flags))
+    return runs
+
+
+def plan(c: Comparison, init: str, out: Path) -> list[tuple]:
+    """The runs of a comparison, as runs_of returns them."""
+    source, where, runs = "scenes" if c.scenes else c.data, where_of(c), []
     passed = ("lr", "batch_size", "threads", *where)
     common = {k: getattr(c, k) for k in passed if getattr(c, k)} | {"device": c.device, "workers": c.workers}
     if steps := c.steps or (150 if c.scenes else 0):
         common["steps"] = steps
-    methods, runs = choose("method", c.methods, METHODS), []
+    arms = {method: {"method": method} for method in choose("method", c.methods, METHODS)}
     for task in choose("task", c.tasks, TASKS):
         targets = domains_of(source, task, **where)
         if targets != [""] and (c.targets or c.scenes):
             targets = choose("domain", c.targets or "cartoon", targets)
-        for target, seed, method in product(targets, range(c.seeds), methods):
-            name = "-".join(x for x in (task, target, method, str(seed)) if x)
-            run = dict(method=method, init=init, train_data=source, open_task=task, target_domain=target)
-            about = dict(task=task, domain=target, seed=seed, method=method)
-            runs.append((about, run | dict(seed=seed, out=str(out / name)) | common))
+        runs += runs_of(arms, task, targets, c.seeds, out, common | dict(init=init, train_data=source))
     return runs
 
 
-def run_all(runs: list[tuple[dict, dict]], log) -> list[dict]:
+def run_all(runs: list[tuple], log) -> list[dict]:
     """Runs what is missing.
 
     Returns: records of the reported models (the averaged ones where there are any), zero-shot and chance.

@@ -50,6 +50,7 @@ class Request:
     list: bool = False  # print the claims
     claim: str = ""  # ids or names, separated by commas
     all: bool = False  # every claim
+    table: str = ""  # instead: vlcs, epsilon, pooling or base-to-new, with --init and --data
     seeds: int = 3  # repetitions
     quick: bool = False  # a third of the steps, smaller sets
     validation: bool = False  # seeds on which settings were chosen, instead of the reported ones
@@ -331,6 +332,10 @@ def command(claim: Claim, request: Request) -> str:
 @program
 def main(argv: list[str]) -> None:
     request = parse(Request, argv, __doc__)
+    if request.table:
+        from lab import tables  # which imports this file
+
+        return tables.run(request)
     lab = Lab(request)
     if request.list:
         return print(format_table([{"id": c.id, "name": c.name, "claim": c.says} for c in CLAIMS]))
