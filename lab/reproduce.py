@@ -27,16 +27,15 @@ from pathlib import Path
 import torch
 
 import evaluate
-import train
 from lab import bench, claims, evidence, latent_text  # noqa: F401  (adds the method latent)
 from lab.claims import ARMS, BY_NAME, CLAIMS, FIGURES, RECALL, SETTINGS, Claim
+from lab.compare import published, run_training
 from model import CONFIGS
 from scale import distributed
 from util.files import output_folder, write_json
 from util.flags import parse
 from util.program import leave, program
 from util.report import Progress, format_table
-from util.run import check_same_run
 
 VALIDATION_SEED, ROOT = 100, Path(__file__).parent.parent
 
@@ -88,19 +87,6 @@ def stamp(path: str) -> list:
     """A name, and the size and time of its file: another file of the same name gives another stamp."""
     file = Path(path) / "checkpoint.pt" if (Path(path) / "checkpoint.pt").exists() else Path(path)
     return [path, file.stat().st_size, file.stat().st_mtime_ns] if path and file.is_file() else [path]
-
-
-def run_training(options: dict, log) -> dict:
-    """Results of a run of train.py with these flags: read if it is finished, continued, or started."""
-    out = Path(options["out"])
-    if (out / "checkpoint.pt").exists():
-        options = options | {"resume": "auto"}
-    c, s = train.configure(**options)
-    if (out / "results.json").exists():
-        check_same_run(json.loads((out / "config.json").read_text()), asdict(c) | asdict(s))
-        return json.loads((out / "results.json").read_text())
-    with contextlib.redirect_stdout(log):
-        return train.train(c, s)
 
 
 class Lab:
@@ -333,9 +319,7 @@ def command(claim: Claim, request: Request) -> str:
 def main(argv: list[str]) -> None:
     request = parse(Request, argv, __doc__)
     if request.table:
-        from lab import tables  # which imports this file
-
-        return tables.run(request)
+        return published(request)
     lab = Lab(request)
     if request.list:
         return print(format_table([{"id": c.id, "name": c.name, "claim": c.says} for c in CLAIMS]))

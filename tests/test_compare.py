@@ -54,12 +54,12 @@ def test_comparison_runs_and_goes_on(tmp_path, clip, monkeypatch, capsys):
 
 
 def test_plan_has_every_run_once(folder):
-    c = Comparison(data=str(folder), init="x", seeds=2, lr=0.5)
+    c = Comparison(data=str(folder), init="x", seeds=2, batch_size=7)
     tmp = folder.parent
     runs = [flags for _, flags in comparison.plan(c, "x", tmp)]
     assert len(runs) == 2 * 5 * (3 + 1 + 3) == len({r["out"] for r in runs})
     assert {r["target_domain"] for r in runs if r["open_task"] == "domain-shift"} == set(DOMAINS)
-    assert all(r["lr"] == 0.5 and "steps" not in r for r in runs)
+    assert all(r["batch_size"] == 7 and "steps" not in r for r in runs)
     some = comparison.plan(replace(c, targets="art", tasks="domain-shift", seeds=1), "x", tmp)
     assert len(some) == 5 and {about["domain"] for about, _ in some} == {"art"}
 
