@@ -177,7 +177,8 @@ def classify(
     classes = dataset.classes if classes is None else classes
     if len(classes) != len(dataset.classes):
         raise ValueError(f"{len(classes)} class names for data of {len(dataset.classes)} classes")
-    if (problem := unnamed(classes)) and distributed.rank() == 0:
+    # names that were given may be digits, as those of MNIST
+    if classes is dataset.classes and (problem := unnamed(classes)) and distributed.rank() == 0:
         warn(problem)
     numbers = {}
     for c, names in enumerate(classes):

@@ -25,7 +25,7 @@ def is_coded(classes) -> bool:
 
 def unnamed(classes: list) -> str:
     """What to do about classes that have no names; empty if they have."""
-    remedy = "put classnames.txt beside the folders, with lines as 'n01440764 tench', or 'tench'"
+    remedy = "put classnames.txt beside the folders, lines 'n01440764 tench' or 'tench'; .cls may hold names"
     problem = f"classes named {', '.join(map(str, classes[:2]))} ... mean nothing to a text encoder"
     return f"{problem}: {remedy}" if is_coded(classes) else ""
 

@@ -154,7 +154,7 @@ def find_missing(root: str, files: list, where) -> set:
         first = printable(os.path.join(root, missing[0])[:300])
         message = f"{where}: {len(missing)} of its {len(files)} images are missing, the first is {first}"
         if len(missing) > 0.01 * len(files):
-            raise ValueError(f"{message}; --image-root says where the images are")
+            raise ValueError(f"{message}; unpack them again, or --image-root says where the images are")
         warn(f"{message}; they are skipped")
     return set(missing)
 
@@ -278,7 +278,11 @@ def read_dataset(
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     # TRAP: the folders beside the split file of CoOp or of FGVC-Aircraft are not its classes
-    if len(splits := [*path.glob("split_zhou_*.json"), *path.glob(AIRCRAFT)]) == 1:
+    if splits := sorted([*path.glob("split_zhou_*.json"), *path.glob(AIRCRAFT)]):
+        if len(splits) > 1:
+            raise ValueError(
+                f"{path}: {splits[0].name} and {splits[1].name} are there; give one of the files"
+            )
         path = splits[0]
     listing = read_folder(path, caption_lines) if path.is_dir() else None
     if listing is None:

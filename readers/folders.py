@@ -143,7 +143,8 @@ def read_folder(root: Path, caption_lines: str | None = None) -> Listing | None:
     domains, names = map(set, zip(*pairs))
     if lacking := {(domain, name) for domain in domains for name in names} - pairs:
         domain, name = min(lacking)
-        raise ValueError(f"{root}: there is no class {name!r} in the domain {domain!r}")
+        remedy = "unpack it again, or remove the class from all domains"
+        raise ValueError(f"{root}: there is no class {name!r} in the domain {domain!r}; {remedy}")
     files = {(*place, name): [] for place, (_, _, names) in places.items() for name in names}
     for place in sorted(found):
         # images in folders of a class folder belong to the class, as in torchvision's ImageFolder

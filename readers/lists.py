@@ -202,6 +202,8 @@ def read_aircraft(path: Path) -> Listing:
     for split in ("train", "val", "test"):
         lines = path.with_name(AIRCRAFT.replace("train", split)).read_text(encoding="utf-8").splitlines()
         for image, _, name in (line.partition(" ") for line in lines):
+            if name not in number:
+                raise ValueError(f"{path}: variants.txt lacks {name!r:.60}; unpack both again")
             rows.append(Row(f"images/{image}.jpg", [], split, number[name]))
     return Listing("lists of FGVC-Aircraft", rows, dict(enumerate(names)))
 

@@ -83,7 +83,7 @@ def read_classes(path: str, folders: list[str]) -> list:
             raise ValueError(f"{path}: {len(names)} names, but the data have {len(folders)} classes")
         return names
     if missing := [folder for folder in folders if folder not in names]:
-        raise ValueError(f"{path}: no name for {len(missing)} classes, the first is {missing[0]!r}")
+        raise ValueError(f"{path}: no name for {len(missing)} classes, the first is {missing[0]!r}; add it")
     return [names[folder] for folder in folders]
 
 

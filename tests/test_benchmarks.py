@@ -200,23 +200,63 @@ def test_classes_without_names(tmp_path, clip, capsys):
     assert train.main([*flags, "--batch-size", "2", "--threads", "1"]) == 0
 
 
-def test_wrong_copies_are_one_line(tmp_path):
-    folder, _, _ = make(tmp_path, "PACS")
+def test_digits_may_be_names(tmp_path, clip, capsys):
+    for k in range(10):
+        picture(tmp_path / "mnist" / str(k) / "1.png", k)
+    flags = ["zeroshot", "--model", clip, "--data", str(tmp_path / "mnist"), "--device", "cpu"]
+    assert evaluate.main([*flags, "--classnames", "clip-MNIST"]) == 0
+    assert "mean nothing" not in capsys.readouterr().err
+    assert evaluate.main(flags) == 0
+    assert "mean nothing" in capsys.readouterr().err
+
+
+def lose_the_class(folder):
     for image in (folder / "photo" / "dog").iterdir():
         image.unlink()
-    with pytest.raises(ValueError, match="class 'dog' in the domain 'photo'"):
-        data.open_dataset(folder)
-    folder, _, _ = make(tmp_path, "UCF101")
-    (folder / "UCF-101-midframes" / "x_folder" / "test0.jpg").unlink()
-    with pytest.raises(ValueError, match="1 of its 6 images are missing, the first is .*x_folder/test0.jpg"):
-        data.open_dataset(folder, "test")
-    folder, _, _ = make(tmp_path, "FGVCAircraft")
-    (folder / "variants.txt").write_text("707-320\nF/A-18\n")
-    with pytest.raises(ValueError, match="images_variant_train.txt: .*Cessna 172"):
-        data.open_dataset(folder)
-    (folder / "variants.txt").unlink()
-    with pytest.raises(OSError, match="variants.txt"):
-        data.open_dataset(folder)
+
+
+# data set, split or None, what is wrong with it, and what is said: the problem and the remedy
+WRONG = [
+    (
+        "PACS",
+        None,
+        lose_the_class,
+        "kfold: there is no class 'dog' in the domain 'photo'; unpack it again, or",
+    ),
+    (
+        "UCF101",
+        "test",
+        lambda folder: (folder / "UCF-101-midframes" / "x_folder" / "test0.jpg").unlink(),
+        "1 of its 6 images are missing, the first is .*x_folder/test0.jpg; unpack them again, or",
+    ),
+    (
+        "FGVCAircraft",
+        None,
+        lambda folder: (folder / "variants.txt").write_text("707-320\nF/A-18\n"),
+        "images_variant_train.txt: variants.txt lacks 'Cessna 172'; unpack both again",
+    ),
+    ("FGVCAircraft", None, lambda folder: (folder / "variants.txt").unlink(), "variants.txt"),
+    (
+        "EuroSAT",
+        None,
+        lambda folder: (folder / "split_zhou_Food101.json").write_text("{}"),
+        "eurosat: split_zhou_EuroSAT.json and split_zhou_Food101.json are there; give one of the files",
+    ),
+    (
+        "ImageNetA",
+        None,
+        lambda folder: (folder.parent / "classnames.txt").write_text("n01443537 goldfish\nn01498041 ray\n"),
+        "classnames.txt: no name for 1 classes, the first is 'n01514859'; add it",
+    ),
+]
+
+
+@pytest.mark.parametrize("name, split, spoil, message", WRONG)
+def test_wrong_copies_are_one_line(tmp_path, name, split, spoil, message):
+    folder, _, _ = make(tmp_path, name)
+    spoil(folder)
+    with pytest.raises((ValueError, OSError), match=message):
+        data.open_dataset(folder, split)
 
 
 def test_names_and_templates_of_the_suite():
