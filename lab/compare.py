@@ -142,9 +142,7 @@ def plan(c: Comparison, init: str, out: Path) -> list[tuple[dict, dict]]:
         tasks, wanted = ["open-class" if "base" in columns else "domain-shift"], ",".join(DOMAINS)
         arms = {row: own for row, (own, _) in rows.items() if own}
         below = Path(c.data, "VLCS")
-        sets = (
-            data_sets(Path(c.data)) if "base" in columns else {"": str(below if below.is_dir() else c.data)}
-        )
+        sets = data_sets(Path(c.data)) if "base" in columns else {"": below if below.is_dir() else c.data}
     for (name, source), task in product(sets.items(), tasks):
         domains = domains_of(source, task, **where)
         if domains != [""] and wanted:
@@ -153,7 +151,7 @@ def plan(c: Comparison, init: str, out: Path) -> list[tuple[dict, dict]]:
             domains = [domain for domain in chosen if not c.table or domain in columns]
         for domain, seed, (arm, own) in product(domains, range(c.seeds), arms.items()):
             words = (name, task, domain, arm.replace(", ", "-").replace(" ", "-"), str(seed))
-            run = dict(init=init, train_data=source, open_task=task, target_domain=domain, seed=seed)
+            run = dict(init=init, train_data=str(source), open_task=task, target_domain=domain, seed=seed)
             run |= dict(out=str(out / "-".join(word for word in words if word)))
             about = dict(task=task, domain=domain or name, seed=seed, method=arm)
             runs.append((about, own | run | common))

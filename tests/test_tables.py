@@ -143,3 +143,26 @@ def test_mistakes_are_one_line(tmp_path, clip, capsys, flags, message):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_arms_of_a_table(tmp_path):
+    """Published settings, also in a folder with another name; epsilon leaves out two of the four domains."""
+    folder = make(tmp_path, "VLCS")[0].rename(tmp_path / "copy")
+    counts = {"vlcs": 4 * 3 * 3, "pooling": 4 * 2 * 3, "epsilon": 2 * 10 * 3}
+    for name, count in counts.items():
+        runs = compare.plan(compare.Comparison(table=name, data=str(folder), init="x"), "x", tmp_path)
+        assert len({flags["out"] for _, flags in runs}) == len(runs) == count
+        assert all("steps" not in flags and flags["train_data"] == str(folder) for _, flags in runs)
+        released = [flags for _, flags in runs if flags.get("preset") == "alignclip-released"]
+        assert len(released) == {"vlcs": 24, "pooling": 0, "epsilon": 60}[name]
+        assert all(flags["batch_size"] == 108 for flags in released)
+    assert {flags["target_domain"] for _, flags in runs} == {"LabelMe", "VOC2007"}
+
+
+def test_nothing_is_smaller_with_all_seeds_and_data_sets():
+    figures = dict.fromkeys(("base", "new", "H"), (0.5, 0.01))
+    sets = [*compare.SETS, "average"]
+    rows = [{"method": row, "domain": name, **figures} for row in compare.PROMPTS for name in sets]
+    c = compare.Comparison(table="base-to-new", data="x", init="ViT-B/16")
+    shown, smaller = compare.beside_the_paper(c, rows)
+    assert smaller == [] and shown[1]["base"] == "50.0 +- 1.0"
