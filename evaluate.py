@@ -41,7 +41,7 @@ from scale import distributed, llip_tiles
 from util import plots
 from util.evaluation import DataFlags, ModelFlags, load_options, options_of, start, where_of, write_results
 from util.flags import Parser, parse
-from util.metrics import KS, Recall, Relevance, accuracy, certainty, no_nan, places
+from util.metrics import KS, Recall, Relevance, accuracy, certainty, constant_answer, no_nan, places
 from util.program import leave, program
 from util.report import Progress, results_table
 from util.text import warn
@@ -203,7 +203,8 @@ def zeroshot(model: nn.Module, dataset, tokenizer, templates=prompts.PHOTO, **op
     """Zero-shot accuracy, equal on every rank; arguments as classify.
 
     Returns: "top1", "top5", "mean_per_class" in [0, 1]; "chance", the same of a random answer; "images",
-             "classes"; for data of several domains "domains", the top-1 of each
+             "classes"; with domains "domains", the top-1 of each; "constant", what the best
+             constant answer reaches, for the figures where that is above chance
     """
     return summary(classify(model, dataset, tokenizer, templates, **options)[0], dataset)
 
@@ -213,11 +214,13 @@ def summary(place: Tensor, dataset) -> dict:
     C, target = len(dataset.classes), torch.tensor(dataset.labels)
     chance = {"top1": 1 / C, "top5": min(5, C) / C, "mean_per_class": 1 / C}
     result = accuracy(place, target) | {"chance": chance, "images": len(target), "classes": C}
+    constant = {"top1": constant_answer(target)}  # 1 / C if all classes have equally many images
     if getattr(dataset, "domains", None) is not None:
         domain, hits = torch.tensor(dataset.domains), (place < 1).double()
-        by_name = {name: hits[domain == d] for d, name in enumerate(dataset.domain_names)}
-        result["domains"] = {name: own.mean().item() for name, own in by_name.items() if len(own)}
-    return result
+        of_name = {name: domain == d for d, name in enumerate(dataset.domain_names) if (domain == d).any()}
+        result["domains"] = {name: hits[own].mean().item() for name, own in of_name.items()}
+        constant |= {f"top1 {name}": constant_answer(target[own]) for name, own in of_name.items()}
+    return result | {"constant": {name: share for name, share in constant.items() if share > 1 / C}}
 
 
 def retrieval(model: nn.Module, dataset, tokenizer, ks: tuple[int, ...] = KS, **options) -> dict:

@@ -9,7 +9,7 @@ import numpy as np
 
 from readers.folders import natural
 from readers.lists import Listing
-from readers.templates import SUITE, WORDNET, read_classes, recognise
+from readers.templates import CLIP, SUITE, WORDNET, read_classes, recognise
 from util.files import open_file, read_text
 from util.text import one_line, printable, say
 from weights.archive import BROKEN, read_pickle
@@ -61,8 +61,9 @@ def refine(path: Path, listing: Listing) -> Listing:
         # TRAP: elsewhere numbers are not places in ImageNet's list
         numbers = map(str, range(1000)) if found and found.name == "ImageNetV2" else ()
         known = found and {*classes.values()} <= {*SUITE["ImageNet"]["wnids"], *numbers}
+        own = f"clip-{found.name}" if found and found.mark.startswith("folder") else None
         file = nearest(*NAMES.split())
-        if source := file or ("clip-ImageNet" if known else None):
+        if source := file or ("clip-ImageNet" if known else own if own in CLIP else None):
             names = read_classes(str(source), list(classes.values()))
             names = [name if isinstance(name, str) else str(name[0]) for name in names]
             classes = {label: name.replace("_", " ") for label, name in zip(classes, names)}

@@ -39,7 +39,8 @@ def recognise(path: Path, domains: set = frozenset(), coded: bool = False) -> Be
     for benchmark in BENCHMARKS:
         kind, mark = benchmark.mark.split(" ", 1)
         known = ", ".join(sorted(domains)) == mark
-        if {"file": mark in files, "domains": known, "path": re.search(mark, place)}[kind]:
+        named = re.fullmatch(mark, path.stem.lower()) if kind == "folder" else None
+        if {"file": mark in files, "domains": known, "path": re.search(mark, place), "folder": named}[kind]:
             return benchmark
     return None
 

@@ -51,13 +51,13 @@ def results_table(results: dict[str, dict]) -> str:
     """{"retrieval": result, "zeroshot": result} as a table in percent; sizes and standard errors below."""
     rows, sizes = [], []
     for task, result in results.items():
-        chance, ceiling = result["chance"], result.get("ceiling", {})
+        domains = {f"top1 {name}": value for name, value in result.get("domains", {}).items()}
+        chance = result["chance"] | dict.fromkeys(domains, result["chance"].get("top1"))
+        beside = {"chance": chance, "constant": result.get("constant", {})}
+        beside["at most"] = result.get("ceiling", {})
         for name in chance:
-            row = {"task": task, "figure": name, "%": 100.0 * result[name], "chance": 100.0 * chance[name]}
-            rows.append(row | ({"at most": 100 * ceiling[name]} if name in ceiling else {}))
-        for name, value in result.get("domains", {}).items():
-            row = {"task": task, "figure": f"top1 {name}", "%": 100 * value}
-            rows.append(row | {"chance": 100 * chance["top1"]})
+            row = {"task": task, "figure": name, "%": 100.0 * (result | domains)[name]}
+            rows.append(row | {column: 100.0 * of[name] for column, of in beside.items() if name in of})
         if "images" in result:
             counts = [f"{k.replace('_', ' ')} {v:,}" for k, v in result.items() if isinstance(v, int)]
             # of a share of one half, the largest that there is
