@@ -281,7 +281,8 @@ def test_shots_of_coops_cache_are_used(tmp_path, version, capsys):
     kept = tmp_path / "split_fewshot" / "shot_2-seed_5.pkl"
     kept.parent.mkdir()
     chosen = {"train": items["train"][5:12], "val": items["val"][:3]}
-    kept.write_bytes(pickle.dumps(chosen, version))
+    of_windows = Datum("C:\\me\\" + chosen["val"][2]._impath.removeprefix("/home/me/").replace("/", "\\"))
+    kept.write_bytes(pickle.dumps(chosen | {"val": [*chosen["val"][:2], of_windows]}, version))
     for source in (path, tmp_path):
         found = protocol(source, "all-classes", shots=2, seed=5)
         for split, part in (("train", found.train), ("val", found.val)):
