@@ -161,13 +161,15 @@ def plan(c: Comparison, init: str, out: Path) -> list[tuple[dict, dict]]:
 def run_all(runs: list[tuple[dict, dict]], log) -> list[dict]:
     """Runs what is missing.
 
-    Returns: records of the reported models (the averaged ones where there are any), zero-shot and chance.
+    Returns: records of the reported models (the averaged ones where there are any), of zero-shot, chance, and
+             the best constant answer where that is above chance.
     """
     progress, records = Progress("fine-tuning", len(runs), "runs"), {}
     for about, flags in runs:
         results, method = run_training(flags, log), about["method"]
         reported = results.get("averaged", results["fine-tuned"])
-        found = {"chance": reported["chance"], "zero-shot": results["zero-shot"], method: reported}
+        found = {name: reported[name] for name in ("chance", "constant") if reported.get(name)}
+        found |= {"zero-shot": results["zero-shot"], method: reported}
         if "averaged" in results:
             found[f"{method}, last step"] = results["fine-tuned"]
         for name, result in found.items():

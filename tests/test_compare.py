@@ -30,11 +30,11 @@ def compare(out, clip, **more):
 
 def test_comparison_runs_and_goes_on(tmp_path, clip, monkeypatch, capsys):
     rows, said = compare(tmp_path / "out", clip), capsys.readouterr().out
-    methods = ["chance", "zero-shot", "finetune", "clipood", "clipood, last step"]
+    methods = ["chance", "constant", "zero-shot", "finetune", "clipood", "clipood, last step"]
     assert [row["method"] for row in rows] == methods and all(row["runs"] == 2 for row in rows)
     assert rows[0]["H"] == pytest.approx((1 / 16, 0.0)) and "cartoon" in said and "clipood" in said
     saved = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert len(saved["records"]) == 10 and saved["comparison"]["steps"] == 2
+    assert len(saved["records"]) == 12 and saved["comparison"]["steps"] == 2
     assert (tmp_path / "out" / "in-the-wild-cartoon-clipood-1" / "checkpoint.pt").exists()
 
     def forbidden(c):
