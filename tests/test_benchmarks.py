@@ -102,6 +102,7 @@ def test_a_split_file_alone(tmp_path):
 FILES = {
     "classnames.txt": "n01440764 tench\nn01443537 gold fish, Carassius\nn01498041 sting_ray\nn01514859 hen\n",
     "LOC_synset_mapping.txt": "n01443537 gold fish, Carassius\nn01498041 sting ray\nn01514859 hen\n",
+    "synset_words.txt": "n01443537 gold fish, Carassius auratus\nn01498041 sting_ray\nn01514859 hen\n",
     "classnames.json": json.dumps({"n01443537": "gold_fish", "n01498041": "sting ray", "n01514859": "hen"}),
     "imagenet_class_index.json": json.dumps(
         {"0": ["n01443537", "gold_fish"], "1": ["n01498041", "sting_ray"], "2": ["n01514859", "hen"]}
@@ -115,7 +116,12 @@ def test_files_of_class_names(tmp_path, file):
         picture(tmp_path / "pictures" / "val" / wnid / "1.png")
     assert data.open_dataset(tmp_path / "pictures").classes == list(WORDNET)
     (tmp_path / file).write_text(FILES[file])
-    assert data.open_dataset(tmp_path / "pictures").classes == ["gold fish", "sting ray", "hen"]
+    for path in ("pictures", "pictures/val"):
+        assert data.open_dataset(tmp_path / path).classes == ["gold fish", "sting ray", "hen"]
+    if file == "classnames.txt":
+        # without ids the names are in the order of the folders
+        (tmp_path / file).write_text("first\nsecond\nthird, or last\n")
+        assert data.open_dataset(tmp_path / "pictures").classes == ["first", "second", "third, or last"]
     (tmp_path / file).write_text("[]" if file.endswith("json") else "\n\n")
     with pytest.raises(ValueError, match=file):
         data.open_dataset(tmp_path / "pictures")
@@ -159,11 +165,11 @@ def test_imagenets_own_names_need_no_file(tmp_path, clip):
 
 
 def test_numbers_are_classes_of_imagenet_in_its_v2_only(tmp_path):
-    for place in ("imagenet/flowers", "imagenet/imagenetv2-matched-frequency-format-val"):
+    for place in ("imagenet/flowers", "imagenet/ImageNet_V2"):
         for k in (1, 2, 10):
             picture(tmp_path / place / str(k) / "1.png")
     assert data.open_dataset(tmp_path / "imagenet/flowers").classes == ["1", "2", "10"]
-    names = data.open_dataset(tmp_path / "imagenet/imagenetv2-matched-frequency-format-val").classes
+    names = data.open_dataset(tmp_path / "imagenet/ImageNet_V2").classes
     assert names == ["goldfish", "great white shark", "brambling"]
 
 
@@ -264,7 +270,12 @@ def test_names_and_templates_of_the_suite():
     assert templates.read_classes("clip-CIFAR10", list("0123456789"))[:2] == ["airplane", "automobile"]
     with pytest.raises(ValueError, match="clip-CIFAR10: 10 names, but the data have 2 classes"):
         templates.read_classes("clip-CIFAR10", ["a", "b"])
-    assert {"CIFAR10", "CIFAR100", "GTSRB", "STL10", "RESISC45", "Country211", "KITTI"} <= set(
-        templates.SUITE
-    )
+    # Llip's suite of 22 without CUB and MIT-States
+    suite = "ImageNet Food101 CIFAR10 CIFAR100 SUN397 StanfordCars FGVCAircraft OxfordPets Caltech101"
+    suite += " Flowers102 MNIST STL10 GTSRB DescribableTextures EuroSAT RESISC45 PatchCamelyon"
+    suite += " Country211 KITTI UCF101"
+    assert {*suite.split()} <= {*templates.SUITE}
+    for name in suite.split():
+        facts = templates.SUITE[name]
+        assert len(facts["classes"]) >= 2 and all("{}" in text for text in facts["templates"]), name
     assert "MIT License" in templates.SUITE["source"]
