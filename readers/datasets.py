@@ -154,7 +154,7 @@ def find_missing(root: str, files: list, where) -> set:
         first = printable(os.path.join(root, missing[0])[:300])
         message = f"{where}: {len(missing)} of its {len(files)} images are missing, the first is {first}"
         if len(missing) > 0.01 * len(files):
-            raise ValueError(f"{message}; unpack them again, or --image-root says where the images are")
+            raise ValueError(f"{message}; --image-root says where the images are, or unpack them again")
         warn(f"{message}; they are skipped")
     return set(missing)
 

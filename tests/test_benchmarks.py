@@ -233,7 +233,7 @@ WRONG = [
         "UCF101",
         "test",
         lambda folder: (folder / "UCF-101-midframes" / "x_folder" / "test0.jpg").unlink(),
-        "1 of its 6 images are missing, the first is .*x_folder/test0.jpg; unpack them again, or",
+        "1 of its 6 images are missing, .*x_folder/test0.jpg; --image-root .* or unpack them again",
     ),
     (
         "FGVCAircraft",
