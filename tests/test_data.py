@@ -1244,7 +1244,7 @@ def labelled(tmp_path):
 def test_domain_batches(labelled):
     make = dict(transform=data.RandomCrop(SIZE, (0.7, 1.0), True, "bilinear"), batch_size=4, seed=2)
     alone = take(data.domain_batches(labelled, **make), 6)
-    for images_, labels, ids in alone:
+    for images_, labels, ids, _ in alone:
         assert images_.shape == (12, 3, SIZE, SIZE)
         assert labels.tolist() == [labelled.labels[i] for i in ids.tolist()]
         assert [labelled.domains[i] for i in ids.tolist()] == [0] * 4 + [1] * 4 + [2] * 4
