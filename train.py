@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 import evaluate
 import tasks
 from baselines import methods
-from baselines.configure import parse, resolve
+from baselines.methods import parse, resolve
 from model import CONFIGS
 from scale import costs, distributed
 from util import text

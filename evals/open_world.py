@@ -33,7 +33,6 @@ from util.flags import parse
 from util.metrics import accuracy, auroc, constant_answer
 from util.program import leave, program
 from util.report import format_table
-from util.run import read_config
 from util.text import say
 
 # what config.json of a fine-tuned run says
@@ -167,8 +166,7 @@ def main(argv: list[str]) -> None:
         raise ValueError("--split and --limit: the task determines the images, leave them out")
     device, runs, records, counts = start(flags), [], [], []
     for source in (flags.model, *flags.more):
-        config = read_config(source)
-        config = config if fine_tuned(config) else {}
+        config = fine_tuned(source)
         runs.append((config, *task_of(flags, source, config)))
     opened = each_model(flags, device, evaluate.open_model)
     for (config, task, targets), (source, model, tokenizer) in zip(runs, opened):

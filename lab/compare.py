@@ -18,7 +18,7 @@ from itertools import product
 from pathlib import Path
 
 import train
-from baselines.configure import is_tiny
+from baselines.methods import is_tiny
 from evals.open_world import FIGURES, TASKS, domains_of, summarise, table
 from readers.templates import BENCHMARKS, recognise
 from util.evaluation import WhereFlags, where_of

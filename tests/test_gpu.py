@@ -11,7 +11,7 @@ from test_compile import SIZES, pairs
 from torch.nn.parallel import DistributedDataParallel
 
 import train
-from baselines.configure import parse
+from baselines.methods import parse
 from llip import Llip
 from model import CLIP
 from scale.gradcache import training_step

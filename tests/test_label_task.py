@@ -20,8 +20,7 @@ import clipood
 import evaluate
 import pretrained
 import train
-from baselines.configure import is_tiny
-from baselines.methods import METHODS
+from baselines.methods import METHODS, is_tiny
 from evals import open_world as openworld
 from evals import protocol as protocols
 from llip import Llip
@@ -383,7 +382,7 @@ RANKS = """
 import os, sys
 sys.path.insert(0, sys.argv.pop(1))
 import torch, train
-from baselines.configure import parse
+from baselines.methods import parse
 torch.set_num_threads(1)
 for method, chunks in (("alignclip", "3"), ("flyp", "1")):
     flags = ["--method", method, "--accumulate", chunks, "--out", sys.argv[1] + method, *sys.argv[2:]]

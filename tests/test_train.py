@@ -214,7 +214,7 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(torch, "save", full)
     monkeypatch.setattr(train, "check_same_run", lambda old, new: None)
-    monkeypatch.setattr("baselines.configure.check_same_run", lambda old, new: None)
+    monkeypatch.setattr("baselines.methods.check_same_run", lambda old, new: None)
     assert run(tmp_path / "run", "--steps", 4, "--resume", "auto") == 2
     assert "No space left" in (error := capsys.readouterr().err) and "last checkpoint is whole" in error
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
