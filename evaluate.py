@@ -38,6 +38,7 @@ from readers import scenes
 from readers import templates as prompts
 from readers.benchmarks import unnamed
 from scale import distributed, llip_tiles
+from scale.distributed import map_features
 from util import plots
 from util.evaluation import DataFlags, ModelFlags, load_options, options_of, start, where_of, write_results
 from util.flags import Parser, parse
@@ -45,13 +46,6 @@ from util.metrics import KS, Recall, Relevance, accuracy, certainty, constant_an
 from util.program import leave, program
 from util.report import Progress, results_table
 from util.text import warn
-
-
-def map_features(function: Callable, *features):
-    """Applies a function of tensors to features: map_features(torch.Tensor.float, features)."""
-    if isinstance(features[0], tuple):
-        return tuple(function(*parts) for parts in zip(*features))
-    return function(*features)
 
 
 @contextlib.contextmanager

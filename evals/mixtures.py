@@ -11,7 +11,7 @@ does not look inside the tokens, so it has no equation for these figures. docs/e
                    variance: across captions, across images, and jointly (the part that needs both)
     tokens.png     surgery.llip_token_maps: the patches that each token attends to in the last block
     captions.png   surgery.mixed_maps: the same maps, mixed by the weights of a caption
-    names.png      the captions that use each token most. Coherence is the share of common words of two such
+    "names"        the captions that use each token most. Coherence is the share of common words of two such
                    captions; "permuted" is the same after the captions are dealt to the weights at random
     ablation.png   drop of the cosine when one token is removed before the softmax, relative to the lead. A
                    sigmoid loss gives zero no meaning. With --image all texts are true: there is no lead
@@ -39,9 +39,8 @@ from readers import scenes
 from readers.datasets import Images
 from readers.templates import PHOTO, fill
 from util.evaluation import DataFlags, ModelFlags, load_options, start, write_results
-from util.files import write_image
 from util.flags import parse
-from util.plots import GRID, bars, heat, matrix, sheet
+from util.plots import bars, matrix
 from util.program import leave, program
 from util.report import format_table
 
@@ -287,19 +286,6 @@ def draw_weights(path: Path, phi: Tensor, captions: Captions, tokens: list[int])
     matrix(path, values, names[:-1], columns[:-1], title)
 
 
-def draw_names(path: Path, rows: list[dict], tokens: list[int]) -> None:
-    """Writes the captions that use each token most, below a bar for the largest mean weight; a row a head."""
-    bars, texts = [], []
-    for row in (row for row in rows if row["token"] in tokens):
-        bars.append(Image.new("RGB", (surgery.TILE, 16), GRID))
-        colour = tuple(heat(np.float64(row["weight"])).tolist())
-        bars[-1].paste(colour, (0, 0, round(surgery.TILE * row["weight"]), 16))
-        place = f"head {row['head']}, token {row['token']}: {row['weight']:.2f}"
-        texts.append("; ".join([place, *row["captions"]]))
-    title = "The captions with the largest mean weight of each token, shown by the bar"
-    write_image(path, sheet(bars, texts, len(tokens), surgery.TILE, title))
-
-
 def picture(dataset, i: int) -> tuple[Image.Image, str]:
     """An image as the model sees it, but larger, and its name."""
     if isinstance(dataset, scenes.Scenes):
@@ -357,7 +343,6 @@ def draw(out: Path, dataset, captions: Captions, found: dict, tables: dict) -> N
     order = means.mean((0, 1)).argsort(descending=True).tolist()
     few, show = sorted(order[:8]), examples(dataset, found, captions)
     draw_weights(out / "weights.png", means, captions, sorted(order[:most]))
-    draw_names(out / "names.png", tables["names"], few)
     note = "; a number is the share of the map on a thing over its share of the picture" * ("labels" in found)
     title = f"What each token attends to in the last block{note}"
     surgery.map_sheet(out / "tokens.png", token_rows(dataset, found, show, few), title)
@@ -392,14 +377,17 @@ def main(argv: list[str]) -> None:
     if isinstance(dataset, scenes.Scenes):
         found["labels"], found["by_pair"], more = on_masks(found, dataset, captions)
         tables |= more
-    for name, rows in tables.items():
+    # the 32 cells with the largest mean weights, all of a small Llip
+    shown = sorted(tops, key=lambda row: -row["weight"])[:32]
+    shown = [row | {"captions": "; ".join(row["captions"])} for row in shown]
+    for name, rows in (tables | {"names": shown}).items():
         print(f"{name}\n{format_table(rows)}\n" if rows else f"{name}: none\n")
     content = {"task": "mixtures", "model": flags.model, "data": flags.data, "images": len(dataset)}
     content |= tables | {"names": tops, "coherence": coherence, "captions": captions.texts}
     content |= {"topics": captions.topics, "mean_weights": means.round(decimals=4).tolist()}
     write_results(flags, content)
     if flags.out:
-        draw(Path(flags.out), dataset, captions, found, tables | {"names": tops})
+        draw(Path(flags.out), dataset, captions, found, tables)
 
 
 if __name__ == "__main__":

@@ -237,19 +237,14 @@ def mixed_maps(maps: Tensor, phi: Tensor) -> Tensor:
     return seen + phi[:, M:].view_as(seen) if phi.shape[1] > M else seen
 
 
-def heat_maps(model, image: Tensor, tokens: Tensor, method: str, blank: Tensor | None = None) -> Tensor:
+def heat_maps(model, image: Tensor, tokens: Tensor, method: str) -> Tensor:
     """One map per text, stretched to [0, 1]: image (3, S, S), ids (C, L) -> (rows, columns, C).
 
-    An Llip ignores the method. blank (1, L), the ids of "", selects feature surgery.
+    An Llip ignores the method.
     """
     if model.conditional:
         return stretch(llip_caption_map(model, image[None], tokens))[0]
-    text = model.encode_text(tokens)
-    features = dense_features(model.visual, image[None], method)
-    if blank is None:
-        return similarity_map(features, text)[0]
-    redundant = model.encode_text(blank) if len(text) == 1 else None
-    return stretch(as_grid(feature_surgery(features, text, redundant)[:, 1:]))[0]
+    return similarity_map(dense_features(model.visual, image[None], method), model.encode_text(tokens))[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +255,6 @@ class Flags(LoadFlags):
     out: str  # the picture to write, a .png
     method: Literal[tuple(METHODS)] = "surgery"  # of a CLIP; for an Llip there is one kind of map
     size: int | None = None  # images are resized to a square of so many pixels (default: the model's)
-    subtract_shared: bool = False  # feature surgery: subtract what all texts share
     max_pixels: int | None = None  # of the image (default: 96 million, 24 for some formats: docs/data.md)
     vocab: str = ""  # vocabulary (default: the run's own, else OpenAI's)
 
@@ -319,12 +313,11 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--size {size}: not 1 to {MAX_SIZE} and a multiple of the patch, take {fitting}")
     method = "Llip, tokens mixed by the text" if model.conditional else flags.method
     tokens = tokenizer(flags.texts, model.config.context_length)  # (C, L)
-    blank = tokenizer([""], model.config.context_length) if flags.subtract_shared else None
     # REF: CLIP Surgery resizes to a square and crops nothing: the map covers the whole picture
     square = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
     with torch.no_grad():
         own = data.preprocess_of(model.config)
-        maps = heat_maps(model, data.normalise(square, own.mean, own.std), tokens, flags.method, blank)
+        maps = heat_maps(model, data.normalise(square, own.mean, own.std), tokens, flags.method)
     labels = [Path(flags.image).name, *flags.texts]
     map_sheet(out, [(image, maps, labels)], f"{method}, {Path(flags.model).name}, {size} pixels")
     print(f"{out}: {len(flags.texts)} texts, {method}")

@@ -15,6 +15,7 @@ import contextlib
 import os
 import re
 import socket
+from collections.abc import Callable
 from concurrent import futures
 from datetime import timedelta
 
@@ -165,11 +166,16 @@ class _Transpose(torch.autograd.Function):
         return _Transpose.forward(ctx, grad)
 
 
+def map_features(function: Callable, *features):
+    """Applies a function of tensors to features: map_features(torch.Tensor.float, features)."""
+    if isinstance(features[0], tuple):
+        return tuple(function(*parts) for parts in zip(*features))
+    return function(*features)
+
+
 def start_gather(features):
     """SPEED: starts what gather(result) finishes. Rows, and later gradients, are sent during other work."""
-    if isinstance(features, tuple):
-        return tuple(start_gather(x) for x in features)
-    return features if world_size() == 1 else Gathering(features)
+    return features if world_size() == 1 else map_features(Gathering, features)
 
 
 def gather(features):
@@ -177,10 +183,9 @@ def gather(features):
 
     features: rows of this rank, equally many on every rank; or the result of start_gather
     """
-    if isinstance(features, tuple):
-        return tuple(gather(x) for x in features)
-    started = start_gather(features) if isinstance(features, Tensor) else features
-    return started.finish() if isinstance(started, Gathering) else started
+    if world_size() == 1:
+        return features
+    return map_features(lambda x: (Gathering(x) if isinstance(x, Tensor) else x).finish(), features)
 
 
 def transpose(logits: Tensor) -> Tensor:

@@ -23,8 +23,7 @@ def parts_of(features) -> tuple[Tensor, ...]:
 
 def float_features(features):
     """At least fp32 from here on: normalisation, logits and losses are never computed in half precision."""
-    full = tuple(losses.at_least_fp32(x) for x in parts_of(features))
-    return full if isinstance(features, tuple) else full[0]
+    return distributed.map_features(losses.at_least_fp32, features)
 
 
 def contrastive_loss(model: nn.Module, image_side, text_side, objective: str) -> Tensor:

@@ -227,7 +227,6 @@ class TiledLlip(Llip):
     def pair_loss(self, image_side: tuple, text_side: tuple, loss: Callable) -> Tensor:
         """Sum over tiles of loss(logits (I, J), first row, first column), its gradient taken tile by tile."""
         scaling = [p for p in (self.logit_scale, self.logit_bias) if p is not None and p.requires_grad]
-
         inputs = (self.temperature, *self.inputs(image_side, text_side), *scaling)
         return TiledLoss.apply(lambda cos, *tile: loss(self.scale_logits(cos), *tile), *inputs)
 

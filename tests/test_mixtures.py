@@ -181,13 +181,15 @@ def call(model, out, *words):
 
 def test_scenes(small_runs, tmp_path, capsys):
     result, pictures = call(small_runs["llip"], tmp_path, "--limit", 20)
-    assert set(pictures) == {f"{n}.png" for n in ("weights", "names", "tokens", "captions", "ablation")}
+    assert set(pictures) == {f"{n}.png" for n in ("weights", "tokens", "captions", "ablation")}
     assert np.array(result["mean_weights"]).shape == (174, 2, 3)
     assert np.array(result["mean_weights"]).sum(-1) == pytest.approx(1, abs=1e-3)
     assert len(result["names"]) == 6 and len(result["topics"]) == 174 and result["images"] == 20
     assert {"weights", "ablation", "caption maps", "token maps", "coherence"} <= set(result)
     out = capsys.readouterr().out
     assert "across captions" in out and "lead lost, %" in out and "right thing" in out
+    for row in result["names"]:
+        assert f"{row['weight']:.3f} | {'; '.join(row['captions'])} " in out
 
 
 @pytest.mark.parametrize("tokens, options", [(1, {}), (2, {"all_tokens": True}), (40, {"norm": True})])

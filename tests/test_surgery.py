@@ -565,24 +565,6 @@ def test_llip_on_the_command_line(run, tmp_path):
     assert "pools 3 tokens" in run(tmp_path / "a.png", "a dog", model=pooled, status=2)
 
 
-def test_a_single_text_is_compared_with_the_empty_one(images):
-    model, ids = clip(), CAPTIONS[:1]
-    tokens = dense_features(model.visual, images[:1], "surgery")
-    both = F.normalize(model.encode_text(CAPTIONS[:2]), dim=-1)
-    less = F.normalize(tokens[0, 1:], dim=-1) @ (both[0] - both[1])
-    got = surgery.heat_maps(model, images[0], ids, "surgery", blank=CAPTIONS[1:2])
-    expected = (less - less.min()) / (less.max() - less.min())
-    torch.testing.assert_close(got.flatten(), expected)
-
-
-def test_subtracting_what_texts_share_changes_the_maps(run, tmp_path):
-    image = picture(tmp_path / "a.png")
-    for texts in (["a dog"], ["a dog", "grass"]):
-        plain = np.asarray(run(image, *texts)).astype(int)
-        less = np.asarray(run(image, *texts, "--subtract-shared")).astype(int)
-        assert np.abs(plain - less).max() > 10
-
-
 def test_clear_errors(run, tmp_path):
     image = picture(tmp_path / "a.png")
     assert "no.png: not a readable image (No such file" in run(tmp_path / "no.png", "a dog", status=2)
