@@ -188,10 +188,8 @@ def pair_data(c) -> tuple:
         if held_out and not c.val_data and ".tar" not in c.train_data:
             tests["retrieval"] = data.open_dataset(c.train_data, held_out[0], **where)
     if c.val_data:
-        root = c.val_image_root or where["image_root"]
-        tests["retrieval"] = data.open_dataset(
-            c.val_data, default_split="test", **where | {"image_root": root}
-        )
+        own = where | {"image_root": c.val_image_root or where["image_root"]}
+        tests["retrieval"] = data.open_dataset(c.val_data, default_split="test", **own)
     if c.zeroshot_data not in ("", "scenes"):
         where |= {"image_root": c.zeroshot_image_root or None, "kind": "labels"}
         tests["zeroshot"] = data.open_dataset(c.zeroshot_data, default_split="test", **where)

@@ -154,9 +154,8 @@ class Corpus:
             try:
                 yield from file
             except UnicodeDecodeError as error:
-                raise OSError(
-                    f"{self.path} is not text in UTF-8 ({error}): decompress or convert it"
-                ) from None
+                problem = f"{self.path} is not text in UTF-8 ({error})"
+                raise OSError(f"{problem}: decompress or convert it") from None
 
     def records(self, label: str = "", total: int = 0) -> Iterator[tuple[list[str] | str, str]]:
         """Yields each record and its caption. A record is a list of cells in a table, otherwise a line.

@@ -36,8 +36,7 @@ from util.report import format_table
 from util.text import say
 
 # what config.json of a fine-tuned run says
-WRITTEN = {"open_task": str, "target_domain": str, "whole_target": bool, "template": str, "seed": int}
-WRITTEN |= {"shots": int}
+WRITTEN = dict(open_task=str, target_domain=str, whole_target=bool, template=str, seed=int, shots=int)
 FIGURES = ("val", "target", "test", "base", "new", "H", "auroc", "mean_per_class")
 
 

@@ -142,14 +142,6 @@ def dense_features(visual, images: Tensor, method="surgery", blocks: int | None 
     return visual.head(z if recipe.own_class else torch.cat([x[:, :1], z[:, 1:]], 1))
 
 
-def as_grid(x: Tensor) -> Tensor:
-    """Patches of a square image to rows and columns: (B, P, C) -> (B, rows, columns, C)."""
-    side = math.isqrt(x.shape[1])
-    if side * side != x.shape[1]:
-        raise ValueError(f"{x.shape[1]} patches are not a square")
-    return x.unflatten(1, (side, side))  # (B, rows, columns, C)
-
-
 def stretch(maps: Tensor, size: int | tuple[int, int] | None = None) -> Tensor:
     """Every map (B, rows, columns, C) to the range [0, 1], then bilinear to size (None keeps the grid).
 
@@ -172,7 +164,10 @@ def similarity_map(tokens: Tensor, text: Tensor, size: int | tuple[int, int] | N
     Returns: (B, rows, columns, C), or (B, height, width, C).   Raises: ValueError unless they are a square.
     """
     cosines = F.normalize(tokens[:, 1:], dim=-1) @ F.normalize(text, dim=-1).t()  # (B, P, C)
-    return stretch(as_grid(cosines), size)
+    patches, side = cosines.shape[1], math.isqrt(cosines.shape[1])
+    if side * side != patches:
+        raise ValueError(f"{patches} patches are not a square")
+    return stretch(cosines.unflatten(1, (side, side)), size)
 
 
 def feature_surgery(tokens: Tensor, text: Tensor, redundant: Tensor | None = None, scale=2.0) -> Tensor:
@@ -235,16 +230,6 @@ def mixed_maps(maps: Tensor, phi: Tensor) -> Tensor:
     M, phi = maps.shape[-1], phi.transpose(1, 2)  # (B, M, C), or (B, M + P, C)
     seen = torch.einsum("bijm,bmc->bijc", maps, phi[:, :M])  # (B, rows, columns, C)
     return seen + phi[:, M:].view_as(seen) if phi.shape[1] > M else seen
-
-
-def heat_maps(model, image: Tensor, tokens: Tensor, method: str) -> Tensor:
-    """One map per text, stretched to [0, 1]: image (3, S, S), ids (C, L) -> (rows, columns, C).
-
-    An Llip ignores the method.
-    """
-    if model.conditional:
-        return stretch(llip_caption_map(model, image[None], tokens))[0]
-    return similarity_map(dense_features(model.visual, image[None], method), model.encode_text(tokens))[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,9 +302,13 @@ def main(argv: list[str]) -> None:
     square = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
     with torch.no_grad():
         own = data.preprocess_of(model.config)
-        maps = heat_maps(model, data.normalise(square, own.mean, own.std), tokens, flags.method)
+        x = data.normalise(square[None], own.mean, own.std)  # (1, 3, S, S)
+        if model.conditional:
+            maps = stretch(llip_caption_map(model, x, tokens))  # (1, rows, columns, C)
+        else:
+            maps = similarity_map(dense_features(model.visual, x, flags.method), model.encode_text(tokens))
     labels = [Path(flags.image).name, *flags.texts]
-    map_sheet(out, [(image, maps, labels)], f"{method}, {Path(flags.model).name}, {size} pixels")
+    map_sheet(out, [(image, maps[0], labels)], f"{method}, {Path(flags.model).name}, {size} pixels")
     print(f"{out}: {len(flags.texts)} texts, {method}")
 
 

@@ -6,6 +6,7 @@ lab.figure(arm, seed, name) a figure of its results, lab.timings(section) the ro
 are in per cent. Functions called draw_... take (path, [what is drawn, for each seed]).
 """
 
+import math
 import statistics
 from functools import partial
 
@@ -61,7 +62,7 @@ def aligned_maps(net, tokenizer, dataset, temperature: float) -> tuple[dict[str,
         similarity = unit(net.visual.head(branch[:, 1:])) @ text.t()  # (B, P, C)
         guidance = alignclip.guidance(similarity, labels, temperature)
         for name, patches in (("attention", alignclip.cls_attention(rows)), ("guidance", guidance)):
-            grid = surgery.as_grid(patches.cpu()[..., None])[..., 0]  # (B, rows, columns)
+            grid = patches.cpu().unflatten(1, [math.isqrt(patches.shape[1])] * 2)  # (B, rows, columns)
             found[name].append(maps.enlarge(grid, dataset.image_size))
     return {name: torch.cat(parts) for name, parts in found.items()}, torch.cat(masks)
 

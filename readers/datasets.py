@@ -159,14 +159,6 @@ def find_missing(root: str, files: list, where) -> set:
     return set(missing)
 
 
-def refuse_outside(root: str, files: list, where) -> None:
-    """TRAP: a stranger's list must not make us open, and show, files outside the image folder."""
-    for file in files:
-        if not os.path.normpath(os.path.join(root, file)).startswith(os.path.join(root, "")):
-            remedy = "--image-root names the folder of the images, --allow-outside reads it anyway"
-            raise ValueError(f"{where}: {file!r} is outside {root}; {remedy}")
-
-
 def group_captions(rows: list, where) -> list:
     """One row per image, with all of its captions; empty captions are counted and left out."""
     grouped, empty = {}, 0
@@ -205,8 +197,11 @@ def build(listing: Listing, path: Path, split, default, image_root, allow_outsid
         warn(f"{path}: {unlabelled} of {len(rows)} images have no label or several; no label is used")
     files = Files(rows) if rows[0].names else [row.file for row in rows]
     root = os.path.abspath(path) if path.is_dir() else find_root(path, files, image_root)
-    if not allow_outside and not path.is_dir():
-        refuse_outside(root, files, path)
+    # TRAP: a stranger's list must not make us open, and show, files outside the image folder
+    for file in [] if allow_outside or path.is_dir() else files:
+        if not os.path.normpath(os.path.join(root, file)).startswith(os.path.join(root, "")):
+            remedy = "--image-root names the folder of the images, --allow-outside reads it anyway"
+            raise ValueError(f"{path}: {file!r} is outside {root}; {remedy}")
     if missing := set() if path.is_dir() else find_missing(root, files, path):
         rows = [row for row in rows if row.file not in missing]
         files = [row.file for row in rows]
@@ -280,9 +275,8 @@ def read_dataset(
     # TRAP: the folders beside the split file of CoOp or of FGVC-Aircraft are not its classes
     if splits := sorted([*path.glob("split_zhou_*.json"), *path.glob(AIRCRAFT)]):
         if len(splits) > 1:
-            raise ValueError(
-                f"{path}: {splits[0].name} and {splits[1].name} are there; give one of the files"
-            )
+            both = f"{splits[0].name} and {splits[1].name} are there"
+            raise ValueError(f"{path}: {both}; give one of the files")
         path = splits[0]
     listing = read_folder(path, caption_lines) if path.is_dir() else None
     if listing is None:

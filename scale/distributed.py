@@ -25,8 +25,8 @@ from torch import Tensor
 
 from util.text import one_line
 
-# how long a rank waits for the others, at the start and in every exchange; ten minutes if it is not set
-TIMEOUT = timedelta(seconds=float(os.environ.get("ALIGNCLIP_TIMEOUT", "600")))
+# seconds that a rank waits for the others, at the start and in every exchange
+TIMEOUT = os.environ.get("ALIGNCLIP_TIMEOUT", "600")
 
 
 def rank() -> int:
@@ -74,21 +74,22 @@ def join(backend: str) -> None:
     address, *numbers = (os.environ.get(name, "") for name in names)
     torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
+        limit = timedelta(seconds=float(TIMEOUT))
         port, rank, world = map(int, numbers)
         socket.getaddrinfo(address, port)
         own = dict(is_master=False) if torchrun else dict(world_size=world, is_master=rank == 0)
         with quiet():
             # TRAP: another program that answers at this port would be waited for without end
-            store = futures.ThreadPoolExecutor(1).submit(dist.TCPStore, address, port, timeout=TIMEOUT, **own)
+            store = futures.ThreadPoolExecutor(1).submit(dist.TCPStore, address, port, timeout=limit, **own)
             # TRAP: torchrun keeps one store of addresses over all restarts. A restarted rank that reads the
             # address of a killed rank fails or waits for ten minutes, so each attempt has its own prefix.
             attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-            store = dist.PrefixStore(attempt, store.result(TIMEOUT.total_seconds()))
-            dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=world)
-    except (RuntimeError, ValueError, OSError, futures.TimeoutError) as error:
-        reason = one_line(error) if str(error) else f"no answer in {TIMEOUT.total_seconds():.0f} s"
+            store = dist.PrefixStore(attempt, store.result(limit.total_seconds()))
+            dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world)
+    except (RuntimeError, ValueError, OSError, OverflowError, futures.TimeoutError) as error:
+        reason = one_line(error) if str(error) else f"no answer in {TIMEOUT} s"
         where = ", ".join(f"{name} {value}" for name, value in zip(names, (address, *numbers)))
-        raise ValueError(f"the ranks do not meet ({where}): {reason}") from error
+        raise ValueError(f"the ranks do not meet ({where}, ALIGNCLIP_TIMEOUT {TIMEOUT}): {reason}") from error
 
 
 @contextlib.contextmanager

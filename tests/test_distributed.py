@@ -15,7 +15,6 @@ import traceback
 import warnings
 import weakref
 from collections import Counter
-from datetime import timedelta
 
 import pytest
 import torch
@@ -420,7 +419,7 @@ def free_port():
 
 @pytest.mark.parametrize("case", ["alone", "no rank 0", "two of rank 0", "port in use", "address", "rank"])
 def test_ranks_that_do_not_meet_say_so_in_one_line(monkeypatch, busy, case):
-    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=2))
+    monkeypatch.setattr(distributed, "TIMEOUT", "2")
     port = free_port()
     ranks = {
         "alone": [environment(0, port)],
@@ -441,8 +440,15 @@ def test_ranks_that_do_not_meet_say_so_in_one_line(monkeypatch, busy, case):
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize("seconds", ["ten", "inf", "nan"])
+def test_a_wrong_timeout_is_one_line(monkeypatch, seconds):
+    monkeypatch.setattr(distributed, "TIMEOUT", seconds)
+    ((status, said),) = ranks_apart(lambda: distributed.setup("cpu"), environment(0, free_port()))
+    assert status == 2 and said.count("\n") == 1 and f"ALIGNCLIP_TIMEOUT {seconds}" in said, said
+
+
 def test_a_stopped_rank_is_one_line_for_the_others(monkeypatch):
-    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=2))
+    monkeypatch.setattr(distributed, "TIMEOUT", "2")
 
     def work():
         distributed.setup("cpu")
@@ -462,7 +468,7 @@ def test_a_stopped_rank_is_one_line_for_the_others(monkeypatch):
 
 @pytest.mark.parametrize("other, refused", [({"lr": 1, "workers": 4}, False), ({"lr": 2}, True)])
 def test_ranks_compare_their_flags(monkeypatch, other, refused):
-    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=20))
+    monkeypatch.setattr(distributed, "TIMEOUT", "20")
 
     def work():
         distributed.setup("cpu")
