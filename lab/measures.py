@@ -22,7 +22,7 @@ import llip
 from baselines.tes import TeS
 from clipood import FineTune, unit
 from evals import linear_probe as probes
-from evals import maps, surgery, typographic
+from evals import maps, typographic
 from evals import spectrum as spectra
 from losses import smoothing_targets
 from model import CONFIGS, tower_flops
