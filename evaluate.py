@@ -2,6 +2,7 @@
 
     python evaluate.py zeroshot  --model runs/llip --data scenes
     python evaluate.py zeroshot  --model ViT-B-16.pt --data imagenet/val --templates imagenet80
+    python evaluate.py zeroshot  --model ViT-B-16.pt --more runs/alignclip --suite datasets
     python evaluate.py retrieval --model runs/llip --data dataset_coco.json --precision bf16
     torchrun --nproc_per_node 8 evaluate.py retrieval --model ViT-B-16.pt --data dataset_coco.json
 
@@ -23,9 +24,11 @@ CLIP, a tuple of tensors for Llip. Metrics are in util/metrics.py.
 
 import contextlib
 import copy
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -37,14 +40,16 @@ from pretrained import check_vocabulary
 from readers import scenes
 from readers import templates as prompts
 from readers.benchmarks import unnamed
+from readers.folders import folders_in
 from scale import distributed, llip_tiles
 from scale.distributed import map_features
 from util import plots
-from util.evaluation import DataFlags, ModelFlags, load_options, options_of, start, where_of, write_results
+from util.evaluation import DataFlags, ModelFlags, each_model, options_of, start, where_of, write_results
 from util.flags import Parser, parse
 from util.metrics import KS, Recall, Relevance, accuracy, certainty, constant_answer, no_nan, places
 from util.program import leave, program
-from util.report import Progress, results_table
+from util.report import Progress, format_table, results_table
+from util.run import read_config
 from util.text import warn
 
 
@@ -291,6 +296,10 @@ class RetrievalFlags(DataFlags, ModelFlags):
 class ZeroshotFlags(DataFlags, ModelFlags):
     """Classifies images by the names of the classes."""
 
+    data: str = ""
+    # many data sets
+    suite: str = ""  # instead of --data: a folder of data sets, for one table of all of them
+    more: tuple[str, ...] = ()  # further models, with --suite
     # classes and prompts
     templates: tuple[str, ...] = ()  # a name in readers/templates.py, texts with {}, or a file of them
     classnames: str = ""  # file of class names: one per line in order, or JSON (list or {folder: names})
@@ -303,14 +312,20 @@ def report(task: str, flags, result: dict, **more) -> None:
     write_results(flags, about | result | more)
 
 
-def retrieval_command(flags: RetrievalFlags, model: nn.Module, tokenizer) -> None:
+def retrieval_command(flags: RetrievalFlags, models: Iterator) -> None:
+    _, model, tokenizer = next(models)
     dataset = open_data(flags, model, "captions")
     result = retrieval(model, dataset, tokenizer, **options_of(flags, "retrieval"))
     if distributed.rank() == 0:
         report("retrieval", flags, result)
 
 
-def zeroshot_command(flags: ZeroshotFlags, model: nn.Module, tokenizer) -> None:
+def zeroshot_command(flags: ZeroshotFlags, models: Iterator) -> None:
+    if bool(flags.data) == bool(flags.suite) or (flags.classnames if flags.suite else flags.more):
+        raise ValueError("--suite replaces --data and --classnames, and --more goes with it: see --help")
+    if flags.suite:
+        return suite_command(flags, models)
+    _, model, tokenizer = next(models)
     dataset = open_data(flags, model, "labels")
     templates = scenes.TEMPLATES if flags.data == "scenes" else prompts.for_data(flags.data)
     templates = prompts.read_templates(list(flags.templates)) if flags.templates else templates
@@ -332,6 +347,84 @@ def zeroshot_command(flags: ZeroshotFlags, model: nn.Module, tokenizer) -> None:
         print(f"drawn in {path}")
 
 
+def open_suite(flags: ZeroshotFlags) -> tuple[dict, list[str]]:
+    """{name: (path, data set)} of the folders and lists in --suite; a line about each that is left out."""
+    root, sets, left_out = Path(flags.suite).absolute(), {}, []
+    lists = sorted(p.name for p in root.iterdir() if p.suffix in (".csv", ".tsv", ".json", ".jsonl"))
+    for path in [root / name for name in (*folders_in(root), *lists)]:
+        try:
+            dataset = open_data(replace(flags, data=str(path), limit=None), None, "labels")
+            # the reader writes "NAME, template ..." for a data set that it recognises
+            name, recognised, _ = getattr(dataset, "format", "").partition(", template ")
+            name = name if recognised else path.stem
+            # the classes of MNIST are digits
+            if name != "MNIST" and (problem := unnamed(dataset.classes)):
+                raise ValueError(problem)
+            sets[f"{name} in {path.name}" if name in sets else name] = path, dataset
+        except (ValueError, OSError) as error:
+            left_out.append(f"{path.name}: {error}")
+    return sets, left_out
+
+
+def suite_table(results: dict[str, dict]) -> list[dict]:
+    """Rows in percent of {name of a data set: {model: result of zeroshot}}, and averages of top-1.
+
+    Averages are over the data sets that every model has; the second is that of ImageNet's shifts.
+    """
+    rows, models = [], {model for own in results.values() for model in own}
+    for name, own in results.items():
+        some = next(iter(own.values()))
+        for figure in ("top1", "mean_per_class")[: 1 + ("top1" in some["constant"])]:
+            row = {"data set": name, "images": some["images"], "classes": some["classes"], "figure": figure}
+            row["chance"] = 100 * some["chance"][figure]
+            row["constant"] = 100 * some["constant"].get(figure, some["chance"][figure])
+            rows.append(row | {model: 100 * result[figure] for model, result in own.items()})
+    whole = {name: own for name, own in results.items() if len(own) == len(models)}
+    shifts = [name for name in whole if "ImageNet" in whole and re.fullmatch("ImageNet(A|R|V2|Sketch)", name)]
+    for names, what in ((whole, "data sets"), (shifts, "shifts of ImageNet")):
+        means = {m: 100 * fmean(whole[name][m]["top1"] for name in names) for m in models if names}
+        rows += [{"data set": f"average of {len(names)} {what}", "figure": "top1"} | means] if names else []
+    return rows
+
+
+def suite_command(flags: ZeroshotFlags, models: Iterator) -> None:
+    """Every data set of --suite with every model, as one table; what fails is left out of it."""
+    options, (sets, left_out), results = options_of(flags), open_suite(flags), {}
+    for source, model, tokenizer in models:
+        trained = str(read_config(source).get("train_data", ""))
+        for name, (path, dataset) in sets.items():
+            if trained and Path(trained).resolve() == path.resolve() and distributed.rank() == 0:
+                warn(f"{source} was trained on images of {name}, and may have seen those of its evaluation")
+            words, options["progress"] = list(flags.templates), f"{source} {name}"
+            templates = prompts.read_templates(words) if words else prompts.for_data(str(path))
+            some = data.evenly_spread(dataset, flags.limit or len(dataset))
+            try:
+                place, _ = classify(model, some, tokenizer, templates, **options)
+                result = summary(place, some) | {"templates": list(templates)}
+                results.setdefault(name, {})[source] = result
+            except (ValueError, OSError) as error:
+                # TRAP: another rank may be waiting for what this one would have sent
+                if distributed.world_size() > 1:
+                    raise
+                left_out.append(f"{name} by {source}: {error}")
+    if distributed.rank() == 0:
+        absent = [known.name for known in prompts.BENCHMARKS if known.name not in sets]
+        rows, path, bars = suite_table(results), Path(flags.out) / "suite.png", {}
+        print(format_table(rows, digits=2))
+        print(f"not in {flags.suite}: {', '.join(absent) or 'none'}")
+        for line in left_out:
+            warn(f"left out: {line}")
+        about = {"task": "suite", "suite": flags.suite, "results": results, "rows": rows}
+        write_results(flags, about | {"absent": absent, "left_out": left_out})
+        for name, own in results.items():
+            bars[name] = {m: (100 * r["top1"], 50 / r["images"] ** 0.5) for m, r in own.items()}
+        if flags.out and bars:
+            plots.bars(path, bars, "top-1 in %, with the largest standard error")
+            print(f"drawn in {path}")
+    if left_out or not sets:
+        raise ValueError(f"{flags.suite}: {len(sets)} data sets are read, {len(left_out)} results missing")
+
+
 COMMANDS = {"zeroshot": (ZeroshotFlags, zeroshot_command), "retrieval": (RetrievalFlags, retrieval_command)}
 
 
@@ -341,9 +434,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("command", choices=COMMANDS, help="the flags of each: evaluate.py COMMAND --help")
     cls, command = COMMANDS[parser.parse_args(argv[:1]).command]
     flags = parse(cls, argv[1:], cls.__doc__)
-    device = start(flags)
-    model, tokenizer = open_model(flags.model, flags.vocab, **load_options(flags))
-    command(flags, model.to(device), tokenizer)
+    command(flags, each_model(flags, start(flags), open_model))
     distributed.shutdown()
 
 

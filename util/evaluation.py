@@ -85,7 +85,7 @@ def each_model(flags, device: torch.device, open_model: Callable) -> Iterator[tu
 
     Args: open_model(source, vocabulary, flags of pretrained.load) -> model, tokenizer
     """
-    sources = [flags.model, *flags.more]
+    sources = [flags.model, *getattr(flags, "more", ())]
     opened = [open_model(source, flags.vocab, **load_options(flags)) for source in sources]
     for source in sources:
         model, tokenizer = opened.pop(0)
