@@ -39,7 +39,7 @@ from baselines import methods
 from pretrained import check_vocabulary
 from readers import scenes
 from readers import templates as prompts
-from readers.benchmarks import unnamed
+from readers.benchmarks import is_coded, unnamed
 from readers.folders import folders_in
 from scale import distributed, llip_tiles
 from scale.distributed import map_features
@@ -287,6 +287,12 @@ def open_data(flags, model: nn.Module, kind: str):
     return data.evenly_spread(dataset, flags.limit) if flags.limit else dataset
 
 
+def templates_of(words, source: str | Path) -> tuple[str, ...]:
+    """The prompt templates of --templates, or else those of a data set."""
+    own = scenes.TEMPLATES if str(source) == "scenes" else prompts.for_data(source)
+    return prompts.read_templates(list(words)) if words else own
+
+
 @dataclass(frozen=True, kw_only=True)
 class RetrievalFlags(DataFlags, ModelFlags):
     """Finds the captions of an image, and the image of a caption."""
@@ -327,8 +333,7 @@ def zeroshot_command(flags: ZeroshotFlags, models: Iterator) -> None:
         return suite_command(flags, models)
     _, model, tokenizer = next(models)
     dataset = open_data(flags, model, "labels")
-    templates = scenes.TEMPLATES if flags.data == "scenes" else prompts.for_data(flags.data)
-    templates = prompts.read_templates(list(flags.templates)) if flags.templates else templates
+    templates = templates_of(flags.templates, flags.data)
     folders = getattr(dataset, "folders", dataset.classes)
     classes = prompts.read_classes(flags.classnames, folders) if flags.classnames else dataset.classes
     place, answer = classify(model, dataset, tokenizer, templates, classes, **options_of(flags, "zeroshot"))
@@ -351,7 +356,8 @@ def open_suite(flags: ZeroshotFlags) -> tuple[dict, list[str]]:
     """{name: (path, data set)} of the folders and lists in --suite; a line about each that is left out."""
     root, sets, left_out = Path(flags.suite).absolute(), {}, []
     lists = sorted(p.name for p in root.iterdir() if p.suffix in (".csv", ".tsv", ".json", ".jsonl"))
-    for path in [root / name for name in (*folders_in(root), *lists)]:
+    itself = prompts.recognise(root, domains=set(folders := folders_in(root)), coded=is_coded(folders))
+    for path in [root] if itself else [root / name for name in (*folders, *lists)]:
         try:
             dataset = open_data(replace(flags, data=str(path), limit=None), None, "labels")
             # the reader writes "NAME, template ..." for a data set that it recognises
@@ -395,8 +401,7 @@ def suite_command(flags: ZeroshotFlags, models: Iterator) -> None:
         for name, (path, dataset) in sets.items():
             if trained and Path(trained).resolve() == path.resolve() and distributed.rank() == 0:
                 warn(f"{source} was trained on images of {name}, and may have seen those of its evaluation")
-            words, options["progress"] = list(flags.templates), f"{source} {name}"
-            templates = prompts.read_templates(words) if words else prompts.for_data(str(path))
+            templates, options["progress"] = templates_of(flags.templates, path), f"{source} {name}"
             some = data.evenly_spread(dataset, flags.limit or len(dataset))
             try:
                 place, _ = classify(model, some, tokenizer, templates, **options)

@@ -269,7 +269,7 @@ class LabelTask(Task):
         parts = dict(whole=c.whole_target, shots=c.shots, seed=c.seed, scene=scene)
         self.protocol = protocol.protocol(c.train_data, c.open_task, c.target_domain, **parts, **where_of(c))
         self.train = self.protocol.train
-        self.templates = protocol.templates_of([c.template] if c.template else [], c.train_data)
+        self.templates = evaluate.templates_of([c.template] if c.template else [], c.train_data)
         names = self.train.classes
         if problem := unnamed(names):
             raise ValueError(f"{c.train_data}: {problem}")

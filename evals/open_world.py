@@ -25,7 +25,7 @@ import torch
 import data
 import evaluate
 from baselines.methods import fine_tuned
-from evals.protocol import TASKS, Protocol, check_target, domains_of, protocol, templates_of
+from evals.protocol import TASKS, Protocol, check_target, domains_of, protocol
 from readers import templates as prompts
 from scale import distributed
 from util.evaluation import SeveralFlags, each_model, options_of, start, where_of, write_results
@@ -171,7 +171,8 @@ def main(argv: list[str]) -> None:
     for (config, task, targets), (source, model, tokenizer) in zip(runs, opened):
         about = {"model": source, "task": task, "method": config.get("method", "zero-shot")}
         about["seed"] = config.get("seed", source)
-        prompt = templates_of(flags.templates or list(filter(None, [config.get("template")])), flags.data)
+        words = flags.templates or list(filter(None, [config.get("template")]))
+        prompt = evaluate.templates_of(words, flags.data)
         of_data = where_of(flags) | {"scene": {"image_size": model.config.image_size}}
         of_data["whole"] = flags.whole_target or config.get("whole_target", False)
         of_data |= {name: config.get(name, 0) for name in ("shots", "seed")}  # they decide val

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import data
 from readers import scenes
-from readers import templates as prompts
 from readers.benchmarks import read_few_shots
 from util.text import printable, say
 
@@ -198,9 +197,3 @@ def domains_of(source: str | Path, task: str, **where) -> list[str]:
     names = data.open_dataset(source, kind="labels", **where).domain_names
     check_target(source, task, (names or [""])[0], names or ())
     return list(names)
-
-
-def templates_of(words, source: str | Path) -> tuple[str, ...]:
-    """The prompt templates of --templates, or else those of a data set."""
-    own = scenes.TEMPLATES if str(source) == "scenes" else prompts.for_data(source)
-    return prompts.read_templates(list(words)) if words else own

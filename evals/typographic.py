@@ -14,7 +14,6 @@ from torch import Tensor
 
 import data
 import evaluate
-from evals.protocol import templates_of
 from model import DualEncoder
 from readers import templates as prompts
 from util.evaluation import SeveralFlags, each_model, options_of, start, write_results
@@ -118,7 +117,7 @@ def main(argv: list[str]) -> None:
     device, rows, results = start(flags, one_process=True), [], {}
     for source, model, tokenizer in each_model(flags, device, evaluate.open_model):
         dataset = evaluate.open_data(flags, model, "labels")
-        templates = templates_of(flags.templates, flags.data)
+        templates = evaluate.templates_of(flags.templates, flags.data)
         options = options_of(flags, f"typographic {source}")
         results[source] = typographic(model, dataset, tokenizer, templates, flags.seed, **options)
         for kind, figures in results[source].items():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from readers.folders import natural
+from readers.folders import folders_in, natural
 from readers.lists import Listing
 from readers.templates import CLIP, SUITE, WORDNET, read_classes, recognise
 from util.files import open_file, read_text
@@ -39,6 +39,9 @@ def refine(path: Path, listing: Listing) -> Listing:
     coded = is_coded(classes.values())
     if found := recognise(path, {row.domain for row in rows if row.domain}, coded):
         form = f"{found.name}, template {found.template!r}: {form}"
+    if found and found.name == "ImageNetV2" and folder and not is_coded(variants := folders_in(root)):
+        if len(variants) > 1:
+            raise ValueError(f"{path}: {', '.join(variants)} are different test sets: give one of them")
     # from the folder of the first images to two above the path
     inner = root / rows[0].file if folder and rows else root
     places = [place for place in (inner, *inner.parents) if len(place.parts) > len(root.parts) - 3]

@@ -219,7 +219,7 @@ def test_pictures_are_resized_as_by_the_published_loaders(tmp_path, clip, folder
 def test_flyp_pairs_every_image_with_each_template(clip, folder, monkeypatch):
     task = task_of(clip, "flyp", train_data=str(folder), epochs=3.0, batch_size=8)
     assert task.samples() == len(task.train) == 24 and task.model.prompts_per_class == 1
-    monkeypatch.setattr(protocols, "templates_of", lambda *_: ("a {}", "the {}", "one {}"))
+    monkeypatch.setattr(evaluate, "templates_of", lambda *_: ("a {}", "the {}", "one {}"))
     task = task_of(clip, "flyp", train_data=str(folder), epochs=3.0, batch_size=8)
     assert task.samples() == 3 * 24
     pairs, seen = [], set()

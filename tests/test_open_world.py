@@ -18,6 +18,7 @@ from small_models import save_run
 from torch import nn
 
 import data
+import evaluate
 from evals import open_world as openworld
 from evals import protocol as protocols
 from evals.open_world import protocol, summarise
@@ -487,9 +488,9 @@ def test_tables_over_seeds_and_domains():
 def test_templates_of_papers():
     assert prompts.for_data("x/split_zhou_OxfordPets.json") == ("a photo of a {}, a type of pet.",)
     assert prompts.for_data("x/split_zhou_Caltech101.json") == prompts.PHOTO
-    assert protocols.templates_of((), "PACS") == prompts.PHOTO
-    assert protocols.templates_of((), "scenes") == scenes.TEMPLATES
-    assert protocols.templates_of(("a {}",), "scenes") == ("a {}",)
+    assert evaluate.templates_of((), "PACS") == prompts.PHOTO
+    assert evaluate.templates_of((), "scenes") == scenes.TEMPLATES
+    assert evaluate.templates_of(("a {}",), "scenes") == ("a {}",)
 
 
 # Command lines -------------------------------------------------------------------------------------------

@@ -179,6 +179,29 @@ def test_the_same_data_set_twice_and_the_flags_of_all(tmp_path, models, capsys):
     assert "average of 2 data sets" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["PACS", "OxfordPets"])
+def test_a_suite_may_be_one_data_set(tmp_path, models, name):
+    """Else each domain of PACS would be a data set, and the list of OxfordPets would lack its images."""
+    make(tmp_path / "sets", name)
+    folder = next((tmp_path / "sets").iterdir())
+    assert run("--suite", folder, "--model", models[0], "--out", tmp_path / "out") == 0
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(result["results"]) == [name] and result["left_out"] == []
+
+
+def test_variants_of_imagenet_v2_are_not_one_data_set(tmp_path, models, capsys):
+    for name in ("matched-frequency", "top-images"):
+        for n in range(2):
+            picture(tmp_path / "sets" / "imagenetv2" / f"imagenetv2-{name}-format-val" / str(n) / "a.png", n)
+    assert run("--suite", tmp_path / "sets", "--model", models[0]) == 2
+    names = "imagenetv2-matched-frequency-format-val, imagenetv2-top-images-format-val"
+    assert f"imagenetv2: {names} are different test sets: give one" in capsys.readouterr().err
+    flags = ["--suite", tmp_path / "sets" / "imagenetv2", "--model", models[0], "--out", tmp_path / "out"]
+    assert run(*flags) == 0
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [*result["results"]] == ["ImageNetV2", "ImageNetV2 in imagenetv2-top-images-format-val"]
+
+
 def test_shifts_are_averaged_only_beside_imagenet():
     def result(top1):
         return {"m": {"top1": top1, "images": 5, "classes": 2, "chance": {"top1": 0.5}, "constant": {}}}
