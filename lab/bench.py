@@ -7,8 +7,7 @@
 On a shared machine only ratios of arms that alternate mean something. Every repetition runs each arm once,
 and the table shows the median of the ratios to the first arm. On a CPU with --threads 1 the time is that of
 this process, so that other processes hardly count. open_clip and transformers are measured where they are
-installed. Weights are random. Claims' timings (lab/reproduce.py) and GPU parts (lab/gpu.py)
-are sections.
+installed. Weights are random.
 """
 
 import gc
@@ -26,13 +25,12 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+import evaluate
 import losses
 import model as models
 import train
 from baselines.methods import METHODS
 from clipood import Classes, unit
-from evals import surgery
-from evaluate import map_features
 from lab import peers
 from model import CONFIGS
 from scale import costs, distributed
@@ -49,7 +47,7 @@ from util.report import format_table
 class BenchConfig:
     """Flags of this program."""
 
-    sections: tuple[str, ...] = ()  # objective towers alignclip prompts llip (default), largest maps
+    sections: tuple[str, ...] = ()  # objective towers alignclip prompts llip (default), largest
     device: str = "auto"  # cpu, cuda or auto
     threads: int = 0  # CPU threads; 0: torch's choice; 1 on a shared machine
     precision: str = "fp32"  # of the towers: fp32 or bf16
@@ -147,8 +145,8 @@ class Bench:
     def seconds(self, run: Callable) -> float:
         return statistics.median(alternate({"": run}, self.c.repeats, self.device)[""])
 
-    def compare(self, what: str, cases: dict, memory: bool = False) -> None:
-        """Alternates the cases {arm: function of a device, which returns what is timed}; adds their rows."""
+    def compare(self, what: str, cases: dict, memory: bool = False, images: int = 0) -> None:
+        """Alternates cases {arm: function of a device, which returns what is timed}; images: of a run."""
         arms = {name: self.start(case, what=what, arm=name) for name, case in cases.items()}
         arms = {name: run for name, run in arms.items() if run}
         seconds = alternate(arms, self.c.repeats, self.device)
@@ -157,6 +155,8 @@ class Bench:
             low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
             row = {"ms": 1e3 * statistics.median(taken), "ratio": middle, "ratios": ratios}
             row["quartiles"] = f"{low:.3f}-{high:.3f}"
+            if images:
+                row["images/s"] = images / statistics.median(taken)
             if memory:
                 row["peak MiB"] = peak_bytes(arms[name], self.device) / 2**20
             self.add(what=what, arm=name, **row, **getattr(arms[name], "about", {}))
@@ -173,17 +173,13 @@ def slower(rows: list[dict], recorded: str) -> list[str]:
     """
     found = re.findall(r"^\| (.+?) +\| (.+?) +\| +([\d.]+) \| ([\d.]+)-([\d.]+) +\|$", recorded, flags=re.M)
     before = {(what.strip(), arm): tuple(map(float, numbers)) for what, arm, *numbers in found}
-    lines, count = [], 0
-    for row in rows:
-        if "ratio" in row and (old := before.get((row["what"], row["arm"]))):
-            count += 1
-            low, high = map(float, row["quartiles"].split("-"))
-            other = row["arm"] in peers.PEERS
-            if (high < old[1] and other) or (low > old[2] and not other):
-                name, ratio = f"{row['what']}, {row['arm']}", row["ratio"]
-                lines.append(f"slower: {name}: {ratio:.3f}, recorded {old[0]:.3f}")
+    lines, known = [], [row for row in rows if "ratio" in row and (row["what"], row["arm"]) in before]
+    for row in known:
+        old, (low, high) = before[row["what"], row["arm"]], map(float, row["quartiles"].split("-"))
+        if high < old[1] if row["arm"] in peers.PEERS else low > old[2]:
+            lines.append(f"slower: {row['what']}, {row['arm']}: {row['ratio']:.3f}, recorded {old[0]:.3f}")
     worse = f"{len(lines)} worse by more than their spread"
-    return [*lines, f"{count} ratios compared with docs/speed.md, {worse}"]
+    return [*lines, f"{len(known)} ratios compared with docs/speed.md, {worse}"]
 
 
 def machine(device: torch.device) -> str:
@@ -215,7 +211,7 @@ def objective_case(form: str, rows: int, tokens: int, device, dtype=torch.float3
             x.grad = None
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             if form == "published":
-                loss = peers.published_pair_loss(*inputs, 5.0, 10.0, -10.0)
+                loss = peers.published_pair_loss(inputs, 5.0, 10.0, -10.0)
             else:
                 loss = tiles.TiledLoss.apply(part, 5.0, *inputs) / rows
         loss.backward()
@@ -236,7 +232,7 @@ def build(kind: str, config: models.Config, device) -> nn.Module:
     """A method's model, with 32 tokens and 8 heads if it mixes, or the CLIP of another package."""
     torch.manual_seed(0)
     if kind in peers.PEERS:
-        return peers.PEERS[kind][0](config).to(device)
+        return peers.PEERS[kind](config).to(device)
     method, published = METHODS[kind], dict(mixture_tokens=32, mixture_heads=8)
     settings = method.settings(**{flag: published[flag] for flag in published.keys() & method.flags()})
     with torch.device(device):
@@ -256,27 +252,16 @@ def step_of(module: nn.Module, forward_backward: Callable, update: bool) -> Call
     return run
 
 
-def autocast(precision: str, device: torch.device) -> Callable:
-    return partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
 def step_case(
-    kind: str,
-    name: str,
-    batch: int,
-    device,
-    precision="fp32",
-    update=True,
-    checkpointing=False,
-    compiled=False,
+    kind: str, name: str, batch, device, precision="fp32", update=True, checkpointing=False, compiled=False
 ) -> Callable:
     """A training step of pre-training; other packages with InfoNCE over their own logits."""
     model, batches = build(kind, CONFIGS[name], device).train(), random_batch(CONFIGS[name], batch, device)
-    cast = autocast(precision, device)
+    cast = partial(evaluate.towers, device, precision)
 
     def step_of_peer() -> None:
         with cast():
-            logits = peers.PEERS[kind][1](model, *batches)
+            logits = peers.peer_logits(model, *batches)
         losses.info_nce(logits).backward()
 
     if kind in peers.PEERS:
@@ -289,29 +274,26 @@ def step_case(
 def prompts_case(kind: str, name: str, batch: int, prompts: int, device, precision="fp32") -> Callable:
     """Images against the features of so many prompts, which were computed before."""
     model, pictures = build(kind, CONFIGS[name], device), random_batch(CONFIGS[name], batch, device)[0]
-    text, cast = torch.randn(prompts, CONFIGS[name].embed_dim).to(device), autocast(precision, device)
+    text = torch.randn(prompts, CONFIGS[name].embed_dim).to(device)
     if model.conditional:
         text = (model.split(torch.randn_like(text)), text)
 
+    @torch.no_grad()
     def run() -> Tensor:
-        with torch.no_grad():
-            with cast():
-                image = model.encode_image(pictures)
-            return model.pair_logits(map_features(Tensor.float, image), text)
+        with evaluate.towers(device, precision):
+            image = model.encode_image(pictures)
+        return model.pair_logits(evaluate.map_features(Tensor.float, image), text)
 
     return run
 
 
-def map_case(method: str, name: str, device) -> Callable:
-    """The features of every token of one image, as a heat map needs them."""
-    model, images = build("clip", CONFIGS[name], device), random_batch(CONFIGS[name], 1, device)[0]
-    return torch.no_grad()(partial(surgery.dense_features, model.visual, images, method))
-
-
 def finetune_case(
-    kind: str, name: str, batch: int, device, classes=10, update=True, published=False, **flags
+    kind: str, name: str, batch: int, device, classes=10, update=True, published=False, answers=False, **flags
 ) -> Callable:
-    """A step of fine-tuning by a method with these flags; published: the last MLP runs on all tokens."""
+    """A step of fine-tuning by a method with these flags, or (answers) the answers of the trained model.
+
+    Args: published: the last MLP runs on all tokens
+    """
     config, g = CONFIGS[name], torch.Generator().manual_seed(0)
     clip = build("clip", config, device)
     text = unit(torch.randn(classes, config.embed_dim, generator=g)).to(device)
@@ -327,6 +309,8 @@ def finetune_case(
     if published:
         clip.encode_image = partial(peers.published_tower, clip.visual)
     pictures = random_batch(config, batch, device)[0]
+    if answers:
+        return torch.no_grad()(partial(module.eval().predict, pictures))
     labels = torch.arange(batch).remainder(classes).to(device)
     run = step_of(module, lambda: module.loss(pictures, labels)[0].backward(), update)
     learn = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -369,25 +353,21 @@ def largest(b: Bench) -> None:
         what = f"{name}{' checkpointing' * checkpointing}"
         while batch < limit and b.start(partial(case, 2 * batch), what=what, arm=kind, batch=2 * batch):
             batch *= 2
-        flops, expected = expected_cost(kind, name, batch, checkpointing)
+        # as --dry-run counts them: FLOPs of a step without recomputation, and GB in all
+        module, objective = build(kind, CONFIGS[name], "meta"), METHODS[kind].settings().objective
+        c = SimpleNamespace(batch_size=batch, accumulate=1, grad_checkpointing=False)
+        flops = sum(costs.step_flops(module, c, objective).values())
+        held = 16 * costs.parameters(module)["all"] + costs.pair_bytes(module, objective, batch, batch)
+        held += batch * costs.activation_bytes(module, True, checkpointing)
         for compiled in (False, True)[: 1 + b.gpu]:
             about = dict(what=what + " compiled" * compiled, arm=kind, batch=batch)
             if run := b.start(partial(case, batch, compiled=compiled), **about):
                 seconds = b.seconds(run)
                 row = {"images/s": batch / seconds, "MFU %": 100 * flops / seconds / PEAK}
-                row |= {"% of the product": 100 * flops / seconds / multiply, "GB expected": expected}
-                held = peak_bytes(run, b.device) + torch.cuda.memory_allocated()
-                b.add(**about, **row, GB=held / 1e9)
+                row |= {"% of the product": 100 * flops / seconds / multiply, "GB expected": held / 1e9}
+                peak = peak_bytes(run, b.device) + torch.cuda.memory_allocated()
+                b.add(**about, **row, GB=peak / 1e9)
             del run
-
-
-def expected_cost(kind: str, name: str, batch: int, checkpointing: bool) -> tuple[float, float]:
-    """FLOPs of a step without recomputation, and GB in all, as --dry-run counts them."""
-    module, objective = build(kind, CONFIGS[name], "meta"), METHODS[kind].settings().objective
-    c = SimpleNamespace(batch_size=batch, accumulate=1, grad_checkpointing=False)
-    flops = sum(costs.step_flops(module, c, objective).values())
-    held = 16 * costs.parameters(module)["all"] + costs.pair_bytes(module, objective, batch, batch)
-    return flops, (held + batch * costs.activation_bytes(module, True, checkpointing)) / 1e9
 
 
 def alignclip(b: Bench) -> None:
@@ -405,13 +385,18 @@ def alignclip(b: Bench) -> None:
 
 
 def prompts(b: Bench) -> None:
-    """A step of the prompt methods over CLIPood's, its memory, and the parameters that learn."""
+    """A step of the prompt methods over CLIPood's, memory, parameters that learn; inference over CLIP's."""
     name, arms = b.shapes.prompted, {"CLIPood": {}, "AlignCLIP": {}}
     arms |= {"CoOp": dict(context=4), "CoCoOp": dict(context_words=""), "MaPLe": dict(context_words="")}
-    for batch in b.shapes.prompting:
-        tuned = partial(partial, finetune_case, classes=7)
-        cases = {arm: tuned(arm.lower(), name, batch, **flags) for arm, flags in arms.items()}
-        b.compare(f"{name} step, batch {batch}, 7 classes", cases, memory=True)
+    for batch, answers in product(b.shapes.prompting, (False, True)):
+        cases = {
+            arm: partial(finetune_case, arm.lower(), name, batch, classes=50, answers=answers, **flags)
+            for arm, flags in arms.items()
+        }
+        # the trained model of CLIPood is a CLIP
+        cases = {"CLIP": cases.pop("CLIPood")} | cases if answers else cases
+        what = f"{name} {'inference' if answers else 'step'}, batch {batch}, 50 classes"
+        b.compare(what, cases, memory=not answers, images=batch * answers)
 
 
 def llip_section(b: Bench) -> None:
@@ -428,13 +413,8 @@ def llip_section(b: Bench) -> None:
     b.compare(f"Llip by prompts, {name}, one image", cases)
 
 
-def maps(b: Bench) -> None:
-    """Heat maps of one image by each structure of the attention."""
-    b.compare(f"{b.shapes.llip} heat map", {m: partial(map_case, m, b.shapes.llip) for m in surgery.METHODS})
-
-
 DEFAULT = dict(objective=objective, towers=towers, alignclip=alignclip, prompts=prompts, llip=llip_section)
-SECTIONS = DEFAULT | dict(largest=largest, maps=maps)
+SECTIONS = DEFAULT | dict(largest=largest)
 
 
 def measure(c: BenchConfig) -> Bench:

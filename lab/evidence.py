@@ -1,19 +1,6 @@
 """Verdicts and the report: what the figures of lab/reproduce.py say about the claims of lab/claims.py.
 
-Claims are judged by sign and order, not by the paper's number, unless the claim is a number (A1) or a ratio
-of costs (A3, L7, L8). A part compares two arms with the same seed, data, batches and steps, or a figure with
-a bound. Let d be the mean difference over the seeds and s its standard error.
-
-    >, <           d > s in the claimed direction: holds;  d < -s: does not hold;  else not decidable here
-    = within w     |d| + s <= w: holds;  |d| - s > w: does not hold;  else not decidable here
-    = a number     equal to the printed digits
-
-A claim holds if all its parts hold, and does not hold if one part does not. If the mean of what it presumes
-misses a bound, the verdict is "premise not met". Fewer than three seeds decide nothing. With three seeds
-chance passes one standard error in one of five cases, so every part has a p, one side of Student's t: "at
-5 %" takes p < 0.05 for holds and p > 0.95 for does not hold. The report counts the parts that remain under
-Holm's correction. Claims that share arms share luck. Seed n sets weights, pictures and test pictures;
-reported seeds start at 3000 and were used for no choice. With --data all seeds have the same pictures.
+The rule of the verdicts and the choices of settings are in lab/report.txt, which the report quotes.
 """
 
 import json
@@ -22,11 +9,12 @@ import statistics
 from pathlib import Path
 
 import torch
+from PIL import Image
 
-from lab import bench, claims
+from lab import bench
 from lab.claims import CLAIMS, SETTINGS, Claim, Part
 from util import plots
-from util.files import write_json, write_text
+from util.files import write_image, write_json, write_text
 from util.report import format_table
 from util.run import git_commit
 
@@ -61,7 +49,7 @@ def judge(part: Part, table: dict, kind: str = "seeds") -> dict:
     gains = [sign * (a - b) for a, b in zip(values, others)]
     mean, error = mean_error(gains)
     found = {"part": str(part), "difference": mean, "error": error, "p": None}
-    if part.relation == "=" and number:
+    if part.relation == "=" and (number or kind == "once"):
         equal = all(abs(gain) <= part.margin + 1e-12 for gain in gains)
         return found | {"verdict": HOLDS if equal else FAILS}
     if kind == "once":
@@ -95,50 +83,51 @@ def together(verdicts: list[str]) -> str:
 
 
 def conclude(lab, claim: Claim, command: str) -> dict:
-    """Parts, premise and verdict of a claim whose runs exist in a Lab; written as JSON, with a picture."""
+    """Parts, premise and verdict of a claim whose runs exist in a Lab; written as JSON, with a picture.
+
+    A claim on real data whose premise is not met has no runs, and so no figures.
+    """
     found = {key: getattr(claim, key) for key in ("id", "name", "says", "paper", "notes")}
-    table, extras = lab.table(claim)
-    found |= {"table": table, "command": command, "commit": git_commit()[:7]}
+    found |= {"command": command, "commit": git_commit()[:7], "premise": "", "missed": [], "parts": []}
     found |= {"scale": lab.scale, "data": Path(lab.request.data).name, "first seed": lab.seeds[0]}
-    found["parts"] = [judge(part, table, claim.kind) for part in claim.parts]
-    found |= {"verdict": together([part["verdict"] for part in found["parts"]]), "premise": "", "missed": []}
     if claim.premise:
-        found |= {"premise": claim.premise.says, "missed": missed(claim.premise, lab.table(claim.premise)[0])}
-        found["verdict"] = UNMET if found["missed"] else found["verdict"]
+        bounds = bounds_of(claim.premise, lab.table(claim.premise)[0])
+        found |= {"premise": f"{claim.premise.says}. It is {'met' if all(bounds.values()) else 'not met'}"}
+        found["premise"] += f": {', '.join(bounds)}"
+        found["missed"] = [text for text, holds in bounds.items() if not holds]
     names = [claim.id, lab.scale, Path(lab.request.data).stem, "validation" * lab.request.validation]
     path = lab.out / "claims" / ("-".join(filter(None, names)) + ".json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if claim.picture:
-        claim.picture(path.with_suffix(".png"), extras)
-    elif claim.kind != "once":
-        draw(path.with_suffix(".png"), table, {part.figure for part in claim.parts})
+    found["table"] = {}
+    if not (lab.request.data and found["missed"]):
+        found["table"], extras = lab.table(claim)
+        found["parts"] = [judge(part, found["table"], claim.kind) for part in claim.parts]
+        if claim.picture:
+            claim.picture(path.with_suffix(".png"), extras)
+        elif claim.kind != "once":
+            groups = {}
+            for name in sorted({part.figure for part in claim.parts}):
+                rows = {row: values[name] for row, values in found["table"].items() if name in values}
+                groups[name] = {row: (mean_error(v)[0], mean_error(v)[1] or 0.0) for row, v in rows.items()}
+            plots.bars(path.with_suffix(".png"), groups, "mean and standard error")
+    verdict = together([part["verdict"] for part in found["parts"]])
+    found["verdict"] = UNMET if found["missed"] else verdict
     write_json(path, found)
     return found
 
 
-def missed(premise: Claim, table: dict) -> list[str]:
-    """The bounds that the mean over the seeds does not satisfy, with its value."""
-    found = []
+def bounds_of(premise: Claim, table: dict) -> dict[str, bool]:
+    """Each bound of a premise with the mean over the seeds, and whether the mean satisfies it."""
+    found = {}
     for part in premise.parts:
-        mean, _ = mean_error(table[part.row][part.figure])
-        if judge(part, table)["difference"] <= 0:
-            found.append(f"{part.row} {part.figure} {mean:.3g} is not {part.relation} {part.other:g}")
+        mean, holds = mean_error(table[part.row][part.figure])[0], judge(part, table)["difference"] > 0
+        bound = f"is{' not' * (not holds)} {part.relation} {part.other:g}"
+        found[f"{part.figure} of {part.row} {mean:.3g} {bound}"] = holds
     return found
 
 
-def draw(path: Path, table: dict, figures: set) -> None:
-    """Bars of the judged figures, with standard errors."""
-    groups = {}
-    for name in sorted(figures):
-        rows = {row: mean_error(found[name]) for row, found in table.items() if name in found}
-        groups[name] = {row: (mean, error or 0.0) for row, (mean, error) in rows.items()}
-    plots.bars(path, groups, "mean and standard error")
-
-
-def cell(values: list[float]) -> str:
-    """Mean +- standard error."""
-    mean, error = mean_error(values)
-    return f"{mean:.5g}" + (f" +- {error:.2g}" if error else "")
+def plus_minus(mean: float, error: float | None, form=".5g") -> str:
+    return f"{mean:{form}}" + (f" +- {error:.2g}" if error else "")
 
 
 def sure(found: dict) -> str:
@@ -148,34 +137,40 @@ def sure(found: dict) -> str:
 
 def section(found: dict) -> str:
     """A claim as text: sentence, source, premise, verdict, figures, parts."""
-    premise = "Premise: none is measured."
-    if found["premise"]:
-        state = f"not met: {', '.join(found['missed'])}" if found["missed"] else "met"
-        premise = f"Premise: {found['premise']}. It is {state}."
-    table = [{"": row} | {k: cell(v) for k, v in figures.items()} for row, figures in found["table"].items()]
-    parts = []
+    table, parts = [], []
+    for row, figures in found["table"].items():
+        table.append({"": row} | {name: plus_minus(*mean_error(v)) for name, v in figures.items()})
     for part in found["parts"]:
-        error = "" if part["error"] is None else f" +- {part['error']:.2g}"
-        row = {"part": part["part"], "difference": f"{part['difference']:+.4g}{error}"}
+        row = {"part": part["part"], "difference": plus_minus(part["difference"], part["error"], "+.4g")}
         row |= {"p": "" if part["p"] is None else part["p"]}
         parts.append(row | {"verdict": part["verdict"], "at 5 %": at_level(part)})
     held = sum(part["verdict"] == HOLDS for part in parts)
     lines = [
         f"{found['id'].upper()} {found['name']}: {found['says']}",
         f"Paper: {found['paper']}.",
-        premise,
+        f"Premise: {found['premise'] or 'none is measured'}.",
         f"Verdict: **{found['verdict']}** ({held} of {len(parts)} parts hold; at 5 %: {sure(found)})",
-        format_table(table),
-        format_table(parts),
+        *map(format_table, filter(None, (table, parts))),
         found["notes"],
         f"`{found['command']}`, settings {found['scale']}, commit {found['commit']}",
     ]
     return "\n\n".join(filter(None, lines))
 
 
+def summary(every: list[dict]) -> str:
+    """How many claims hold, in one sentence; README has the same sentence."""
+    scenes = [found for found in every if not found["data"] and found["id"][0] in "al"]
+    verdicts = [sure(found) for found in scenes]
+    counts = [f"{verdicts.count(v)} {'are ' * (v == OPEN)}{v}" for v in (HOLDS, FAILS, OPEN)]
+    unmet = f", and of {verdicts.count(UNMET)} the premise is not met" if UNMET in verdicts else ""
+    words = ", ".join(counts).replace("holds", "hold").replace("does", "do")
+    return f"Of {len(scenes)} claims {words}{unmet} (drawn scenes, small models, 5 % level)."
+
+
 def write_report(folder: Path, path: Path, device: torch.device) -> None:
     """The report of all conclusions in a folder: of each claim and data set those of the largest settings."""
     scales, order, largest = list(SETTINGS), [claim.id for claim in CLAIMS], {}
+    order.sort(key=lambda id: id[0] != "f")  # findings first
     files = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
     for found in sorted(files, key=lambda found: scales.index(found["scale"])):
         if found["first seed"] == FIRST_SEED:
@@ -186,7 +181,6 @@ def write_report(folder: Path, path: Path, device: torch.device) -> None:
         says = found["says"] + (f" ({found['data']})" if found["data"] else "")
         row = {"claim": found["id"].upper(), "what": says, "at 5 %": sure(found), "1 s": found["verdict"]}
         rows.append(row | {"settings": found["scale"]})
-    counts = ", ".join(f"{sum(r['at 5 %'] == v for r in rows)} {v}" for v in (HOLDS, FAILS, OPEN, UNMET))
     parts = [part for found in every for part in found["parts"]]
     holm = after_holm([part["p"] for part in parts if part["p"] is not None and part["error"]])
     missing = ", ".join(id.upper() for n, id in enumerate(order) if ("", n) not in largest)
@@ -195,14 +189,28 @@ def write_report(folder: Path, path: Path, device: torch.device) -> None:
         "# The rebuttals' claims, tested",
         "Generated by `python -m lab.reproduce`; do not edit. Drawn scenes and small models show whether a"
         " mechanism exists. They are no evidence about photographs or about the papers' numbers.",
-        f"{len(every)} results at 5 %: {counts}. Of their {len(parts)} parts {holm[0]} hold and {holm[1]} do"
-        f" not with Holm's correction. {bench.machine(device)}; torch {torch.__version__}.",
+        summary(every),
+        f"With Holm's correction {holm[0]} of the {len(parts)} parts of all results hold, {holm[1]} do not."
+        f" {bench.machine(device)}; torch {torch.__version__}.",
         f"Not run: {missing}." if missing else "",
-        __doc__.split("\n\n", 1)[1].strip(),
         format_table(rows),
-        "## Settings",
-        claims.CHOICES,
+        Path(__file__).with_name("report.txt").read_text().strip(),
         "\n".join(f"- {scale}: {SETTINGS[scale]}" for scale in scales if scale in used),
         *(f"## {section(found)}" for found in every),
     ]
     write_text(path, "\n\n".join(filter(None, text)) + "\n")
+
+
+# picture in docs/: its claim
+PICTURES = {"ladder": "l6", "spectrum": "l12", "tokens": "l4", "temperature": "l14", "similarity": "a12"}
+PICTURES |= {"attention": "a11", "structures": "a10", "guidance": "f1"}
+
+
+def copy_pictures(folder: Path, scale: str, to: Path) -> None:
+    """Copies the pictures that docs/papers.md shows, with a palette, which makes the files small."""
+    for name, id in PICTURES.items():
+        if (path := folder / f"{id}-{scale}.png").exists():
+            with Image.open(path) as image:
+                # the default method would mix the flat colours of the drawings
+                small = image.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)
+                write_image(to / f"{name}.png", small)

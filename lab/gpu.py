@@ -5,9 +5,7 @@
     python -m lab.gpu --rehearse                     the same at toy sizes on the CPU
 
 Parts are commands that run in order of value, each with its own time limit. lab.bench writes its file after
-every row, and so does train.py, so that the end of its time loses nothing. Without a network,
-bring the wheels of open_clip and transformers: `pip download open_clip_torch transformers -d wheels` on
-another machine, then `pip install --no-index --no-deps --find-links wheels ...`.
+every row, and so does train.py, so that the end of its time loses nothing.
 """
 
 import os
@@ -29,7 +27,7 @@ from util.text import duration
 
 # parts and their sections of lab.bench; tests compares with the CPU, training is Llip and CLIP on --data
 PARTS = dict(tests="", objective="objective", steps="towers largest", finetune="alignclip prompts")
-PARTS |= dict(inference="llip maps", training="")
+PARTS |= dict(inference="llip", training="")
 
 
 # fmt: off
@@ -56,16 +54,8 @@ def commands(c: GpuConfig, part: str, device: str) -> list[list[str]]:
         flags = [*flags.split(), "--device", device, *["--train-data", c.data] * bool(c.data)]
         methods = ("llip", "clip", "siglip") if c.rehearse or c.data else ()
         return [["train.py", "--method", m, "--out", f"{out}-{m}", *flags] for m in methods]
-    flags = [
-        "--device",
-        device,
-        "--precision",
-        "bf16",
-        "--out",
-        out,
-        *["--toy", "--threads", "1"] * c.rehearse,
-    ]
-    return [["-m", "lab.bench", *PARTS[part].split(), *flags]]
+    flags = f"--device {device} --precision bf16{' --toy --threads 1' * c.rehearse}"
+    return [["-m", "lab.bench", *PARTS[part].split(), *flags.split(), "--out", out]]
 
 
 @program

@@ -1,4 +1,4 @@
-"""Latent tokens on the text side of Llip, an experiment of this project: python -m lab.latent_text FLAGS.
+"""Latent tokens on the text side of Llip, an experiment of this project (claim l15 of lab/reproduce.py).
 
 A reviewer of Llip asked whether the authors had tried K latent tokens on the text side; they called it an
 interesting follow-up. Importing this file adds the method "latent" to baselines/methods.py.
@@ -11,11 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import train
 from baselines.methods import METHODS, Method
 from llip import Llip, start_of_bias, start_of_scale
 from model import Config
-from util.program import leave
 
 
 class LatentTextLlip(Llip):
@@ -75,6 +73,3 @@ def build(settings: Settings, start: Config | nn.Module, batch_size: int) -> Lat
 
 
 METHODS["latent"] = Method(sys.modules[__name__])
-
-if __name__ == "__main__":
-    leave(train.main(["--method", "latent", *sys.argv[1:]]))

@@ -6,7 +6,7 @@ lab.figure(arm, seed, name) a figure of its results, lab.timings(section) the ro
 are in per cent. Functions called draw_... take (path, [what is drawn, for each seed]).
 """
 
-import math
+import json
 import statistics
 from functools import partial
 
@@ -24,118 +24,159 @@ from clipood import FineTune, unit
 from evals import linear_probe as probes
 from evals import maps, typographic
 from evals import spectrum as spectra
+from lab.beds import LIFTS, STEPS, aligned_maps, class_texts, lifts, things
 from losses import smoothing_targets
 from model import CONFIGS, tower_flops
+from readers import scene_captions as words
 from readers import scenes
 from scale import llip_tiles
 from util import plots
-from util.metrics import map_figures
+from util.files import write_image
+from util.metrics import Recall
 
 PHOTOS, SHOWN = ("photo",), range(6)  # pictures drawn of each claim about maps
 STEP = "step over CLIPood's"
-
-
-def things(lab, seed: int, split="test", size=640, domains=scenes.DOMAINS) -> scenes.Objects:
-    """Pictures of one thing each, with masks."""
-    return scenes.Objects(split, size, seed, lab.image_size, domains)
-
-
-def class_texts(net, tokenizer) -> Tensor:
-    """Unit text features of the 16 kinds: (C, E)."""
-    with evaluate.evaluating(net):
-        return evaluate.encode_classes(net, tokenizer, list(scenes.KINDS), scenes.TEMPLATES)
+WAYS = {"image to text": "i2t", "text to image": "t2i"}
 
 
 # Premises --------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def aligned_maps(net, tokenizer, dataset, temperature: float) -> tuple[dict[str, Tensor], Tensor]:
-    """The attention that AlignCLIP aligns, and its guidance: maps (N, S, S); and the masks."""
-    text, found, masks = class_texts(net, tokenizer), {"attention": [], "guidance": []}, []
-    blocks = alignclip.default_blocks(len(net.visual.transformer.resblocks))
-    for images, ids in data.eval_batches(dataset, data.preprocess_of(net.config), 256):
-        masks.append(maps.masks_of(dataset, ids.tolist()))  # (B, S, S)
-        labels = torch.tensor(dataset.labels)[ids].to(text.device)
-        x = net.visual.embed(images.to(text.device))
-        _, branch, rows = alignclip.two_paths(net.visual, x, "dv", *blocks)
-        similarity = unit(net.visual.head(branch[:, 1:])) @ text.t()  # (B, P, C)
-        guidance = alignclip.guidance(similarity, labels, temperature)
-        for name, patches in (("attention", alignclip.cls_attention(rows)), ("guidance", guidance)):
-            grid = patches.cpu().unflatten(1, [math.isqrt(patches.shape[1])] * 2)  # (B, rows, columns)
-            found[name].append(maps.enlarge(grid, dataset.image_size))
-    return {name: torch.cat(parts) for name, parts in found.items()}, torch.cat(masks)
-
-
-def alignment_lifts(lab, seed: int) -> dict:
-    """Lift, before fine-tuning, of the attention that is aligned and of the guidance it is aligned with.
-
-    A map's lift is its share on the thing over the thing's share of the picture; chance is 1.
-    """
-    temperature = lab.flags("alignclip", seed)["guidance_temperature"]
-    found, masks = aligned_maps(*lab.model("start", seed), things(lab, seed), temperature)
-    return {name: {"lift": map_figures(m, masks)[:, 0].mean().item()} for name, m in found.items()}
+def premise_lifts(lab, seed: int) -> dict:
+    """Lifts, before fine-tuning, of the attention that is aligned and of the guidance; zero-shot accuracy."""
+    rows = {}
+    for arm in filter(lambda arm: lab.runs(arm, seed), ("bed", "bed 12")):
+        net, tokenizer = lab.model(arm, seed)
+        found = lifts(*aligned_maps(net, class_texts(net, tokenizer), things(lab, seed)))
+        rows[arm] = found | {"zero-shot": lab.figure(arm, seed, "kinds top-1")}
+    return rows
 
 
 def smoothing_share(lab, seed: int) -> dict:
-    """What semantic smoothing moves off a label, mean over the classes."""
-    text, scale = class_texts(*lab.model("start", seed)), lab.flags("sls", seed)["smoothing_scale"]
+    """What semantic smoothing moves off a label, mean over the classes; and whether names keep groups."""
+    text, scale = class_texts(*lab.model("bed", seed)), lab.flags("sls", seed)["smoothing_scale"]
     own = smoothing_targets(text, scale=scale, form="mixture").diagonal()
-    return {"semantic": {"% of a target off its label": 100 * (1 - own.mean().item())}}
+    rows = {"semantic": {"% of a target off its label": 100 * (1 - own.mean().item())}}
+    return rows | {"text": {"nearer within, %": nearer_within(text)}}
+
+
+def nearer_within(text: Tensor) -> float:
+    """How often a cosine within a group of kinds is above one across groups, in per cent; chance is 50."""
+    group = torch.arange(len(scenes.KINDS)) // 4
+    same = (group[:, None] == group) & ~torch.eye(len(group), dtype=torch.bool)
+    cosines = (text @ text.t()).cpu()  # (C, C)
+    within, across = cosines[same], cosines[group[:, None] != group]
+    return 100 * (within[:, None] > across[None]).double().mean().item()
 
 
 # Fine-tuning -----------------------------------------------------------------------------------------------
 
 
-def structures(lab, seed: int, arm: str = "start") -> tuple[dict, dict]:
+def structures(lab, seed: int) -> tuple[dict, dict]:
     """Lift and pointing game of the similarity map under each attention structure of the CLIP."""
-    net, tokenizer = lab.model(arm, seed)
+    net, tokenizer = lab.model("bed", seed)
     names = [*attention.KINDS, "centre"]
     scores, kept = maps.measure(net, tokenizer, things(lab, seed), names, show=SHOWN)
     rows = {n: {"lift": scores[n]["lift"], "pointing, %": 100 * scores[n]["pointing"]} for n in names}
-    return rows, drawn(lab, seed, names, [kept])
+    return rows, drawn(lab, seed, names, kept)
 
 
 def background(lab, seed: int) -> tuple[dict, dict]:
-    """Lift of the patches' similarity to the name, and of the class token's attention, before and after."""
-    rows, shown, arms = {}, [], ("start", "clipood", "alignclip")
-    names = {"plain": "similarity", "cls": "attention", "cls-early": "early attention"}
-    for arm in arms:
+    """Lifts of the aligned attention, of the guidance, and of other maps, before and after; with maps."""
+    rows, shown, dataset = {}, {}, things(lab, seed)
+    arms = {"before": "bed", "smoothing only": "sls", "released": "alignclip", "detached": "detached"}
+    for row, arm in arms.items():
         net, tokenizer = lab.model(arm, seed)
-        scores, kept = maps.measure(net, tokenizer, things(lab, seed), [*names], show=SHOWN)
-        rows[arm] = {f"{text} lift": scores[name]["lift"] for name, text in names.items()}
-        shown.append({i: kept[i][..., :3] for i in kept})  # mask, similarity, attention
-    titles = [f"{arm}: {text}" for arm in arms for text in ("similarity", "attention")]
-    return rows, drawn(lab, seed, titles, shown)
+        text = class_texts(net, tokenizer)
+        found, masks = aligned_maps(net, text, dataset)
+        scores, _ = maps.measure(net, tokenizer, dataset, ["cls", "plain"])
+        rows[row] = lifts(found, masks)
+        rows[row] |= {"block 3 lift": scores["cls"]["lift"], "similarity lift": scores["plain"]["lift"]}
+        # 1/3 is the mean of a map, and 1 three times the mean
+        relative = {name: m / m.mean((1, 2), keepdim=True) / 3 for name, m in found.items()}
+        shown |= {f"{name}, {row}": m[: len(SHOWN)] for name, m in relative.items()}
+    names = sorted(shown, key=lambda name: name.startswith("guidance"))
+    kept = torch.stack([masks[: len(SHOWN)].float(), *(shown[name] for name in names)], -1)
+    return rows, drawn(lab, seed, names, dict(enumerate(kept)))
 
 
-def drawn(lab, seed: int, names: list[str], kept: list[dict]) -> dict:
-    """Maps of some pictures under several models, and what is needed to draw them: JSON values only."""
-    joined = {i: torch.cat([kept[0][i][..., :1], *(m[i][..., 1:] for m in kept)], -1) for i in kept[0]}
-    lists = {i: values.tolist() for i, values in joined.items()}
+@torch.no_grad()
+def depth(lab, seed: int) -> dict:
+    """Target accuracy by the number of aligned blocks, and how sparse each block's attention is."""
+    arms = {"none": "sls 12"} | {str(n): f"layers {n}" for n in (1, 3, 5, 8, 12)}
+    arms |= {f"{n} detached": f"layers {n} detached" for n in (1, 5, 12)}
+    rows = {row: {n: lab.figure(arm, seed, n) for n in ("target", *LIFTS)} for row, arm in arms.items()}
+    for when, arm in (("", "bed 12"), (", 5 aligned", "layers 5"), (", 5 detached", "layers 5 detached")):
+        net, _ = lab.model(arm, seed)
+        x = torch.cat([x for x, _ in evaluate.image_batches(net, things(lab, seed))])
+        _, _, weights = alignclip.two_paths(net.visual, net.visual.embed(x), "dv", 12, 12)
+        for n, row in enumerate(weights, 1):
+            p = alignclip.cls_attention([row])  # (N, P)
+            entropy = -(p * p.clamp_min(1e-30).log()).sum(-1).mean().item()
+            top = p.sort(-1, descending=True)[0][:, : max(1, round(p.shape[1] / 10))].sum(-1).mean().item()
+            rows[f"block {n}{when}"] = {"entropy, nats": entropy, "share of the top tenth, %": 100 * top}
+    return rows
+
+
+def gradients(lab, seed: int, scale: float | None, weight: float, temperature: float) -> float:
+    """|weight * gradient of L_att| / |gradient of the classification| before fine-tuning, on 96 pictures.
+
+    Args: scale: exp(logit_scale); None: the CLIP's own
+    """
+    net, tokenizer = lab.model("bed", seed)
+    text = class_texts(net, tokenizer)
+    if scale:
+        net.logit_scale.data.fill_(scale).log_()
+    dataset = scenes.Objects("train", 96, seed, lab.image_size)
+    images, _ = next(evaluate.image_batches(net, dataset))
+    labels, terms = torch.tensor(dataset.labels, device=lab.device), []
+    for on in (False, True):
+        own = dict(weight=weight, attention=on, guidance_temperature=temperature)
+        method = alignclip.AlignCLIP(net, text, similarity="none", **own)
+        net.zero_grad()
+        method.loss(images, labels)[0].backward()
+        terms.append(torch.cat([p.grad.flatten() for p in net.visual.parameters() if p.grad is not None]))
+    return ((terms[1] - terms[0]).norm() / terms[0].norm()).item()
+
+
+def guidance_over_steps(lab, seed: int) -> tuple[dict, dict]:
+    """Lifts before, during and after fine-tuning, accuracy in all tasks, and the weights' gradients."""
+    rows, curves, claim = {}, {}, lab.claim("f1")
+    for row, arm in claim.arms.items():
+        if not lab.runs(arm, seed):
+            continue
+        seen = json.loads((lab.path(arm, seed) / "lifts.json").read_text())
+        first, *_, last = seen.values()
+        rows[row] = {name.replace("lift", "before"): first[name] for name in LIFTS}
+        rows[row] |= {name.replace("lift", "gain"): last[name] - first[name] for name in LIFTS}
+        # figures that a task does not have are None, and left out of the table
+        rows[row] |= {name: lab.figure(arm, seed, name) for name in ("target", "new", "H", "AUROC")}
+        curves[row] = {name: [found[name] for found in seen.values()] for name in LIFTS}
+    for weight, temperature in ((10.0, 1.0), (1.0, 1.0), (1.0, 0.03)):
+        for where, scale in (("scale 100", 100.0), ("the CLIP's scale", None)):
+            ratio = gradients(lab, seed, scale, weight, temperature)
+            row = f"w {weight:g} at T {temperature:g}, {where}"
+            rows[row] = {"gradient of L_att over classification's": ratio}
+    return rows, curves
+
+
+def drawn(lab, seed: int, names: list[str], kept: dict) -> dict:
+    """Masks and maps of some pictures, and what is needed to draw them: JSON values only."""
+    lists = {i: values.tolist() for i, values in kept.items()}
     return dict(seed=seed, size=lab.image_size, names=names, maps=lists)
 
 
 def hierarchy(lab, seed: int) -> tuple[dict, list]:
-    """Whether kinds of one group are closer in text, and whether wrong answers stay in the right group.
-
-    "nearer within" compares each cosine within a group with each across groups; chance is 50. Of 15 wrong
-    kinds 3 are in the group, so that chance is 20.
-    """
-    group = torch.arange(len(scenes.KINDS)) // 4
-    same = (group[:, None] == group) & ~torch.eye(len(group), dtype=torch.bool)
-    text = class_texts(*lab.model("start", seed))
-    cosines = (text @ text.t()).cpu()  # (C, C)
-    within, across = cosines[same], cosines[group[:, None] != group]
-    nearer = (within[:, None] > across[None]).double().mean().item()
-    rows, dataset = {"text": {"nearer within, %": 100 * nearer}}, things(lab, seed, size=960, domains=PHOTOS)
+    """Whether kinds of a group are closer in text, and how many wrong answers are in it (chance: 3 of 15)."""
+    text, group = class_texts(*lab.model("bed", seed)), torch.arange(len(scenes.KINDS)) // 4
+    rows, dataset = {"text": {"nearer within, %": nearer_within(text)}}, things(lab, seed, domains=PHOTOS)
     target = torch.tensor(dataset.labels)
-    for arm in ("clipood", "uniform", "sls"):
+    for row, arm in {"before": "bed", "clipood": "clipood", "uniform": "uniform", "semantic": "sls"}.items():
         net, tokenizer = lab.model(arm, seed)
         _, answer = evaluate.classify(net, dataset, tokenizer, scenes.TEMPLATES)
         stays = (group[answer] == group[target])[answer != target].double().mean().item()
-        rows[arm] = {"wrong answers in the group, %": 100 * stays}
-    return rows, cosines.tolist()
+        rows[row] = {"wrong answers in the group, %": 100 * stays}
+    return rows, (text @ text.t()).cpu().tolist()
 
 
 @torch.no_grad()
@@ -144,30 +185,29 @@ def inference(lab, seed: int) -> dict:
     rows, images = {}, torch.rand(8, 3, lab.image_size, lab.image_size, device=lab.device)
     for arm in ("clipood", "alignclip"):
         net, _ = lab.model(arm, seed)
-        plain, change = net.encode_image(images), 0.0
-        for branch in ("dv", "vvv"):
-            x, _, _ = alignclip.two_paths(net.visual, net.visual.embed(images), branch, 1, 1)
-            beside = net.visual.head(x[:, 0])
-            change = max(change, (beside - plain).abs().max().item() / plain.abs().max().item())
-        count = float(sum(p.numel() for p in net.parameters()))
-        rows[arm] = {"parameters": count, "tensors": float(len(net.state_dict()))}
-        rows[arm]["change with a branch"] = change
-    names = ("parameters", "tensors")
-    return rows | {"difference": {name: rows["alignclip"][name] - rows["clipood"][name] for name in names}}
+        plain, blocks = (
+            net.encode_image(images),
+            alignclip.default_blocks(len(net.visual.transformer.resblocks)),
+        )
+        beside = [
+            alignclip.two_paths(net.visual, net.visual.embed(images), b, *blocks)[0] for b in ("dv", "vvv")
+        ]
+        change = max((net.visual.head(x[:, 0]) - plain).abs().max().item() for x in beside)
+        rows[arm] = {"parameters": float(sum(p.numel() for p in net.parameters()))}
+        rows[arm]["change with a branch"] = change / plain.abs().max().item()
+    return rows
 
 
 def sls_and_tes(lab, seed: int) -> dict:
     """Target accuracy of SLS and TeS at the same steps and at four times as many, and parameters added."""
     rows, kinds = {}, {"sls": ("plain sls", partial(FineTune, smoothing="mixture")), "tes": ("tes", TeS)}
     for name, (arm, build) in kinds.items():
-        net, tokenizer = lab.model("start", seed)
+        net, tokenizer = lab.model("bed", seed)
         text, before = class_texts(net, tokenizer), sum(p.numel() for p in net.parameters())
         method = build(net, text)
-        rows[name] = {
-            "target": lab.figure(arm, seed, "target"),
-            "target, 4 times the steps": lab.figure(f"{arm} longer", seed, "target"),
-            "parameters added": float(sum(p.numel() for p in method.parameters()) - before),
-        }
+        rows[name] = {"parameters added": float(sum(p.numel() for p in method.parameters()) - before)}
+        rows[name]["target"] = lab.figure(arm, seed, "target")
+        rows[name]["target, 4 times the steps"] = lab.figure(f"{arm} longer", seed, "target")
     return rows
 
 
@@ -188,21 +228,22 @@ def formula(lab, seed: int) -> dict:
 # Timings, all of them taken by lab/bench.py -----------------------------------------------------------------
 
 
-def step_cost(lab, seed: int) -> dict:
-    """A training step of AlignCLIP over one of CLIPood as published."""
-    return {row["arm"]: {STEP: row["ratios"]} for row in lab.timings("alignclip")}
-
-
-def prompt_cost(lab, seed: int) -> dict:
-    """A training step of the prompt methods over CLIPood's, the parameters that learn, and the memory."""
-    rows = {row["arm"]: {STEP: row["ratios"]} for row in lab.timings("prompts")}
-    for row in lab.timings("prompts"):
-        rows[row["arm"]] |= {name: [row[name]] for name in ("thousand parameters that learn", "peak MiB")}
+def tuning_cost(section: str, lab, seed: int) -> dict:
+    """A training step over CLIPood's, parameters that learn and memory; for prompts inference over CLIP's."""
+    rows = {}
+    for row in lab.timings(section):
+        names = ("thousand parameters that learn", "peak MiB", "images/s")
+        found = {name: [row[name]] for name in names if name in row}
+        found["inference over CLIP's" if "images/s" in row else STEP] = row["ratios"]
+        rows[row["arm"]] = rows.get(row["arm"], {}) | found
     return rows
 
 
+step_cost, prompt_cost = partial(tuning_cost, "alignclip"), partial(tuning_cost, "prompts")
+
+
 def llip_cost(lab, seed: int) -> dict:
-    """A training step and an inference of Llip over CLIP's, and FLOPs of a step of 32,768 pairs of L/14."""
+    """A training step and an inference of Llip over CLIP's: times, and FLOPs at the published sizes."""
     rows, names = {"CLIP": {}, "Llip": {}}, {"clip": "CLIP", "siglip": "CLIP", "llip": "Llip"}
     for row in lab.timings("llip"):
         if name := names.get(row["arm"]):
@@ -213,17 +254,35 @@ def llip_cost(lab, seed: int) -> dict:
     clip = 3 * (plain["image"] + plain["text"] + 2 * pairs * c.embed_dim)
     # one image's share of a step of 8 ranks
     tiles = llip_tiles.flops(4096, pairs, 32, 8, c.embed_dim, train=True) / 4096
-    ratio = (3 * (own["image"] + own["text"]) + tiles) / clip
+    found = {"training": (3 * (own["image"] + own["text"]) + tiles) / clip}
+    found["inference"] = inference_flops(c, 32) / inference_flops(c)
     rounds = len(rows["Llip"]["step over CLIP's"])
-    rows["Llip"] |= {"FLOPs over CLIP's": [ratio] * rounds, "plain form": [3 * sum(own.values()) / clip]}
+    rows["Llip"] |= {f"FLOPs of {what} over CLIP's": [ratio] * rounds for what, ratio in found.items()}
+    return rows
+
+
+def inference_flops(c, tokens: int = 0, prompts: int = 1000) -> int:
+    """FLOPs of an image against encoded prompts, by Llip with these mixture tokens or (0) by CLIP."""
+    if not tokens:
+        return tower_flops(c)["image"] + 2 * prompts * c.embed_dim
+    counts = llip.flops(c, tokens, prompts)
+    return counts["image"] + counts["pairs"]
+
+
+def sizes(lab, seed: int) -> dict:
+    """The inference of a smaller Llip over that of a larger CLIP: FLOPs of an image and 1,000 prompts."""
+    rows, figure = {}, "inference, FLOPs over the larger CLIP's"
+    for small, large, tokens in (("ViT-L-14", "ViT-H-14", 32), ("ViT-H-14", "ViT-bigG-14", 64)):
+        ratio = inference_flops(CONFIGS[small], tokens) / inference_flops(CONFIGS[large])
+        names = (name.removeprefix("ViT-").replace("-", "/").replace("big", "") for name in (small, large))
+        rows["Llip {} and CLIP {}".format(*names)] = {figure: ratio}
     return rows
 
 
 def prompt_count(lab, seed: int) -> dict:
     """One image against 10 to 10,000 prompts, over the time for 10; and what is kept of a prompt."""
-    net, kept = llip.Llip(CONFIGS["tiny"], 8, 4), []
-    for words in (5, 25):
-        kept.append(sum(part.numel() for part in net.encode_text(torch.full((1, words), 7))))
+    net = llip.Llip(CONFIGS["tiny"], 8, 4)
+    kept = [sum(part.numel() for part in net.encode_text(torch.full((1, n), 7))) for n in (5, 25)]
     more = {"numbers kept of 25 words less 5": [float(kept[1] - kept[0])]}
     rows = [row for row in lab.timings("llip") if row["arm"].endswith(" prompts")]
     return {row["arm"].split()[0]: {"time over that of 10": row["ratios"]} | more for row in rows}
@@ -233,7 +292,7 @@ def prompt_count(lab, seed: int) -> dict:
 
 
 def linear_probe(lab, seed: int) -> dict:
-    """Top-1 of both probes on the image tower's output: CLIP's (L-BFGS) and AdamW's."""
+    """Top-1 of CLIP's linear probe (L-BFGS) on the image tower's output."""
     rows, sizes = {}, {"train": 1536, "val": 512, "test": 960}
     sets = {name: things(lab, seed, name, size, PHOTOS) for name, size in sizes.items()}
     for arm in ("clip", "siglip", "llip", "average"):
@@ -241,10 +300,8 @@ def linear_probe(lab, seed: int) -> dict:
         inputs = {name: probes.reduced(probes.encode(net, d)) for name, d in sets.items()}
         for kind in inputs["train"]:
             parts = {n: (x[kind], torch.tensor(sets[n].labels)) for n, x in inputs.items()}
-            row = {"width": float(parts["train"][0].shape[1])}
-            for solver, more in (("l-bfgs", {}), ("adamw", {"seed": seed})):
-                found = probes.probe(solver, parts, len(scenes.KINDS), **more)
-                row[f"top-1, {solver}"] = 100 * found["top1"]
+            top1 = probes.probe("l-bfgs", parts, len(scenes.KINDS))["top1"]
+            row = {"width": float(parts["train"][0].shape[1]), "top-1": 100 * top1}
             rows[arm if kind == "class token" else f"{arm} {kind}"] = row
     return rows
 
@@ -265,8 +322,7 @@ def spectrum(lab, seed: int) -> tuple[dict, dict]:
 def two_captions(lab, seed: int) -> dict:
     """Own caption against another true caption of the same picture; and the typographic attack.
 
-    "attack success" counts pictures named rightly whose answer a written word turns, less those that a blank
-    note turns.
+    "attack success": right answers that a written word turns, less those that a blank note turns.
     """
     rows, dataset = {}, scenes.Scenes("test", 400, seed, lab.image_size, PHOTOS, captions="aspects")
     for arm in ("clip", "siglip", "llip"):
@@ -293,47 +349,49 @@ def own_caption(net: llip.Llip, tokenizer, dataset) -> dict[str, float]:
     for queries, _ in texts:
         each = zip(keys.split(1), values.split(1), queries.split(1))
         seen.append(unit(torch.cat([net.mix(*parts)[:, 0] for parts in each])))
-    gains = [((seen[n] - seen[1 - n]) * unit(texts[n][1])).sum(-1) for n in (0, 1)]
-    gains = torch.cat(gains).double()  # (2 N,)
+    gains = torch.cat([((seen[n] - seen[1 - n]) * unit(texts[n][1])).sum(-1) for n in (0, 1)])  # (2 N,)
     closer = (gains > 0).double().mean().item()
-    return {"own caption closer, %": 100 * closer, "cosine gained": gains.mean().item()}
+    return {"own caption closer, %": 100 * closer, "cosine gained": gains.double().mean().item()}
 
 
 def no_leak(lab, seed: int) -> dict:
-    """Answers before and after the labels are permuted, and scores among fewer classes."""
+    """Answers before and after the labels are permuted."""
     net, tokenizer = lab.model("llip", seed)
-    dataset, shuffled = (
-        things(lab, seed, size=480, domains=PHOTOS),
-        things(lab, seed, size=480, domains=PHOTOS),
-    )
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-    shuffled.labels = [dataset.labels[i] for i in order.tolist()]
+    dataset = things(lab, seed, size=480, domains=PHOTOS)
     _, answers = evaluate.classify(net, dataset, tokenizer, scenes.TEMPLATES)
-    place, again = evaluate.classify(net, shuffled, tokenizer, scenes.TEMPLATES)
-    scores = []
-    with evaluate.evaluating(net):
-        for names in (dataset.classes, dataset.classes[:8]):
-            text = evaluate.encode_classes(net, tokenizer, names, scenes.TEMPLATES)
-            scores.append(torch.cat([s for _, s in evaluate.score_rows(net, dataset, text)]))
-    change = (scores[0][:, :8] - scores[1]).abs().max().item()
-    row = {"answers that change, %": 100 * (answers != again).double().mean().item()}
-    row |= {"largest change among fewer classes": change}
-    return {"llip": row | {"top-1 under permuted labels, %": 100 * (place == 0).double().mean().item()}}
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    dataset.labels = [dataset.labels[i] for i in order.tolist()]
+    _, again = evaluate.classify(net, dataset, tokenizer, scenes.TEMPLATES)
+    return {"llip": {"answers that change, %": 100 * (answers != again).double().mean().item()}}
 
 
-def sizes(lab, seed: int) -> dict:
-    """Figures of a smaller Llip and a larger CLIP, and the FLOPs of an image with few and with many texts."""
-    rows = {}
-    for arm in ("llip", "clip wide"):
-        net, _ = lab.model(arm, seed)
-        rows[arm] = {name: lab.figure(arm, seed, name) for name in ("captions mAP", "kinds top-1")}
-        for texts in (16, 450):
-            cost = tower_flops(net.config)["image"] + texts * 2 * net.config.embed_dim
-            if net.conditional:
-                counts = llip.flops(net.config, net.visual.tokens, texts)
-                cost = counts["image"] + counts["pairs"]
-            rows[arm][f"MFLOP, {texts} texts"] = cost / 1e6
+@torch.no_grad()
+def retrieval_forms(lab, seed: int) -> dict:
+    """R@1 both ways for captions about several things, scored as a whole and as the sum of their parts."""
+    rows, dataset = {}, scenes.Scenes("test", 500, seed, lab.image_size, PHOTOS)
+    written = [parts_of_caption(claims) for some in dataset.written for _, claims in some]
+    texts = sorted({part for parts in written for part in parts})
+    used = torch.tensor([[text in parts for parts in written] for text in texts]).float()  # (T, N_txt)
+    owner = torch.arange(len(dataset)).repeat_interleave(len(dataset.captions[0]))
+    for row, arm in lab.claim("f2").arms.items():
+        net, tokenizer = lab.model(arm, seed)
+        rows[row] = {f"{way} R@1": lab.figure(arm, seed, f"{way} R@1") for way in WAYS}
+        with evaluate.evaluating(net) as device:
+            text = evaluate.encode_text(net, tokenizer(texts, net.config.context_length).to(device))
+            metric = Recall(len(dataset), owner, torch.arange(len(owner)), (1,), device)
+            for first, scores in evaluate.score_rows(net, dataset, text):
+                metric.add(first, scores @ used.to(device))
+        found = metric.metrics()
+        rows[f"{row} in parts"] = {f"{way} R@1": 100 * found[f"{key}@1"] for way, key in WAYS.items()}
     return rows
+
+
+def parts_of_caption(claims: frozenset) -> list[str]:
+    """What a caption about several things says, in short captions about one aspect each; no relations."""
+    texts = [f"a scene {words.GROUND_WORDS[value]}" for kind, value, *_ in claims if kind == "background"]
+    for _, noun, colour, place in (claim for claim in claims if claim[0] == "thing"):
+        texts += [words.named(noun, colour)] + [words.named(noun, None, place)] * bool(place)
+    return texts
 
 
 # Pictures --------------------------------------------------------------------------------------------------
@@ -341,24 +399,36 @@ def sizes(lab, seed: int) -> dict:
 
 def draw_spectrum(path, extras: list) -> None:
     """Mean over the seeds of the log singular values, relative to the first."""
-    curves = {}
-    for arm in extras[0]:
-        ranks = zip(*(extra[arm] for extra in extras))
-        curves[arm] = [(k, statistics.fmean(v)) for k, v in enumerate(ranks) if None not in v]
+    ranks = {arm: enumerate(zip(*(extra[arm] for extra in extras))) for arm in extras[0]}
+    curves = {
+        arm: [(k, statistics.fmean(v)) for k, v in each if None not in v] for arm, each in ranks.items()
+    }
     plots.lines(path, {"ln of singular values, less the first": curves}, xlabel="rank")
 
 
+def draw_steps(path, extras: list) -> None:
+    """Mean over the seeds of both lifts by step, for the arms that differ in the gradient of the guidance."""
+    panels = {}
+    for start, prefix in (("three blocks", ""), ("twelve blocks", "deep ")):
+        for name in LIFTS:
+            panel = panels.setdefault(f"{name}, {start}", {})
+            for row in (f"{prefix}{kind}" for kind in ("smoothing only", "released", "detached")):
+                values = zip(*(extra[row][name] for extra in extras if row in extra))
+                panel[row] = list(zip(STEPS, map(statistics.fmean, values)))
+    plots.lines(path, panels, levels={name: {"chance": 1.0} for name in panels})
+
+
 def draw_maps(path, extras: list) -> None:
-    """Some pictures of the first seed with the masks of their things, and all their maps."""
-    first = extras[0]
-    dataset = scenes.Objects("test", 640, first["seed"], first["size"])
-    kept = {int(i): torch.tensor(values) for i, values in first["maps"].items()}
-    maps.draw_sheet(path, dataset, kept, first["names"], "things and their maps")
+    """Pictures of the first seed, masks and maps; a map's value 0 is dark blue, 1 and more yellow."""
+    names, pictures, texts = extras[0]["names"], [], []
+    dataset = scenes.Objects("test", 640, extras[0]["seed"], extras[0]["size"])
+    for i, values in extras[0]["maps"].items():
+        pictures += [dataset.image(int(i)), *map(plots.heat, np.moveaxis(np.array(values), -1, 0))]
+        texts += [scenes.KINDS[dataset.facts["kind"][int(i), 0]], "mask", *names]
+    title = "dark blue: the lowest value, or no weight; yellow: the highest, or three times the mean"
+    write_image(path, plots.sheet(pictures, texts, 2 + len(names), 90, title))
 
 
 def draw_matrix(path, extras: list) -> None:
     """Cosines of the class texts, mean over the seeds."""
-    names = list(scenes.KINDS)
-    plots.matrix(
-        path, np.mean([np.array(extra) for extra in extras], axis=0), names, names, "cosines of class texts"
-    )
+    plots.matrix(path, np.mean(extras, axis=0), [*scenes.KINDS], [*scenes.KINDS], "cosines of class texts")

@@ -14,20 +14,11 @@ from util.text import one_line, warn
 from weights.layouts import to_huggingface_files
 
 
-def published_pair_loss(
-    keys: Tensor,
-    values: Tensor,
-    queries: Tensor,
-    text: Tensor,
-    weight: Tensor,
-    tau: float,
-    a: float,
-    b: float,
-) -> Tensor:
+def published_pair_loss(inputs: list[Tensor], tau: float, a: float, b: float) -> Tensor:
     """Llip's objective as published: attention, mix, output projection, normalise; the block checkpointed.
 
     Lavoie et al. 2024, eq. 1 to 3; their code checkpoints the block of all pairs of a rank.
-    Args:    keys, values (B, H, M, K), queries (N, H, K), text (N, E), weight W_O (E, E);  logits a cos + b
+    Args:    inputs: keys, values (B, H, M, K), queries (N, H, K), text (N, E), W_O (E, E);  logits a cos + b
     Returns: () the sigmoid loss.
     """
 
@@ -37,7 +28,7 @@ def published_pair_loss(
         z = F.normalize(y.flatten(2) @ weight, dim=-1)  # (B, N, E)
         return a * torch.einsum("ije,je->ij", z, F.normalize(text, dim=-1)) + b  # (B, N)
 
-    return siglip(checkpoint(block, keys, values, queries, text, weight, use_reentrant=False))
+    return siglip(checkpoint(block, *inputs, use_reentrant=False))
 
 
 def published_tower(visual: nn.Module, images: Tensor) -> Tensor:
@@ -63,28 +54,23 @@ def transformers_model(c: Config) -> nn.Module:
     return CLIPModel(CLIPConfig.from_dict(to_huggingface_files(c, None)["config.json"]))
 
 
-def open_clip_logits(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
+def peer_logits(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
+    """(B, 3, S, S), (B, L) -> (B, B)"""
+    if hasattr(model, "vision_model"):  # transformers
+        return model(pixel_values=images, input_ids=tokens).logits_per_image
     image, text, scale = model(images, tokens)[:3]
-    return scale * image @ text.t()  # (B, B)
+    return scale * image @ text.t()
 
 
-def transformers_logits(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
-    return model(pixel_values=images, input_ids=tokens).logits_per_image  # (B, B)
-
-
-# package: model of a Config; (model, images, tokens) -> logits (B, B)
-PEERS = {
-    "open_clip": (open_clip_model, open_clip_logits),
-    "transformers": (transformers_model, transformers_logits),
-}
+PEERS = {"open_clip": open_clip_model, "transformers": transformers_model}  # package: model of a Config
 
 
 def installed() -> list[str]:
     """Names of the packages in PEERS that can build a model; a warning for the others."""
     found = []
-    for name in PEERS:
+    for name, build in PEERS.items():
         try:
-            PEERS[name][0](CONFIGS["tiny"])
+            build(CONFIGS["tiny"])
             found.append(name)
         except (ImportError, RuntimeError) as error:
             warn(f"{name} is not measured: {one_line(error)}")

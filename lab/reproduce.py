@@ -6,31 +6,34 @@
     python -m lab.reproduce --claim l2,l16 --data captions.jsonl                        on other pairs
     python -m lab.reproduce --claim a4,a16 --data PACS --init RUN --target sketch       on other domains
 
-lab/claims.py has the claims, lab/measures.py what is measured, lab/evidence.py the rule of the verdicts. Runs
-are kept under --out by flags and commit. Claims share them, and the same command continues where it stopped.
-The report is evidence.md.
+lab/claims.txt has the claims, lab/measures.py what is measured, lab/report.txt the rule of the verdicts. Runs
+are kept by flags and by what the code computes, and claims share them. A command continues where it stopped.
 """
 
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import multiprocessing
 import os
-import subprocess
+import tempfile
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 import evaluate
-from lab import bench, claims, evidence, latent_text  # noqa: F401  (adds the method latent)
-from lab.claims import ARMS, BY_NAME, CLAIMS, FIGURES, RECALL, SETTINGS, Claim
+import tasks
+import train
+from lab import beds, bench, claims, evidence, latent_text, measures  # noqa: F401  (adds the method latent)
+from lab.claims import ARMS, BY_NAME, CLAIMS, FEW, FIGURES, RECALL, SETTINGS, Claim
 from lab.compare import published, run_training
 from model import CONFIGS
+from readers import scenes
 from scale import distributed
 from util.files import output_folder, write_json
 from util.flags import parse
@@ -50,14 +53,16 @@ class Request:
     claim: str = ""  # ids or names, separated by commas
     all: bool = False  # every claim
     table: str = ""  # instead: vlcs, epsilon, pooling or base-to-new, with --init and --data
-    seeds: int = 3  # repetitions
-    quick: bool = False  # a third of the steps, smaller sets
+    seeds: int = 5  # repetitions; at most 3 of claims whose runs take longer than a core-minute
+    quick: bool = False  # a few steps: shows that everything works
     validation: bool = False  # seeds on which settings were chosen, instead of the reported ones
-    # other data: pairs for claims about pre-training, domains with labels for claims about fine-tuning
+    # real data, for claims about pre-training or fine-tuning
     data: str = ""  # a list of captions, or a folder DOMAIN/CLASS
-    init: str = ""  # domains: the CLIP to fine-tune
+    init: str = ""  # domains: the CLIP to fine-tune; empty: one that is trained on --flickr8k and --emoji
     target: str = ""  # domains: the one left out of training
-    zeroshot: str = ""  # l1: a folder of classes
+    flickr8k: str = ""  # a list of real pairs: with --all for l2 and l16, with --target to train the CLIP
+    emoji: str = ""  # a list of more pairs to train the CLIP that is fine-tuned
+    pacs: str = ""  # with --all: a folder DOMAIN/CLASS for a4, a5 and a9, whose sketches are left out
     steps: int = 0  # with --data; 0: that of the settings
     batch_size: int = 0  # with --data; 0: that of the settings; domains: a multiple of their number
     # running
@@ -65,18 +70,15 @@ class Request:
     jobs: int = 1  # processes of one thread each
     out: str = "runs/reproduce"  # runs, results and pictures
     results: str = ""  # the report; empty: evidence.md under --out
+    pictures: str = ""  # a folder for the pictures of docs/papers.md; empty: none are copied
 # fmt: on
 
 
-@functools.cache
-def version(*without: str) -> str:
-    """The last commit that changed a .py file outside of these folders, and changes since; "" without git."""
-    paths, texts = ["--", "*.py", *(f":!{folder}" for folder in without)], []
-    for command in (["log", "-1", "--format=%H"], ["diff", "HEAD"]):
-        with contextlib.suppress(OSError):
-            found = subprocess.run(["git", *command, *paths], cwd=ROOT, capture_output=True, text=True)
-            texts.append(found.stdout)
-    return "".join(texts)
+# arms whose first steps show what the code computes: for arms that pre-train, and for those that fine-tune
+PROBES = {
+    "pairs": ("clip", "siglip", "llip", "llip infonce", "learned", "llip text tokens"),
+    "labels": ("bed", "sls", "alignclip", "detached", "alignclip wild", "coop", "cocoop", "maple", "tes"),
+}
 
 
 def digest(*parts) -> str:
@@ -89,11 +91,65 @@ def stamp(path: str) -> list:
     return [path, file.stat().st_size, file.stat().st_mtime_ns] if path and file.is_file() else [path]
 
 
+def source(*patterns: str) -> list:
+    """Names and texts of files of this project."""
+    files = sorted({file for pattern in patterns for file in ROOT.glob(pattern)})
+    return [[str(file.relative_to(ROOT)), file.read_text()] for file in files if file.parent.name != "tests"]
+
+
+@functools.cache
+def versions(out: Path) -> dict[str, str]:
+    """What the code computes: {kind of arms: a hash of the weights and figures of their first steps}.
+
+    Code that computes the same bits continues the runs of other code, and reads their results.
+    """
+    path = out / "versions" / f"{digest(source('*.py', '[a-z]*/*.py'))}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out) as folder:
+            found = {kind: digest([probe(arm, Path(folder)) for arm in PROBES[kind]]) for kind in PROBES}
+        write_json(path, found)
+    return json.loads(path.read_text())
+
+
+def probe(arm: str, folder: Path) -> str:
+    """A hash of the weights and figures after three steps of an arm on a few pictures, in its own folder."""
+    own, out = dict(ARMS[arm]), folder / arm
+    flags = dict(steps=3, warmup=1, batch_size=48, train_size=96, threads=1, device="cpu", out=str(out))
+    if own.pop("start", ""):
+        flags["init"] = str(folder / "bed")
+    if share := own.pop("share", 0):
+        flags |= claims.BED | dict(train_data=str(folder / "pictures" / "captions.csv"))
+        beds.write_bed(Path(flags["train_data"]), scenes.Objects("train", 96, bias=own["bias"]), share)
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.train(*train.configure(**flags | own))
+    weights = torch.load(out / "checkpoint.pt", weights_only=True)["state_dict"]
+    bits = [weights[name].numpy().tobytes() for name in sorted(weights)]
+    return digest(hashlib.sha256(b"".join(bits)).hexdigest(), figures_of(out))
+
+
+def figures_of(run: Path) -> dict[str, float]:
+    """The figures of a run that claims read, accuracies in per cent, as far as its data have them."""
+    results, found = json.loads((run / "results.json").read_text()), {}
+    results["reported"] = results.get("averaged", results.get("fine-tuned"))
+    for name, (where, key) in FIGURES.items():
+        if key in (part := results.get(where) or {}):
+            found[name] = 100 * part[key]
+    if (lifts := run / "lifts.json").exists():
+        found |= [*json.loads(lifts.read_text()).values()][-1]
+    return found
+
+
+def group_of(arm: str) -> str:
+    """The part of SETTINGS that an arm takes."""
+    return "labels" if "start" in ARMS[arm] else "bed" if "share" in ARMS[arm] else "pairs"
+
+
 class Lab:
     """What a request means: the flags of every arm, where its run is, and what was measured of it."""
 
     def __init__(self, request: Request):
-        self.request, self.out = request, Path(request.out)
+        self.request, self.out, self.claim = request, Path(request.out), BY_NAME.get
         self.device = distributed.setup(request.device)
         self.scale = "data" if request.data else "quick" if request.quick else "default"
         first = VALIDATION_SEED if request.validation else evidence.FIRST_SEED
@@ -101,27 +157,39 @@ class Lab:
         self.image_size = CONFIGS[SETTINGS[self.scale]["pairs"].get("model", "tiny")].image_size
 
     def flags(self, arm: str, seed: int) -> dict:
-        """Flags of train.py for an arm, without its --init and --out."""
-        own, request = dict(ARMS[arm]), self.request
-        group = "start" if arm == "start" else "labels" if own.pop("start", "") else "pairs"
-        found = SETTINGS[self.scale][group] | own | {"seed": seed, "device": request.device, "threads": 1}
+        """Flags of train.py for an arm, without --out and the --init of an arm that fine-tunes."""
+        request, own = self.request, {k: v for k, v in ARMS[arm].items() if k not in ("start", "share")}
+        found = SETTINGS[self.scale][group_of(arm)] | own
+        found |= {"seed": seed, "device": self.device.type, "threads": 1}
         if request.data:
             given = {name: getattr(request, name) for name in ("steps", "batch_size")}
-            given["zeroshot_data"] = request.zeroshot
             given["target_domain"] = request.target if found.get("target_domain") else ""
             found |= {"train_data": request.data} | {k: v for k, v in given.items() if v}
         else:
             found |= {"test_seed": seed}
-        times = found.pop("times", 1)
-        return found | ({"steps": times * found["steps"]} if times > 1 else {})
+        if arm == "real":
+            found |= {"train_data": str(self.out / "pictures" / "real.jsonl"), "zeroshot_data": request.data}
+            found |= {"allow_outside": True, "image_root": "/"}
+        if group_of(arm) == "bed":
+            found["train_data"] = str(self.out / "pictures" / self.path(arm, seed).name / "captions.csv")
+        if times := found.pop("times", 0):
+            found["steps"] *= times
+        return found
+
+    def start(self, arm: str) -> str:
+        """The arm that another arm fine-tunes."""
+        return "real" if self.request.data else ARMS[arm]["start"]
 
     def key(self, arm: str, seed: int) -> str:
-        """A name for a run: its flags, what it starts from, its data, and the version of the code."""
-        start = ARMS[arm].get("start", "")
+        """A name for a run: what it is trained on, from and with, and the code that trains it."""
+        start, request = ARMS[arm].get("start", ""), self.request
         if start:
-            start = stamp(self.request.init) if self.request.init else self.key(start, seed)
-        code = version("lab", "docs", "tests"), self.device.type
-        return digest(self.flags(arm, seed), start, stamp(self.request.data), code)
+            start = stamp(request.init) if request.init else self.key(self.start(arm), seed)
+        pairs = request.flickr8k + request.emoji  # of the arm "real"
+        given = stamp(request.data), request.target, pairs, request.steps, request.batch_size
+        group = group_of(arm)
+        code = versions(self.out)["pairs" if group == "pairs" else "labels"], self.device.type
+        return digest(ARMS[arm], SETTINGS[self.scale][group], seed, start, given, code)
 
     def path(self, arm: str, seed: int) -> Path:
         name = arm.replace(" ", "-").replace("=", "")
@@ -129,20 +197,26 @@ class Lab:
 
     def train(self, arm: str, seed: int) -> None:
         """Trains an arm, continues its training, or finds it finished."""
-        path, start = self.path(arm, seed), ARMS[arm].get("start", "")
+        path, own, flags = self.path(arm, seed), ARMS[arm], self.flags(arm, seed)
         path.mkdir(parents=True, exist_ok=True)
-        more = {"init": self.request.init or str(self.path(start, seed))} if start else {}
-        with open(path / "log.txt", "a") as log:
-            run_training(self.flags(arm, seed) | more | {"out": str(path)}, log)
+        if start := own.get("start", ""):
+            flags["init"] = self.request.init or str(self.path(self.start(arm), seed))
+        if arm == "real":
+            beds.write_pairs(Path(flags["train_data"]), [self.request.flickr8k, self.request.emoji])
+        if "share" in own and not Path(flags["train_data"]).exists():
+            pictures = scenes.Objects("train", flags["train_size"], seed, bias=flags["bias"])
+            beds.write_bed(Path(flags["train_data"]), pictures, own["share"])
+        watched = {"labels": beds.Watched} if "share" in ARMS.get(start, {}) and not self.request.data else {}
+        with open(path / "log.txt", "a") as log, mock.patch.dict(tasks.TASKS, watched):
+            run_training(flags | {"out": str(path)}, log)
+
+    def runs(self, arm: str, seed: int) -> bool:
+        """Whether an arm has this seed."""
+        return seed in self.seeds[:3] or arm not in FEW
 
     def figure(self, arm: str, seed: int, name: str) -> float | None:
-        """A figure of a run in per cent; None if the data have no part for it."""
-        results = json.loads((self.path(arm, seed) / "results.json").read_text())
-        where, *names = FIGURES[name]
-        found = results.get(where, {})
-        if where == "reported":
-            found = results.get("averaged", results.get("fine-tuned"))
-        return next((100 * found[n] for n in names if n in found), None)
+        """A figure of a run; None if its data have no part for it."""
+        return figures_of(self.path(arm, seed)).get(name)
 
     def model(self, arm: str, seed: int) -> tuple:
         """A trained model and its tokenizer."""
@@ -151,7 +225,8 @@ class Lab:
 
     def kept(self, name: str, depends: list, make):
         """What make() returned for these dependencies and this code: computed once, kept as JSON."""
-        key = digest(version("docs", "tests"), depends)
+        files = "evaluate.py", "evals/*.py", "lab/beds.py", "lab/measures.py", "lab/bench.py"
+        key = digest(source(*files), depends)
         path = self.out / self.scale / "measured" / f"{name}-{key}.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +251,7 @@ class Lab:
         return self.kept(f"bench-{section}", [bench.machine(self.device)], lambda: bench.measure(c).rows)
 
     def seeds_of(self, claim: Claim) -> list[int]:
-        return self.seeds if claim.kind == "seeds" else self.seeds[:1]
+        return self.seeds[: {"seeds": None, "few": 3}.get(claim.kind, 1)]
 
     def table(self, claim: Claim) -> tuple[dict, list]:
         """{row: {figure: values}} over the seeds (or the rounds of a timing), and what is drawn."""
@@ -186,8 +261,9 @@ class Lab:
                 rows, extra = self.measure(claim, seed)
                 extras.append(extra)
             else:
-                of = {row: partial(self.figure, arm, seed) for row, arm in claim.arms.items()}
-                rows = {row: {name: figure(name) for name in claim.figures} for row, figure in of.items()}
+                arms = {row: arm for row, arm in claim.arms.items() if self.runs(arm, seed)}
+                every = {row: figures_of(self.path(arm, seed)) for row, arm in arms.items()}
+                rows = {row: {n: found.get(n) for n in claim.figures} for row, found in every.items()}
             for row, figures in rows.items():
                 for name, value in figures.items():
                     if value is not None:
@@ -201,13 +277,9 @@ class Lab:
 
 def begin_worker() -> None:
     """One thread. TRAP: workers of a killed parent would wait for ever, so they end with it."""
-
-    def end_with_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
     torch.set_num_threads(1)
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def work(request: Request, kind: str, name: str, seed: int) -> None:
@@ -219,18 +291,18 @@ def work(request: Request, kind: str, name: str, seed: int) -> None:
         raise ValueError(f"{kind} {name}, seed {seed}: {error}") from error
 
 
-def run_tasks(request: Request, tasks: list[tuple], label: str) -> None:
-    """Runs tasks (kind, name, seed) in --jobs processes."""
-    progress = Progress(label, len(tasks), "done")
-    if request.jobs == 1 or not tasks:
-        for task in tasks:
+def work_all(request: Request, todo: list[tuple], label: str) -> None:
+    """Does work (kind, name, seed) in --jobs processes."""
+    progress = Progress(label, len(todo), "done")
+    if request.jobs == 1 or not todo:
+        for task in todo:
             work(request, *task)
             progress.add(1)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(request.jobs, context, begin_worker) as pool:
         try:
-            for future in as_completed([pool.submit(work, request, *task) for task in tasks]):
+            for future in as_completed([pool.submit(work, request, *task) for task in todo]):
                 future.result()
                 progress.add(1)
         except BaseException:
@@ -240,18 +312,23 @@ def run_tasks(request: Request, tasks: list[tuple], label: str) -> None:
 
 def run(lab: Lab, chosen: list[Claim]) -> None:
     """Trains and measures what is missing: first what other arms start from, timings last and alone."""
+    if lab.request.data and (premises := {c.premise.id: c.premise for c in chosen if c.premise}):
+        # on real data a claim whose premise is not met is not tried
+        run(lab, list(premises.values()))
+        met = {id for id, one in premises.items() if all(evidence.bounds_of(one, lab.table(one)[0]).values())}
+        chosen = [claim for claim in chosen if not claim.premise or claim.premise.id in met]
     chosen = list({c.id: c for claim in chosen for c in (claim, claim.premise) if c}.values())
-    arms = {arm for claim in chosen for arm in claim.arms.values()}
+    wanted = {(arm, seed) for c in chosen for arm in c.arms.values() for seed in lab.seeds_of(c)}
+    wanted = {one for one in wanted if lab.runs(*one)}
     if not lab.request.init:
-        arms |= {ARMS[arm].get("start", "") for arm in arms} - {""}
+        wanted |= {(lab.start(arm), seed) for arm, seed in wanted if "start" in ARMS[arm]}
+    wanted = [one for one in sorted(wanted) if not (lab.path(*one) / "results.json").exists()]
     for later, label in ((False, "train"), (True, "fine-tune")):
-        some = [arm for arm in sorted(arms) if bool(ARMS[arm].get("start", "")) == later]
-        tasks = [("train", arm, seed) for arm in some for seed in lab.seeds]
-        tasks = [task for task in tasks if not (lab.path(*task[1:]) / "results.json").exists()]
-        run_tasks(lab.request, tasks, label)
+        some = [("train", *one) for one in wanted if ("start" in ARMS[one[0]]) == later]
+        work_all(lab.request, some, label)
     measured = [claim for claim in chosen if claim.measure and claim.kind != "timing"]
-    tasks = [("measure", claim.id, seed) for claim in measured for seed in lab.seeds_of(claim)]
-    run_tasks(lab.request, tasks, "measure")
+    work = [("measure", claim.id, seed) for claim in measured for seed in lab.seeds_of(claim)]
+    work_all(lab.request, work, "measure")
     torch.set_num_threads(1)
     for claim in chosen:
         if claim.kind == "timing":
@@ -265,38 +342,25 @@ def adapted(claim: Claim, request: Request) -> Claim:
     """
     if not request.data:
         return claim
-    starts = {"start" in ARMS[arm] for arm in claim.arms.values()}
-    if claim.measure or starts != {bool(request.init)}:
-        kind = "fine-tuning" if request.init else "pre-training"
+    starts, domains = {"start" in ARMS[arm] for arm in claim.arms.values()}, bool(request.target)
+    # captions of one's own have one form
+    forms = any("captions" in ARMS[arm] for arm in claim.arms.values())
+    if claim.measure or forms or starts != {domains}:
+        kind = "fine-tuning" if domains else "pre-training"
         raise ValueError(
-            f"{claim.id}: with these flags --data serves claims that only compare runs of {kind}"
+            f"{claim.id}: --data with these flags is for claims that only compare runs of {kind}"
         )
-    if request.init:
-        return replace(claim, premise=None)
-    if claim.id == "l1":
-        if not request.zeroshot:
-            raise ValueError("l1 on pairs needs --zeroshot, a folder of classes")
-        parts = [part for part in claim.parts if part.figure == "kinds top-1"]
-        return replace(claim, figures=("kinds top-1",), parts=tuple(parts))
+    if domains:
+        return replace(claim, premise=None if request.init else BY_NAME["named"])
     # a list of captions is little data as a whole
     base = BY_NAME["l2"] if claim.id == "l16" else claim
-    parts = dict.fromkeys(part._replace(figure=f"{way} R@1") for way in claims.WAYS for part in base.parts)
-    return replace(claim, arms=base.arms, figures=RECALL, parts=tuple(parts))
+    parts = dict.fromkeys(part._replace(figure=f"{way} R@1") for way in measures.WAYS for part in base.parts)
+    arms = base.arms | ({"llip (InfoNCE) with patches": "llip infonce patches"} if base.id == "l2" else {})
+    return replace(claim, arms=arms, figures=tuple(RECALL), parts=tuple(parts))
 
 
 def chosen_by(request: Request) -> list[Claim]:
-    """The claims of a request.   Raises: ValueError for contradicting flags and unknown claims."""
-    for name in ("seeds", "jobs"):
-        if getattr(request, name) < 1:
-            raise ValueError(f"--{name} {getattr(request, name)}: must be at least 1")
-    if request.target and not request.init:
-        raise ValueError("--target goes with --init and --data")
-    if (request.steps or request.batch_size) and not request.data:
-        raise ValueError("--steps, --batch-size: go with --data")
-    if request.all == bool(request.claim):
-        raise ValueError("give --list, --all, or --claim with ids or names: exactly one of them")
-    if request.all and request.data:
-        raise ValueError("--data serves some claims only: name them with --claim")
+    """The claims of a request.   Raises: ValueError for unknown claims."""
     names = [c.id for c in CLAIMS] if request.all else request.claim.lower().replace(" ", "").split(",")
     for name in names:
         if BY_NAME.get(name) not in CLAIMS:
@@ -308,11 +372,35 @@ def command(claim: Claim, request: Request) -> str:
     """The command line for a claim. Paths are names only: the report has no folders of this machine."""
     words = ["python -m lab.reproduce", f"--claim {claim.id}"]
     for name, value in asdict(request).items():
-        if value != getattr(Request, name) and name not in ("claim", "all", "jobs", "out", "results"):
-            words.append(
-                f"--{name.replace('_', '-')}" + ("" if value is True else f" {Path(str(value)).name}")
-            )
+        if value != getattr(Request, name) and name not in "claim all jobs out results pictures".split():
+            words += [f"--{name.replace('_', '-')}", *[Path(str(value)).name] * (value is not True)]
     return " ".join(words)
+
+
+def requests(request: Request) -> list[Request]:
+    """With --all one for scenes and each set of real data (three seeds).   Raises: ValueError."""
+    r, pairs = request, request.flickr8k or request.emoji
+    problems = {
+        f"--seeds {r.seeds}, --jobs {r.jobs}: must be at least 1": min(r.seeds, r.jobs) < 1,
+        "give --list, --all, or --claim with ids or names: exactly one of them": r.all == bool(r.claim),
+        "--data, --init, --target: not with --all": r.all and (r.data or r.init or r.target),
+        "--steps, --batch-size: go with --data": (r.steps or r.batch_size) and not r.data,
+        "--flickr8k, --emoji, --pacs: go with --all": (pairs or r.pacs) and not (r.all or r.data),
+        "--pacs needs --flickr8k or --emoji: pairs for the CLIP that is fine-tuned": r.pacs and not pairs,
+        "--target goes with --data, and with --init or pairs to train a CLIP on": not r.all
+        and (bool(r.target) != bool(r.init or pairs) or (r.target and not r.data)),
+    }
+    for problem, there in problems.items():
+        if there:
+            raise ValueError(problem)
+    if not r.all:
+        return [r]
+    found, real = [replace(r, flickr8k="", emoji="", pacs="")], dict(all=False, seeds=min(3, r.seeds))
+    if r.flickr8k:
+        found.append(replace(found[0], **real, claim="l2,l16", data=r.flickr8k))
+    if r.pacs:
+        found.append(replace(r, **real, claim="a4,a5,a9", data=r.pacs, target="sketch", pacs=""))
+    return found
 
 
 @program
@@ -320,17 +408,20 @@ def main(argv: list[str]) -> None:
     request = parse(Request, argv, __doc__)
     if request.table:
         return published(request)
-    lab = Lab(request)
     if request.list:
         return print(format_table([{"id": c.id, "name": c.name, "claim": c.says} for c in CLAIMS]))
-    chosen = chosen_by(request)
-    output_folder(lab.out)
-    run(lab, chosen)
-    for claim in chosen:
-        print(f"\n{evidence.section(evidence.conclude(lab, claim, command(claim, request)))}")
+    parts = [(part, chosen_by(part)) for part in requests(request)]
+    output_folder(request.out)
+    for part, chosen in parts:
+        lab = Lab(part)
+        run(lab, chosen)
+        for claim in chosen:
+            print(f"\n{evidence.section(evidence.conclude(lab, claim, command(claim, part)))}")
     path = Path(request.results or lab.out / "evidence.md")
     evidence.write_report(lab.out / "claims", path, lab.device)
-    print(f"\n{len(chosen)} claims; report in {path}")
+    if request.pictures:
+        evidence.copy_pictures(lab.out / "claims", Lab(request).scale, Path(request.pictures))
+    print(f"\nreport in {path}")
 
 
 if __name__ == "__main__":

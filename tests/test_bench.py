@@ -80,9 +80,8 @@ def tiny(monkeypatch):
         ("towers", {"here"}),
         pytest.param("objective", {"published", "tiles"}, marks=pytest.mark.slow),
         ("alignclip", {"CLIPood as published", "CLIPood", "AlignCLIP dv", "AlignCLIP vvv"}),
-        ("prompts", {"CLIPood", "AlignCLIP", "CoOp", "CoCoOp", "MaPLe"}),
+        ("prompts", {"CLIPood", "CLIP", "AlignCLIP", "CoOp", "CoCoOp", "MaPLe"}),
         ("llip", {"clip", "siglip", "llip", "10 prompts", "10000 prompts"}),
-        ("maps", {"alignclip", "gem"}),
     ],
 )
 def test_sections(tiny, tmp_path, section, arms, capsys):

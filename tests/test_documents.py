@@ -100,3 +100,11 @@ def test_readme_compares_with_the_figures_of_evaluation():
     # columns: figure, chance, CLIP, SigLIP
     columns = [cell.replace("*", "").split()[0] for row in (mean, first) for cell in row[3:5]]
     assert list(found.groups()) == columns
+
+
+def test_readme_has_the_summary_of_the_evidence():
+    """The sentence that lab/evidence.py writes as the third paragraph of docs/evidence.md."""
+    paragraphs = (ROOT / "docs" / "evidence.md").read_text().split("\n\n")
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for sentence in (text for text in paragraphs[:4] if re.match(r"Of \d+ claims ", text)):
+        assert " ".join(sentence.split()) in readme

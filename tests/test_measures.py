@@ -1,0 +1,77 @@
+"""lab/measures.py: every measured claim has the rows and figures that its parts judge."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lab import beds, claims
+from lab.claims import ARMS, BY_NAME
+from llip import Llip
+from model import CLIP, CONFIGS
+from readers import scenes
+from tokenizer import Tokenizer
+
+SLOW = ("l3",)  # four probes of 3,000 pictures
+MEASURED = [c for c in claims.NAMED.values() if c.measure and c.kind != "timing" and c.id not in SLOW]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.learn([text for some in scenes.Objects("train", 96).captions for text in some], 600)
+
+
+@pytest.fixture
+def lab(tokenizer, tmp_path, monkeypatch):
+    """Random models of the size of each arm, figures and lifts as a run has them."""
+    for name in ("Scenes", "Objects"):
+        drawn = getattr(scenes, name)
+
+        def few(self, split="train", size=80, *args, drawn=drawn, **more):
+            drawn.__init__(self, split, min(size, 80), *args, **more)
+
+        monkeypatch.setattr(scenes, name, type(name, (drawn,), {"__init__": few}))
+    lab = SimpleNamespace(image_size=32, device=torch.device("cpu"), claim=BY_NAME.get, asked=set())
+
+    def model(arm, seed):
+        lab.asked.add(arm)
+        size = "deep" if "bed 12" in (arm, ARMS[arm].get("start")) else "tiny"
+        config = beds.replace(CONFIGS[size], vocab_size=tokenizer.vocab_size)
+        torch.manual_seed(seed)
+        method = ARMS[arm].get("method", "clip")
+        return (Llip(config, 8, 4) if method == "llip" else CLIP(config)), tokenizer
+
+    def figure(arm, seed, name):
+        lab.asked.add(arm)
+        task, there = ARMS[arm].get("open_task", "domain-shift"), claims.FIGURES.get(name, ("reported",))[0]
+        kinds = ("target", "val") if task == "domain-shift" else ("base", "new", "H", "AUROC")
+        known = (*kinds, *beds.LIFTS) if "start" in ARMS[arm] else claims.LLIP_FIGURES + claims.GROUPS["llip"]
+        return 50.0 + len(arm) if name in known or there not in ("reported", "zeroshot") else None
+
+    def path(arm, seed):
+        lab.asked.add(arm)
+        seen = {str(step): {name: step + 1.0 for name in beds.LIFTS} for step in beds.STEPS}
+        (tmp_path / "lifts.json").write_text(json.dumps(seen))
+        return tmp_path
+
+    flags = dict(smoothing_scale=5.0)
+    vars(lab).update(model=model, figure=figure, path=path, runs=lambda *a: True, flags=lambda *a: flags)
+    return lab
+
+
+@pytest.mark.parametrize("claim", MEASURED, ids=lambda claim: claim.id)
+def test_a_measured_claim_has_what_its_parts_judge(lab, claim, tmp_path):
+    """And asks for no arm that the claim does not name: it would not have been trained."""
+    found = claim.measure(lab, 3000)
+    rows, extra = found if isinstance(found, tuple) else (found, None)
+    for part in claim.parts:
+        for row in (part.row, part.other)[: 1 + isinstance(part.other, str)]:
+            value = rows[row][part.figure]
+            assert math.isfinite(value), (row, part.figure)
+    starts = {ARMS[arm]["start"] for arm in claim.arms.values() if "start" in ARMS[arm]}
+    assert lab.asked <= {*claim.arms.values(), *starts}
+    if claim.picture:
+        claim.picture(tmp_path / "a.png", json.loads(json.dumps([extra, extra])))
+        assert (tmp_path / "a.png").stat().st_size > 1000
