@@ -408,6 +408,7 @@ def main(argv: list[str]) -> None:
     request = parse(Request, argv, __doc__)
     if request.table:
         return published(request)
+    distributed.setup(request.device)  # a device that does not exist is refused
     if request.list:
         return print(format_table([{"id": c.id, "name": c.name, "claim": c.says} for c in CLAIMS]))
     parts = [(part, chosen_by(part)) for part in requests(request)]

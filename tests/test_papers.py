@@ -12,7 +12,7 @@ Phi, Q-Q, SLS, Siamese, SigLIP, T_y, V-V-V, W_O, alpha, attention misalignment, 
 class similarity matrix, detach, epsilon, ladder, lambda, learned average, mixture token, patch tokens,
 prompt ensemble, register, retrieval, similarity map, spectrum, tau, temperature, theta, visual token, w"""
 # headings of "###" that are no equation
-NO_EQUATION = r"Worked example|The line that decides|.*, figures? \d.*: "
+NO_EQUATION = r"A finding|Worked example|The line that decides|.*, figures? \d.*: "
 
 
 def test_the_code_on_the_page_is_that_of_the_source():

@@ -240,7 +240,7 @@ def test_a_probe_sees_one_bit_of_the_weights_and_of_the_figures(tmp_path, monkey
         patch.setattr(train, "learning_rate", lambda step, c: rate(step, c) * (1 + 1e-3 * (step == 2)))
         assert probe("c") != first
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "summary", lambda *a, own=evaluate.summary: own(*a) | {"more": 1})
+        patch.setattr(evaluate, "summary", lambda *a, own=evaluate.summary: own(*a) | {"top1": 0.123})
         assert probe("d") != first
 
 
