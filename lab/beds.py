@@ -94,7 +94,7 @@ def lifts(found: dict[str, Tensor], masks: Tensor) -> dict[str, float]:
 
 
 class Watched(tasks.LabelTask):
-    """Fine-tuning on drawn things that writes the lifts of the trained CLIP after STEPS to lifts.json."""
+    """Fine-tuning on drawn things that writes the CLIP's lifts after STEPS, and the last, to lifts.json."""
 
     def begin(self, c) -> None:
         super().begin(c)
@@ -113,7 +113,7 @@ class Watched(tasks.LabelTask):
         self.look()
 
     def look(self) -> None:
-        if self.done in STEPS:
+        if self.done in (*STEPS, self.c.steps):
             with evaluate.evaluating(self.clip):
                 self.found[str(self.done)] = lifts(*aligned_maps(self.clip, self.text, self.pictures))
             write_json(self.path, self.found)

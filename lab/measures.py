@@ -24,7 +24,7 @@ from clipood import FineTune, unit
 from evals import linear_probe as probes
 from evals import maps, typographic
 from evals import spectrum as spectra
-from lab.beds import LIFTS, STEPS, aligned_maps, class_texts, lifts, things
+from lab.beds import LIFTS, aligned_maps, class_texts, lifts, things
 from losses import smoothing_targets
 from model import CONFIGS, tower_flops
 from readers import scene_captions as words
@@ -151,7 +151,7 @@ def guidance_over_steps(lab, seed: int) -> tuple[dict, dict]:
         rows[row] |= {name.replace("lift", "gain"): last[name] - first[name] for name in LIFTS}
         # figures that a task does not have are None, and left out of the table
         rows[row] |= {name: lab.figure(arm, seed, name) for name in ("target", "new", "H", "AUROC")}
-        curves[row] = {name: [found[name] for found in seen.values()] for name in LIFTS}
+        curves[row] = {name: [(int(k), found[name]) for k, found in seen.items()] for name in LIFTS}
     for weight, temperature in ((10.0, 1.0), (1.0, 1.0), (1.0, 0.03)):
         for where, scale in (("scale 100", 100.0), ("the CLIP's scale", None)):
             ratio = gradients(lab, seed, scale, weight, temperature)
@@ -413,8 +413,8 @@ def draw_steps(path, extras: list) -> None:
         for name in LIFTS:
             panel = panels.setdefault(f"{name}, {start}", {})
             for row in (f"{prefix}{kind}" for kind in ("smoothing only", "released", "detached")):
-                values = zip(*(extra[row][name] for extra in extras if row in extra))
-                panel[row] = list(zip(STEPS, map(statistics.fmean, values)))
+                points = zip(*(extra[row][name] for extra in extras if row in extra))
+                panel[row] = [(some[0][0], statistics.fmean(y for _, y in some)) for some in points]
     plots.lines(path, panels, levels={name: {"chance": 1.0} for name in panels})
 
 

@@ -182,7 +182,8 @@ def start_gather(features):
 def gather(features):
     """Rows of all ranks, with gradient: (B, ...) -> (W B, ...), or a tuple of such tensors.
 
-    features: rows of this rank, equally many on every rank; or the result of start_gather
+    Each rank receives W - 1 times its own bytes, and the same again for the gradients.
+    Args: features: rows of this rank, equally many on every rank; or the result of start_gather
     """
     if world_size() == 1:
         return features

@@ -44,3 +44,14 @@ def evaluate_all(main, runs, out):
     flags = ["--more", *paths[1:], "--data", "scenes", "--limit", "20", "--device", "cpu", "--out", str(out)]
     assert main(["--model", paths[0], *flags]) == 0
     return json.loads((out / "results.json").read_text())
+
+
+def draw_few(monkeypatch, most=80):
+    """Drawn data sets have at most so many pictures, and stay types."""
+    for name in ("Scenes", "Objects"):
+        drawn = getattr(scenes, name)
+
+        def few(self, split="train", size=most, *args, drawn=drawn, **more):
+            drawn.__init__(self, split, min(size, most), *args, **more)
+
+        monkeypatch.setattr(scenes, name, type(name, (drawn,), {"__init__": few}))

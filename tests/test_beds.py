@@ -70,7 +70,7 @@ def small_clip(tmp_path):
 def test_lifts_are_those_of_an_evaluation_and_of_every_step(small_clip, monkeypatch, tmp_path):
     """Before the first step and after the last, those of the start and of the finished CLIP."""
     (tmp_path / "run").mkdir()
-    monkeypatch.setattr(beds, "STEPS", (0, 1, 3))
+    monkeypatch.setattr(beds, "STEPS", (0, 1))
     monkeypatch.setitem(tasks.TASKS, "labels", beds.Watched)
     flags = dict(method="clipood", init=str(small_clip), train_data="scenes", target_domain="photo")
     flags |= dict(steps=3, batch_size=12, train_size=96, threads=1, bma_beta=0.0, out=str(tmp_path / "run"))

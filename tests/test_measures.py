@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_models import draw_few
 
 from lab import beds, claims
 from lab.claims import ARMS, BY_NAME
@@ -26,13 +27,7 @@ def tokenizer():
 @pytest.fixture
 def lab(tokenizer, tmp_path, monkeypatch):
     """Random models of the size of each arm, figures and lifts as a run has them."""
-    for name in ("Scenes", "Objects"):
-        drawn = getattr(scenes, name)
-
-        def few(self, split="train", size=80, *args, drawn=drawn, **more):
-            drawn.__init__(self, split, min(size, 80), *args, **more)
-
-        monkeypatch.setattr(scenes, name, type(name, (drawn,), {"__init__": few}))
+    draw_few(monkeypatch)
     lab = SimpleNamespace(image_size=32, device=torch.device("cpu"), claim=BY_NAME.get, asked=set())
 
     def model(arm, seed):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small_models import draw_few
 
 import evaluate
 import pretrained
@@ -21,7 +22,6 @@ from lab.claims import ARMS, BY_NAME, CLAIMS, Claim, Part, parts_of
 from lab.evidence import FAILS, HOLDS, OPEN, UNMET, at_level, judge, together
 from lab.reproduce import Lab, Request, main
 from model import CLIP, CONFIGS, Config
-from readers import scenes
 from tokenizer import Tokenizer
 from train import configure
 
@@ -202,6 +202,21 @@ def test_towers_of_twelve_blocks_have_three_seeds():
     for arm in ("bed 12", "layers 5"):
         assert lab.runs(arm, 3002) and not lab.runs(arm, 3003)
     assert lab.runs("alignclip", 3004)
+
+
+def test_an_arm_with_three_seeds_has_three_values_beside_five(tmp_path, monkeypatch, one_version):
+    claim, lab = BY_NAME["a2"], Lab(Request(out=str(tmp_path)))
+    for arm in claim.arms.values():
+        for seed in (seed for seed in lab.seeds if lab.runs(arm, seed)):
+            lab.path(arm, seed).mkdir(parents=True)
+            results = {"averaged": {"target": seed / 1e5, "val": 0.5}}
+            (lab.path(arm, seed) / "results.json").write_text(json.dumps(results))
+    table, _ = lab.table(claim)
+    assert {row: len(found["target"]) for row, found in table.items() if len(found["target"]) != 5} == {
+        "K-K": 3,
+        "Q-Q": 3,
+    }
+    assert table["K-K"]["target"] == table["D-V"]["target"][:3]  # paired by seed
 
 
 def test_the_version_is_what_the_code_computes(tmp_path, monkeypatch):
@@ -491,13 +506,7 @@ def test_timings_come_from_the_bench(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_all_claims_from_end_to_end(tmp_path, monkeypatch, capsys):
     """Every arm, measurement and picture on sets of 80 pictures and two steps; timings on small towers."""
-    for name in ("Scenes", "Objects"):
-        drawn = getattr(scenes, name)
-
-        def few(self, split="train", size=80, *args, drawn=drawn, **more):
-            drawn.__init__(self, split, min(size, 80), *args, **more)
-
-        monkeypatch.setattr(scenes, name, type(name, (drawn,), {"__init__": few}))
+    draw_few(monkeypatch)
     protocols.scenes_protocol.cache_clear()
     monkeypatch.setattr(protocols, "HELD_OUT", 80)
     steps = dict(steps=2, train_size=64)
