@@ -305,7 +305,8 @@ def finetune_case(
         return ids
 
     names, method = [f"class {c}" for c in range(classes)], METHODS[kind]
-    module = method.module.build(method.settings(**flags), clip, Classes(names, ("{}",), tokenizer, text))
+    classes_of = Classes(names, ("{}",), tokenizer, text)
+    module = method.module.build(method.settings(**flags), clip, classes_of).to(device)
     if published:
         clip.encode_image = partial(peers.published_tower, clip.visual)
     pictures = random_batch(config, batch, device)[0]

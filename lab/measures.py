@@ -4,11 +4,15 @@ A table is {row: {figure: value}}; of timings each value is a list, one value fo
 also return a pair: the table, and what is drawn. lab.model(arm, seed) is a trained model and its tokenizer,
 lab.figure(arm, seed, name) a figure of its results, lab.timings(section) the rows of lab/bench.py. Accuracies
 are in per cent. Functions called draw_... take (path, [what is drawn, for each seed]).
+
+    python -m lab.measures similarity --model ViT-B-16 --classes names.txt    for any CLIP and names
 """
 
 import json
 import statistics
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,10 +33,15 @@ from losses import smoothing_targets
 from model import CONFIGS, tower_flops
 from readers import scene_captions as words
 from readers import scenes
+from readers.templates import read_names
 from scale import llip_tiles
 from util import plots
+from util.evaluation import ModelFlags, each_model, options_of, start, write_results
 from util.files import write_image
+from util.flags import parse
 from util.metrics import Recall
+from util.program import leave, program
+from util.report import format_table
 
 PHOTOS, SHOWN = ("photo",), range(6)  # pictures drawn of each claim about maps
 STEP = "step over CLIPood's"
@@ -185,13 +194,9 @@ def inference(lab, seed: int) -> dict:
     rows, images = {}, torch.rand(8, 3, lab.image_size, lab.image_size, device=lab.device)
     for arm in ("clipood", "alignclip"):
         net, _ = lab.model(arm, seed)
-        plain, blocks = (
-            net.encode_image(images),
-            alignclip.default_blocks(len(net.visual.transformer.resblocks)),
-        )
-        beside = [
-            alignclip.two_paths(net.visual, net.visual.embed(images), b, *blocks)[0] for b in ("dv", "vvv")
-        ]
+        blocks = alignclip.default_blocks(len(net.visual.transformer.resblocks))
+        x, plain = net.visual.embed(images), net.encode_image(images)
+        beside = [alignclip.two_paths(net.visual, x, branch, *blocks)[0] for branch in ("dv", "vvv")]
         change = max((net.visual.head(x[:, 0]) - plain).abs().max().item() for x in beside)
         rows[arm] = {"parameters": float(sum(p.numel() for p in net.parameters()))}
         rows[arm]["change with a branch"] = change / plain.abs().max().item()
@@ -409,9 +414,9 @@ def draw_spectrum(path, extras: list) -> None:
 def draw_steps(path, extras: list) -> None:
     """Mean over the seeds of both lifts by step, for the arms that differ in the gradient of the guidance."""
     panels = {}
-    for start, prefix in (("three blocks", ""), ("twelve blocks", "deep ")):
+    for tower, prefix in (("three blocks", ""), ("twelve blocks", "deep ")):
         for name in LIFTS:
-            panel = panels.setdefault(f"{name}, {start}", {})
+            panel = panels.setdefault(f"{name}, {tower}", {})
             for row in (f"{prefix}{kind}" for kind in ("smoothing only", "released", "detached")):
                 points = zip(*(extra[row][name] for extra in extras if row in extra))
                 panel[row] = [(some[0][0], statistics.fmean(y for _, y in some)) for some in points]
@@ -432,3 +437,43 @@ def draw_maps(path, extras: list) -> None:
 def draw_matrix(path, extras: list) -> None:
     """Cosines of the class texts, mean over the seeds."""
     plots.matrix(path, np.mean(extras, axis=0), [*scenes.KINDS], [*scenes.KINDS], "cosines of class texts")
+
+
+# Names of one's own -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimilarityFlags(ModelFlags):
+    """Cosines of class texts, and their softmax over each row at scale 35 (AlignCLIP, reviewer 3, Fig. 6)."""
+
+    classes: str  # file of class names: one per line, or JSON
+    templates: tuple[str, ...] = ()  # a name in readers/templates.py, texts with {}, or a file of them
+
+
+@program
+def main(argv: list[str]) -> None:
+    if argv[:1] != ["similarity"]:
+        raise ValueError("expected: similarity --model MODEL --classes FILE")
+    flags = parse(SimilarityFlags, argv[1:], SimilarityFlags.__doc__)
+    _, net, tokenizer = next(each_model(flags, start(flags, one_process=True), evaluate.open_model))
+    names = read_names(flags.classes)
+    names = list(names.values() if isinstance(names, dict) else names)
+    templates = evaluate.templates_of(flags.templates, "")
+    with evaluate.evaluating(net):
+        text = evaluate.encode_classes(
+            net, tokenizer, names, templates, **evaluate.text_options(options_of(flags))
+        )
+    text = text[-1] if net.conditional else text  # (C, E)
+    shown = [name if isinstance(name, str) else name[0] for name in names]
+    found = {"cosines": text @ text.t(), "softmax": smoothing_targets(text, epsilon=0.0)}
+    for what, values in found.items():
+        found[what] = values.tolist()
+        rows = [{what: name} | dict(zip(shown, row)) for name, row in zip(shown, found[what])]
+        print(format_table(rows), end="\n\n")
+        if flags.out:
+            plots.matrix(Path(flags.out) / f"{what}.png", np.array(found[what]), shown, shown, what)
+    write_results(flags, {"task": "similarity", "model": flags.model, "classes": shown} | found)
+
+
+if __name__ == "__main__":
+    leave(main())
