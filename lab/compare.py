@@ -31,7 +31,6 @@ from util.run import check_same_run
 METHODS = ("finetune", "labelsmooth", "clipood", "alignclip", "flyp", "coop", "cocoop", "maple", "tes")
 
 
-# fmt: off
 @dataclass(frozen=True)
 class Comparison(WhereFlags):
     """Flags of this program."""
@@ -53,7 +52,6 @@ class Comparison(WhereFlags):
     threads: int = 0  # CPU threads; 0: torch's choice
     workers: int = 0  # loader processes
     out: str = ""  # empty: runs/open-world-SCENES_OR_DATA
-# fmt: on
 
 
 DOMAINS = ("Caltech101", "LabelMe", "SUN09", "VOC2007")
@@ -70,8 +68,7 @@ BRANCHES = {
 SHARES = {1.0: "67.4 88.8", 0.9: "68.3 89.9", 0.8: "68.3 89.8", 0.7: "67.9 89.7", 0.6: "67.9 89.5"}
 EPSILON = {
     f"{form}, epsilon {epsilon}": (RELEASED | dict(smoothing=form, epsilon=epsilon), numbers)
-    for form in ("released", "mixture")
-    for epsilon, numbers in SHARES.items()
+    for form, (epsilon, numbers) in product(("released", "mixture"), SHARES.items())
 }
 POOLING = {
     "class token": (dict(method="finetune"), "99.3 66.4 80.3 88.7 83.7"),
@@ -109,9 +106,8 @@ def run_training(options: dict, log) -> dict:
 def choose(what: str, wanted: str, known) -> list[str]:
     """Names from a list with commas.   Raises: ValueError for an unknown one."""
     names = [name.strip() for name in wanted.split(",")]
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{what} {name!r}: there are {', '.join(known)}")
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"{what} {unknown[0]!r}: there are {', '.join(known)}")
     return names
 
 
@@ -130,10 +126,8 @@ def data_sets(root: Path) -> dict[str, Path]:
 def plan(c: Comparison, init: str, out: Path) -> list[tuple[dict, dict]]:
     """What every run is, and its flags of train.py.   Raises: ValueError for what the data do not have."""
     where, sets, runs = where_of(c), {"": "scenes" if c.scenes else c.data}, []
-    passed = ("batch_size", "threads", *where)
-    common = {k: getattr(c, k) for k in passed if getattr(c, k)} | {"device": c.device, "workers": c.workers}
-    if steps := c.steps or (150 if c.scenes else 0):
-        common["steps"] = steps
+    given = where | dict(batch_size=c.batch_size, threads=c.threads, steps=c.steps or 150 * c.scenes)
+    common = {k: v for k, v in given.items() if v} | {"device": c.device, "workers": c.workers}
     tasks, wanted = choose("task", c.tasks, TASKS), c.targets or "cartoon" * c.scenes
     arms = {method: {"method": method} for method in choose("method", c.methods, METHODS)}
     _, columns, rows = TABLES.get(c.table, ("", (), {}))

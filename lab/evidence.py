@@ -14,7 +14,7 @@ from PIL import Image
 from lab import bench
 from lab.claims import CLAIMS, SETTINGS, Claim, Part
 from util import plots
-from util.files import write_image, write_json, write_text
+from util.files import output_folder, write_image, write_json, write_text
 from util.report import format_table
 from util.run import git_commit
 
@@ -92,12 +92,11 @@ def conclude(lab, claim: Claim, command: str) -> dict:
     found |= {"scale": lab.scale, "data": Path(lab.request.data).name, "first seed": lab.seeds[0]}
     if claim.premise:
         bounds = bounds_of(claim.premise, lab.table(claim.premise)[0])
-        found |= {"premise": f"{claim.premise.says}. It is {'met' if all(bounds.values()) else 'not met'}"}
-        found["premise"] += f": {', '.join(bounds)}"
         found["missed"] = [text for text, holds in bounds.items() if not holds]
+        met = "not met" if found["missed"] else "met"
+        found["premise"] = f"{claim.premise.says}. It is {met}: {', '.join(bounds)}"
     names = [claim.id, lab.scale, Path(lab.request.data).stem, "validation" * lab.request.validation]
-    path = lab.out / "claims" / ("-".join(filter(None, names)) + ".json")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = output_folder(lab.out / "claims") / ("-".join(filter(None, names)) + ".json")
     found["table"] = {}
     if not (lab.request.data and found["missed"]):
         found["table"], extras = lab.table(claim)
@@ -110,8 +109,7 @@ def conclude(lab, claim: Claim, command: str) -> dict:
                 rows = {row: values[name] for row, values in found["table"].items() if name in values}
                 groups[name] = {row: (mean_error(v)[0], mean_error(v)[1] or 0.0) for row, v in rows.items()}
             plots.bars(path.with_suffix(".png"), groups, "mean and standard error")
-    verdict = together([part["verdict"] for part in found["parts"]])
-    found["verdict"] = UNMET if found["missed"] else verdict
+    found["verdict"] = UNMET if found["missed"] else together([part["verdict"] for part in found["parts"]])
     write_json(path, found)
     return found
 
@@ -159,12 +157,11 @@ def section(found: dict) -> str:
 
 def summary(every: list[dict]) -> str:
     """How many claims hold, in one sentence; README has the same sentence."""
-    scenes = [found for found in every if not found["data"] and found["id"][0] in "al"]
-    verdicts = [sure(found) for found in scenes]
+    verdicts = [sure(found) for found in every if not found["data"] and found["id"][0] in "al"]
     counts = [f"{verdicts.count(v)} {'are ' * (v == OPEN)}{v}" for v in (HOLDS, FAILS, OPEN)]
     unmet = f", and of {verdicts.count(UNMET)} the premise is not met" if UNMET in verdicts else ""
     words = ", ".join(counts).replace("holds", "hold").replace("does", "do")
-    return f"Of {len(scenes)} claims {words}{unmet} (drawn scenes, small models, 5 % level)."
+    return f"Of {len(verdicts)} claims {words}{unmet} (drawn scenes, small models, 5 % level)."
 
 
 def write_report(folder: Path, path: Path, device: torch.device) -> None:
@@ -210,7 +207,6 @@ def copy_pictures(folder: Path, scale: str, to: Path) -> None:
     """Copies the pictures that docs/papers.md shows, with a palette, which makes the files small."""
     for name, id in PICTURES.items():
         if (path := folder / f"{id}-{scale}.png").exists():
-            with Image.open(path) as image:
-                # the default method would mix the flat colours of the drawings
-                small = image.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)
-                write_image(to / f"{name}.png", small)
+            # the default method would mix the flat colours of the drawings
+            small = Image.open(path).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)
+            write_image(to / f"{name}.png", small)

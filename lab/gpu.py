@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -30,7 +29,6 @@ PARTS = dict(tests="", objective="objective", steps="towers largest", finetune="
 PARTS |= dict(inference="llip", training="")
 
 
-# fmt: off
 @dataclass(frozen=True)
 class GpuConfig:
     """Flags of this program."""
@@ -40,7 +38,6 @@ class GpuConfig:
     out: str = "runs/gpu"  # folder of the results
     data: str = ""  # captions of real images, as Flickr8k's, for the part training; empty: left out
     rehearse: bool = False  # toy sizes on the CPU
-# fmt: on
 
 
 def commands(c: GpuConfig, part: str, device: str) -> list[list[str]]:
@@ -63,8 +60,7 @@ def main(argv: list[str]) -> None:
     c = parse(GpuConfig, argv, __doc__, positional=("parts",))
     if unknown := [name for name in c.parts if name not in PARTS]:
         raise ValueError(f"part {unknown[0]!r}: there are {', '.join(PARTS)}")
-    # a missing GPU ends here, in one line
-    device = distributed.setup("cpu" if c.rehearse else "cuda")
+    device = distributed.setup("cpu" if c.rehearse else "cuda")  # a missing GPU ends here, in one line
     out, end, table, parts = output_folder(c.out), time.monotonic() + 60 * c.minutes, [], c.parts or [*PARTS]
     if os.listdir(out):
         raise ValueError(f"{out} is not empty: choose another --out")
@@ -76,13 +72,12 @@ def main(argv: list[str]) -> None:
         print(f"\n{name}: python {' '.join(command)}, at most {duration(seconds)}", flush=True)
         try:
             environment = os.environ | {"ALIGNCLIP_DEVICE": device.type}
-            command = [sys.executable, *command]
-            status = subprocess.run(command, env=environment, timeout=seconds).returncode
+            status = subprocess.run([sys.executable, *command], env=environment, timeout=seconds).returncode
         except subprocess.TimeoutExpired:
             status = "out of time"
         table.append({"part": name, "status": status, "seconds": time.monotonic() - began})
         about = {"torch": torch.__version__, "machine": bench.machine(device), "parts": table}
-        write_json(Path(out) / "gpu.json", about)
+        write_json(out / "gpu.json", about)
     print(f"\n{format_table(table)}\nrows in {out}/PART/bench.json and {out}/training-METHOD/metrics.jsonl")
     if failed := [row["part"] for row in table if row["status"] not in (0, "out of time")]:
         raise ValueError(f"did not end well: {', '.join(failed)}")

@@ -43,7 +43,6 @@ from util.report import Progress, format_table
 VALIDATION_SEED, ROOT = 100, Path(__file__).parent.parent
 
 
-# fmt: off
 @dataclass(frozen=True)
 class Request:
     """Flags of this program."""
@@ -71,7 +70,6 @@ class Request:
     out: str = "runs/reproduce"  # runs, results and pictures
     results: str = ""  # the report; empty: evidence.md under --out
     pictures: str = ""  # a folder for the pictures of docs/papers.md; empty: none are copied
-# fmt: on
 
 
 # arms whose first steps show what the code computes: for arms that pre-train, and for those that fine-tune
@@ -103,9 +101,8 @@ def versions(out: Path) -> dict[str, str]:
 
     Code that computes the same bits continues the runs of other code, and reads their results.
     """
-    path = out / "versions" / f"{digest(source('*.py', '[a-z]*/*.py'))}.json"
+    path = output_folder(out / "versions") / f"{digest(source('*.py', '[a-z]*/*.py'))}.json"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out) as folder:
             found = {kind: digest([probe(arm, Path(folder)) for arm in PROBES[kind]]) for kind in PROBES}
         write_json(path, found)
@@ -158,8 +155,7 @@ class Lab:
 
     def flags(self, arm: str, seed: int) -> dict:
         """Flags of train.py for an arm, without --out and the --init of an arm that fine-tunes."""
-        request, own = self.request, {k: v for k, v in ARMS[arm].items() if k not in ("start", "share")}
-        found = SETTINGS[self.scale][group_of(arm)] | own
+        request, found = self.request, SETTINGS[self.scale][group_of(arm)] | ARMS[arm]
         found |= {"seed": seed, "device": self.device.type, "threads": 1}
         if request.data:
             given = {name: getattr(request, name) for name in ("steps", "batch_size")}
@@ -172,9 +168,9 @@ class Lab:
             found |= {"allow_outside": True, "image_root": "/"}
         if group_of(arm) == "bed":
             found["train_data"] = str(self.out / "pictures" / self.path(arm, seed).name / "captions.csv")
-        if times := found.pop("times", 0):
-            found["steps"] *= times
-        return found
+        if "times" in found:
+            found["steps"] *= found["times"]
+        return {k: v for k, v in found.items() if k not in ("start", "share", "times")}
 
     def start(self, arm: str) -> str:
         """The arm that another arm fine-tunes."""
@@ -225,11 +221,10 @@ class Lab:
 
     def kept(self, name: str, depends: list, make):
         """What make() returned for these dependencies and this code: computed once, kept as JSON."""
-        files = "evaluate.py", "evals/*.py", "lab/beds.py", "lab/measures.py", "lab/bench.py"
-        key = digest(source(*files), depends)
-        path = self.out / self.scale / "measured" / f"{name}-{key}.json"
+        code = source("evaluate.py", "evals/*.py", "lab/beds.py", "lab/measures.py", "lab/bench.py")
+        key = digest(code, depends)
+        path = output_folder(self.out / self.scale / "measured") / f"{name}-{key}.json"
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, make())
         return json.loads(path.read_text())
 
@@ -262,8 +257,7 @@ class Lab:
                 extras.append(extra)
             else:
                 arms = {row: arm for row, arm in claim.arms.items() if self.runs(arm, seed)}
-                every = {row: figures_of(self.path(arm, seed)) for row, arm in arms.items()}
-                rows = {row: {n: found.get(n) for n in claim.figures} for row, found in every.items()}
+                rows = {row: {n: self.figure(a, seed, n) for n in claim.figures} for row, a in arms.items()}
             for row, figures in rows.items():
                 for name, value in figures.items():
                     if value is not None:
@@ -299,8 +293,7 @@ def work_all(request: Request, todo: list[tuple], label: str) -> None:
             work(request, *task)
             progress.add(1)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(request.jobs, context, begin_worker) as pool:
+    with ProcessPoolExecutor(request.jobs, multiprocessing.get_context("spawn"), begin_worker) as pool:
         try:
             for future in as_completed([pool.submit(work, request, *task) for task in todo]):
                 future.result()
@@ -342,18 +335,14 @@ def adapted(claim: Claim, request: Request) -> Claim:
     """
     if not request.data:
         return claim
-    starts, domains = {"start" in ARMS[arm] for arm in claim.arms.values()}, bool(request.target)
+    flags, domains = [ARMS[arm] for arm in claim.arms.values()], bool(request.target)
     # captions of one's own have one form
-    forms = any("captions" in ARMS[arm] for arm in claim.arms.values())
-    if claim.measure or forms or starts != {domains}:
-        kind = "fine-tuning" if domains else "pre-training"
-        raise ValueError(
-            f"{claim.id}: --data with these flags is for claims that only compare runs of {kind}"
-        )
+    if claim.measure or any("captions" in own or ("start" in own) != domains for own in flags):
+        runs = "runs of fine-tuning" if domains else "runs of pre-training"
+        raise ValueError(f"{claim.id}: --data with these flags is for claims that only compare {runs}")
     if domains:
         return replace(claim, premise=None if request.init else BY_NAME["named"])
-    # a list of captions is little data as a whole
-    base = BY_NAME["l2"] if claim.id == "l16" else claim
+    base = BY_NAME["l2"] if claim.id == "l16" else claim  # a list of captions is little data as a whole
     parts = dict.fromkeys(part._replace(figure=f"{way} R@1") for way in measures.WAYS for part in base.parts)
     arms = base.arms | ({"llip (InfoNCE) with patches": "llip infonce patches"} if base.id == "l2" else {})
     return replace(claim, arms=arms, figures=tuple(RECALL), parts=tuple(parts))
@@ -362,9 +351,8 @@ def adapted(claim: Claim, request: Request) -> Claim:
 def chosen_by(request: Request) -> list[Claim]:
     """The claims of a request.   Raises: ValueError for unknown claims."""
     names = [c.id for c in CLAIMS] if request.all else request.claim.lower().replace(" ", "").split(",")
-    for name in names:
-        if BY_NAME.get(name) not in CLAIMS:
-            raise ValueError(f"claim {name!r}: --list shows the {len(CLAIMS)} claims")
+    if unknown := [name for name in names if BY_NAME.get(name) not in CLAIMS]:
+        raise ValueError(f"claim {unknown[0]!r}: --list shows the {len(CLAIMS)} claims")
     return [adapted(BY_NAME[name], request) for name in names]
 
 
@@ -390,9 +378,8 @@ def requests(request: Request) -> list[Request]:
         "--target goes with --data, and with --init or pairs to train a CLIP on": not r.all
         and (bool(r.target) != bool(r.init or pairs) or (r.target and not r.data)),
     }
-    for problem, there in problems.items():
-        if there:
-            raise ValueError(problem)
+    if wrong := [problem for problem, there in problems.items() if there]:
+        raise ValueError(wrong[0])
     if not r.all:
         return [r]
     found, real = [replace(r, flickr8k="", emoji="", pacs="")], dict(all=False, seeds=min(3, r.seeds))
