@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,7 +42,6 @@ from util.program import leave, program
 from util.report import format_table
 
 
-# fmt: off
 @dataclass(frozen=True)
 class BenchConfig:
     """Flags of this program."""
@@ -55,12 +54,10 @@ class BenchConfig:
     quick: bool = False  # small shapes; the ratios are compared with those of docs/speed.md
     toy: bool = False  # the smallest shapes, only to see that everything runs
     out: str = "runs/bench"  # folder of bench.json; empty: none
-# fmt: on
 
 
 SPEED = Path(__file__).parent.parent / "docs" / "speed.md"
-# FLOP/s of an H100 or H200, dense bf16
-PEAK = 989e12
+PEAK = 989e12  # FLOP/s of an H100 or H200, dense bf16
 B32, B16, L14 = "ViT-B-32", "ViT-B-16", "ViT-L-14"
 # shapes of a scale: pairs and tokens of the objective, the towers of the sections, and their batches
 TOY = dict(pairs=(16,), tokens=(4,), towers=("tiny",), tuned="tiny", prompted="tiny", llip="tiny")
@@ -102,14 +99,11 @@ def peak_bytes(run: Callable, device: torch.device) -> int:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    activities, now, peak = [torch.profiler.ProfilerActivity.CPU], 0, 0
+    activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         run()
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
+    events = profile.profiler.kineto_results.events()
+    return max(accumulate((e.nbytes() for e in events if e.name() == "[memory]"), initial=0))
 
 
 class Bench:
@@ -135,7 +129,7 @@ class Bench:
     def start(self, case: Callable, **about) -> Callable | None:
         """What a case times, after one run; None and a row that says so if the memory does not suffice."""
         try:
-            run = case(self.device)
+            run = case(device=self.device)
             run()
             return run
         except torch.OutOfMemoryError:
@@ -147,8 +141,7 @@ class Bench:
 
     def compare(self, what: str, cases: dict, memory: bool = False, images: int = 0) -> None:
         """Alternates cases {arm: function of a device, which returns what is timed}; images: of a run."""
-        arms = {name: self.start(case, what=what, arm=name) for name, case in cases.items()}
-        arms = {name: run for name, run in arms.items() if run}
+        arms = {name: run for name, case in cases.items() if (run := self.start(case, what=what, arm=name))}
         seconds = alternate(arms, self.c.repeats, self.device)
         for name, taken in seconds.items():
             ratios = [a / b for a, b in zip(taken, next(iter(seconds.values())))]
@@ -308,7 +301,8 @@ def finetune_case(
     classes_of = Classes(names, ("{}",), tokenizer, text)
     module = method.module.build(method.settings(**flags), clip, classes_of).to(device)
     if published:
-        clip.encode_image = partial(peers.published_tower, clip.visual)
+        tower = clip.visual
+        clip.encode_image = lambda images: tower.head(tower.transformer(tower.embed(images)))[:, 0]  # (B, E)
     pictures = random_batch(config, batch, device)[0]
     if answers:
         return torch.no_grad()(partial(module.eval().predict, pictures))
@@ -338,8 +332,8 @@ def towers(b: Bench) -> None:
     """A training step of CLIP beside open_clip and transformers."""
     kinds = {"here": "clip"} | {peer: peer for peer in peers.installed()}
     for name in b.shapes.towers:
-        step = partial(partial, step_case, precision=b.c.precision)
-        cases = {arm: step(kind, name, b.shapes.batch) for arm, kind in kinds.items()}
+        case = partial(step_case, name=name, batch=b.shapes.batch, precision=b.c.precision)
+        cases = {arm: partial(case, kind) for arm, kind in kinds.items()}
         b.compare(f"{name} step, batch {b.shapes.batch}", cases)
 
 
@@ -376,13 +370,12 @@ def alignclip(b: Bench) -> None:
 
     CLIPood here leaves out the last MLP of the patches, which AlignCLIP's L_sim needs.
     """
-    name = b.shapes.tuned
     for batch in b.shapes.tuning:
-        cases = {"CLIPood as published": partial(finetune_case, "clipood", name, batch, published=True)}
-        cases["CLIPood"] = partial(finetune_case, "clipood", name, batch)
-        for branch in ("dv", "vvv"):
-            cases[f"AlignCLIP {branch}"] = partial(finetune_case, "alignclip", name, batch, branch=branch)
-        b.compare(f"{name} step, batch {batch}", cases, memory=b.gpu)
+        case = partial(finetune_case, name=b.shapes.tuned, batch=batch)
+        cases = {"CLIPood as published": partial(case, "clipood", published=True)}
+        cases["CLIPood"] = partial(case, "clipood")
+        cases |= {f"AlignCLIP {form}": partial(case, "alignclip", branch=form) for form in ("dv", "vvv")}
+        b.compare(f"{b.shapes.tuned} step, batch {batch}", cases, memory=b.gpu)
 
 
 def prompts(b: Bench) -> None:
@@ -390,10 +383,8 @@ def prompts(b: Bench) -> None:
     name, arms = b.shapes.prompted, {"CLIPood": {}, "AlignCLIP": {}}
     arms |= {"CoOp": dict(context=4), "CoCoOp": dict(context_words=""), "MaPLe": dict(context_words="")}
     for batch, answers in product(b.shapes.prompting, (False, True)):
-        cases = {
-            arm: partial(finetune_case, arm.lower(), name, batch, classes=50, answers=answers, **flags)
-            for arm, flags in arms.items()
-        }
+        case = partial(finetune_case, name=name, batch=batch, classes=50, answers=answers)
+        cases = {arm: partial(case, arm.lower(), **flags) for arm, flags in arms.items()}
         # the trained model of CLIPood is a CLIP
         cases = {"CLIP": cases.pop("CLIPood")} | cases if answers else cases
         what = f"{name} {'inference' if answers else 'step'}, batch {batch}, 50 classes"

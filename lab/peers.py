@@ -31,11 +31,6 @@ def published_pair_loss(inputs: list[Tensor], tau: float, a: float, b: float) ->
     return siglip(checkpoint(block, *inputs, use_reentrant=False))
 
 
-def published_tower(visual: nn.Module, images: Tensor) -> Tensor:
-    """CLIP's image tower as usually written, all tokens through the last MLP: (B, 3, S, S) -> (B, E)."""
-    return visual.head(visual.transformer(visual.embed(images)))[:, 0]  # (B, E)
-
-
 def open_clip_model(c: Config) -> nn.Module:
     """open_clip's CLIP at the sizes of a configuration, random weights."""
     from open_clip.model import CLIP
