@@ -329,7 +329,7 @@ def run(lab: Lab, chosen: list[Claim]) -> None:
 
 
 def adapted(claim: Claim, request: Request) -> Claim:
-    """The claim on the data of a request: domains keep its figures, pairs compare its arms by R@1 both ways.
+    """The claim on the data of a request: domains keep its figures, pairs compare its arms by R@10 both ways.
 
     Raises: ValueError if it cannot be tested there.
     """
@@ -343,9 +343,9 @@ def adapted(claim: Claim, request: Request) -> Claim:
     if domains:
         return replace(claim, premise=None if request.init else BY_NAME["named"])
     base = BY_NAME["l2"] if claim.id == "l16" else claim  # a list of captions is little data as a whole
-    parts = dict.fromkeys(part._replace(figure=f"{way} R@1") for way in measures.WAYS for part in base.parts)
+    parts = dict.fromkeys(part._replace(figure=f"{way} R@10") for way in measures.WAYS for part in base.parts)
     arms = base.arms | ({"llip (InfoNCE) with patches": "llip infonce patches"} if base.id == "l2" else {})
-    return replace(claim, arms=arms, figures=tuple(RECALL), parts=tuple(parts))
+    return replace(claim, arms=arms, figures=tuple(RECALL), parts=tuple(parts), kind="seeds")
 
 
 def chosen_by(request: Request) -> list[Claim]:
@@ -366,7 +366,7 @@ def command(claim: Claim, request: Request) -> str:
 
 
 def requests(request: Request) -> list[Request]:
-    """With --all one for scenes and each set of real data (three seeds).   Raises: ValueError."""
+    """With --all one for scenes and each set of real data (domains: three seeds).   Raises: ValueError."""
     r, pairs = request, request.flickr8k or request.emoji
     problems = {
         f"--seeds {r.seeds}, --jobs {r.jobs}: must be at least 1": min(r.seeds, r.jobs) < 1,
@@ -382,11 +382,12 @@ def requests(request: Request) -> list[Request]:
         raise ValueError(wrong[0])
     if not r.all:
         return [r]
-    found, real = [replace(r, flickr8k="", emoji="", pacs="")], dict(all=False, seeds=min(3, r.seeds))
+    found, few = [replace(r, flickr8k="", emoji="", pacs="")], min(3, r.seeds)
     if r.flickr8k:
-        found.append(replace(found[0], **real, claim="l2,l16", data=r.flickr8k))
+        found.append(replace(found[0], all=False, claim="l2,l16", data=r.flickr8k))
     if r.pacs:
-        found.append(replace(r, **real, claim="a4,a5,a9", data=r.pacs, target="sketch", pacs=""))
+        more = dict(all=False, seeds=few, data=r.pacs, target="sketch", pacs="")
+        found.append(replace(r, claim="a4,a5,a9", **more))
     return found
 
 

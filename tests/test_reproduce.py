@@ -305,7 +305,7 @@ def test_claims_on_pairs_compare_the_same_arms_by_recall():
     request = Request(data="captions.jsonl")
     for name in ("l2", "l4", "l5", "l6", "l13", "l14", "l15", "l16"):
         there = reproduce.adapted(BY_NAME[name], request)
-        assert {part.figure for part in there.parts} == {"image to text R@1", "text to image R@1"}
+        assert {part.figure for part in there.parts} == {"image to text R@10", "text to image R@10"}
         assert all(part.figure in there.figures and part.row in there.arms for part in there.parts)
     ladder = reproduce.adapted(BY_NAME["l6"], request)
     assert ladder.arms["text query (Llip)"] == "llip" and len(ladder.parts) == 8
