@@ -5,7 +5,8 @@
     python -m lab.gpu --rehearse                     the same at toy sizes on the CPU
 
 Parts are commands that run in order of value, each with its own time limit. lab.bench writes its file after
-every row, and so does train.py, so that the end of its time loses nothing.
+every row, and so does train.py, so that the end of its time loses nothing. The part training needs --data and
+the vocabulary, whose path is in $ALIGNCLIP_VOCAB where there is no network.
 """
 
 import os
@@ -25,15 +26,15 @@ from util.report import format_table
 from util.text import duration
 
 # parts and their sections of lab.bench; tests compares with the CPU, training is Llip and CLIP on --data
-PARTS = dict(tests="", objective="objective", steps="towers largest", finetune="alignclip prompts")
-PARTS |= dict(inference="llip", training="")
+PARTS = dict(tests="", objective="objective", steps="towers", finetune="alignclip prompts", inference="llip")
+PARTS |= dict(largest="largest", training="")
 
 
 @dataclass(frozen=True)
 class GpuConfig:
     """Flags of this program."""
 
-    parts: tuple[str, ...] = ()  # tests objective steps finetune inference training; default: all
+    parts: tuple[str, ...] = ()  # tests objective steps finetune inference largest training
     minutes: float = 8.0  # for all parts together
     out: str = "runs/gpu"  # folder of the results
     data: str = ""  # captions of real images, as Flickr8k's, for the part training; empty: left out
@@ -44,7 +45,7 @@ def commands(c: GpuConfig, part: str, device: str) -> list[list[str]]:
     """The commands of a part. Training lasts until its time is over."""
     out = f"{c.out}/{part}"
     if part == "tests":
-        return [["-m", "pytest", "-m", "gpu", "-rf", *["tests/test_gpu.py"] * c.rehearse]]
+        return [["-m", "pytest", "-m", "gpu", "-rf", "tests/test_gpu.py"]]
     if part == "training":
         flags = "--model ViT-S-16 --image-size 128 --batch-size 512 --workers 8 --epochs 100 --eval-every 200"
         flags = "--model tiny --train-size 256 --steps 4" if c.rehearse else flags

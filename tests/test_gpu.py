@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train
 from baselines.methods import parse
+from lab import bench
 from llip import Llip
 from model import CLIP
 from scale.gradcache import training_step
@@ -134,3 +136,13 @@ def test_the_collectives_of_the_backend(tmp_path, model, objective):
     finally:
         dist.destroy_process_group()
     assert distance(found, exact) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["clipood", "alignclip", "coop", "cocoop", "maple"])
+def test_what_is_timed_of_a_method_is_on_the_gpu(kind):
+    """A method makes its prompts on the CPU, so that what it builds must be moved."""
+    words = {"coop": dict(context=4), "cocoop": dict(context_words=""), "maple": dict(context_words="")}
+    flags = words.get(kind, {})
+    case = partial(bench.finetune_case, kind, "tiny", 4, torch.device(DEVICE), **flags)
+    case()()
+    assert case(answers=True)().device.type == DEVICE
