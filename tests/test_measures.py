@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_models import draw_few
 
-from lab import beds, claims
+from lab import beds, claims, measures
 from lab.claims import ARMS, BY_NAME
 from llip import Llip
 from model import CLIP, CONFIGS
@@ -70,3 +70,19 @@ def test_a_measured_claim_has_what_its_parts_judge(lab, claim, tmp_path):
     if claim.picture:
         claim.picture(tmp_path / "a.png", json.loads(json.dumps([extra, extra])))
         assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("kind", ["clip", "llip"])
+def test_names_of_ones_own_are_compared(small_runs, kind, tmp_path, capsys):
+    """A second name of the same words has cosine 1; each row of the softmax sums to 1."""
+    (tmp_path / "names.json").write_text('{"n1": "red ball", "n2": ["tree", "plant"], "n3": "red ball"}')
+    flags = ["--model", str(small_runs[kind]), "--classes", str(tmp_path / "names.json"), "--device", "cpu"]
+    assert measures.main(["similarity", *flags, "--out", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["classes"] == ["red ball", "tree", "red ball"] and "| red ball" in capsys.readouterr().out
+    cosines, softmax = torch.tensor(found["cosines"]), torch.tensor(found["softmax"])
+    torch.testing.assert_close(cosines[0, 2], torch.tensor(1.0))
+    torch.testing.assert_close(cosines, cosines.t())
+    torch.testing.assert_close(softmax, (35 * cosines).softmax(-1))
+    assert (tmp_path / "out" / "cosines.png").exists() and (tmp_path / "out" / "softmax.png").exists()
+    assert measures.main(flags) == 2 and "expected: similarity --model" in capsys.readouterr().err
