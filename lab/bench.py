@@ -121,7 +121,7 @@ class Bench:
     def add(self, **row) -> None:
         """Adds a row and writes bench.json, so that a run that is stopped has what it measured."""
         self.rows.append({"section": self.section} | row)
-        print(format_table([shown(row)]).splitlines()[-1], flush=True)
+        print(table([row]).splitlines()[-1], flush=True)
         if self.c.out:
             about = {"torch": torch.__version__, "machine": machine(self.device), "config": asdict(self.c)}
             write_json(Path(self.c.out) / "bench.json", about | {"rows": self.rows})
@@ -155,8 +155,8 @@ class Bench:
             self.add(what=what, arm=name, **row, **getattr(arms[name], "about", {}))
 
 
-def shown(row: dict) -> dict:
-    return {name: value for name, value in row.items() if name != "ratios"}
+def table(rows: list[dict]) -> str:
+    return format_table([{name: value for name, value in row.items() if name != "ratios"} for row in rows])
 
 
 def slower(rows: list[dict], recorded: str) -> list[str]:
@@ -428,7 +428,7 @@ def measure(c: BenchConfig) -> Bench:
 @program
 def main(argv: list[str]) -> None:
     b = measure(parse(BenchConfig, argv, __doc__, positional=("sections",)))
-    print(f"\n{format_table([*map(shown, b.rows)])}")
+    print(f"\n{table(b.rows)}")
     if b.c.quick:
         print("\n".join(slower(b.rows, SPEED.read_text())))
 

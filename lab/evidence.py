@@ -146,7 +146,7 @@ def section(found: dict) -> str:
     lines = [
         f"{found['id'].upper()} {found['name']}: {found['says']}",
         f"Paper: {found['paper']}.",
-        f"Premise: {found['premise'] or 'none is measured'}.",
+        f"Premise: {found['premise'] or 'it presumes nothing of data or training'}.",
         f"Verdict: **{found['verdict']}** ({held} of {len(parts)} parts hold; at 5 %: {sure(found)})",
         *map(format_table, filter(None, (table, parts))),
         found["notes"],

@@ -61,6 +61,13 @@ def premise_lifts(lab, seed: int) -> dict:
     return rows
 
 
+def premise_aspects(lab, seed: int) -> dict:
+    """How many facts the captions of a picture tell, over the facts that one of them tells."""
+    pictures = ([told for _, told in some] for some in scenes.Scenes("train", 256, seed).written)
+    ratios = [len(frozenset().union(*some)) / statistics.fmean(map(len, some)) for some in pictures]
+    return {"all captions": {"facts over one caption's": statistics.fmean(ratios)}}
+
+
 def smoothing_share(lab, seed: int) -> dict:
     """What semantic smoothing moves off a label, mean over the classes; and whether names keep groups."""
     text, scale = class_texts(*lab.model("bed", seed)), lab.flags("sls", seed)["smoothing_scale"]
@@ -87,7 +94,8 @@ def structures(lab, seed: int) -> tuple[dict, dict]:
     names = [*attention.KINDS, "centre"]
     scores, kept = maps.measure(net, tokenizer, things(lab, seed), names, show=SHOWN)
     rows = {n: {"lift": scores[n]["lift"], "pointing, %": 100 * scores[n]["pointing"]} for n in names}
-    return rows, drawn(lab, seed, names, kept)
+    kept = {i: values.tolist() for i, values in kept.items()}
+    return rows, dict(seed=seed, size=lab.image_size, names=names, maps=kept)
 
 
 def background(lab, seed: int) -> tuple[dict, dict]:
@@ -106,7 +114,7 @@ def background(lab, seed: int) -> tuple[dict, dict]:
         shown |= {f"{name}, {row}": m[: len(SHOWN)] for name, m in relative.items()}
     names = sorted(shown, key=lambda name: name.startswith("guidance"))
     kept = torch.stack([masks[: len(SHOWN)].float(), *(shown[name] for name in names)], -1)
-    return rows, drawn(lab, seed, names, dict(enumerate(kept)))
+    return rows, dict(seed=seed, size=lab.image_size, names=names, maps=dict(enumerate(kept.tolist())))
 
 
 @torch.no_grad()
@@ -167,12 +175,6 @@ def guidance_over_steps(lab, seed: int) -> tuple[dict, dict]:
             row = f"w {weight:g} at T {temperature:g}, {where}"
             rows[row] = {"gradient of L_att over classification's": ratio}
     return rows, curves
-
-
-def drawn(lab, seed: int, names: list[str], kept: dict) -> dict:
-    """Masks and maps of some pictures, and what is needed to draw them: JSON values only."""
-    lists = {i: values.tolist() for i, values in kept.items()}
-    return dict(seed=seed, size=lab.image_size, names=names, maps=lists)
 
 
 def hierarchy(lab, seed: int) -> tuple[dict, list]:
@@ -458,11 +460,9 @@ def main(argv: list[str]) -> None:
     _, net, tokenizer = next(each_model(flags, start(flags, one_process=True), evaluate.open_model))
     names = read_names(flags.classes)
     names = list(names.values() if isinstance(names, dict) else names)
-    templates = evaluate.templates_of(flags.templates, "")
+    templates, options = evaluate.templates_of(flags.templates, ""), evaluate.text_options(options_of(flags))
     with evaluate.evaluating(net):
-        text = evaluate.encode_classes(
-            net, tokenizer, names, templates, **evaluate.text_options(options_of(flags))
-        )
+        text = evaluate.encode_classes(net, tokenizer, names, templates, **options)
     text = text[-1] if net.conditional else text  # (C, E)
     shown = [name if isinstance(name, str) else name[0] for name in names]
     found = {"cosines": text @ text.t(), "softmax": smoothing_targets(text, epsilon=0.0)}

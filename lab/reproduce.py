@@ -345,7 +345,8 @@ def adapted(claim: Claim, request: Request) -> Claim:
     base = BY_NAME["l2"] if claim.id == "l16" else claim  # a list of captions is little data as a whole
     parts = dict.fromkeys(part._replace(figure=f"{way} R@10") for way in measures.WAYS for part in base.parts)
     arms = base.arms | ({"llip (InfoNCE) with patches": "llip infonce patches"} if base.id == "l2" else {})
-    return replace(claim, arms=arms, figures=tuple(RECALL), parts=tuple(parts), kind="seeds")
+    claim = replace(claim, kind="seeds", premise=None)
+    return replace(claim, arms=arms, figures=tuple(RECALL), parts=tuple(parts))
 
 
 def chosen_by(request: Request) -> list[Claim]:
@@ -382,12 +383,12 @@ def requests(request: Request) -> list[Request]:
         raise ValueError(wrong[0])
     if not r.all:
         return [r]
-    found, few = [replace(r, flickr8k="", emoji="", pacs="")], min(3, r.seeds)
+    found = [replace(r, flickr8k="", emoji="", pacs="")]
     if r.flickr8k:
         found.append(replace(found[0], all=False, claim="l2,l16", data=r.flickr8k))
     if r.pacs:
-        more = dict(all=False, seeds=few, data=r.pacs, target="sketch", pacs="")
-        found.append(replace(r, claim="a4,a5,a9", **more))
+        own = dict(claim="a4,a5,a9", data=r.pacs, target="sketch", pacs="")
+        found.append(replace(r, all=False, seeds=min(3, r.seeds), **own))
     return found
 
 
