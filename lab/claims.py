@@ -27,7 +27,7 @@ SETTINGS = {
     },
     "default": {  # the report
         "pairs": dict(steps=1000, batch_size=64, train_size=8192, captions="both"),
-        "bed": BED | dict(steps=2000, batch_size=128, train_size=4096),
+        "bed": BED | dict(steps=3000, train_size=4096),
         "labels": dict(steps=200, train_size=2048, lr=1e-3, batch_size=48),
     },
     "data": {"pairs": FLICKR8K | dict(crop_scale=0.7), "bed": {}, "labels": dict(steps=300)},  # real data
