@@ -38,7 +38,7 @@ from scale import llip_tiles
 from util import plots
 from util.evaluation import ModelFlags, each_model, options_of, start, write_results
 from util.files import write_image
-from util.flags import parse
+from util.flags import Parser, parse
 from util.metrics import Recall
 from util.program import leave, program
 from util.report import format_table
@@ -454,8 +454,9 @@ class SimilarityFlags(ModelFlags):
 
 @program
 def main(argv: list[str]) -> None:
-    if argv[:1] != ["similarity"]:
-        raise ValueError("expected: similarity --model MODEL --classes FILE")
+    parser = Parser(__doc__)
+    parser.add_argument("command", choices=["similarity"], help="flags: lab.measures similarity --help")
+    parser.parse_args(argv[:1])
     flags = parse(SimilarityFlags, argv[1:], SimilarityFlags.__doc__)
     _, net, tokenizer = next(each_model(flags, start(flags, one_process=True), evaluate.open_model))
     names = read_names(flags.classes)

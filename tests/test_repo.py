@@ -305,8 +305,8 @@ def test_commands_of_readme_and_docs_exist(line):
     module, rest = program_of(line)
     assert module in MODULES
     words = rest.split()
-    # the flags of train.py depend on the method, those of evaluate.py on the subcommand
-    choice = words[:1] if module == "evaluate" else []
+    # the flags of train.py depend on the method, others on the subcommand
+    choice = words[:1] if module in ("evaluate", "lab.measures") else []
     if module == "train":
         choice = re.findall(r"--(?:method|preset) [\w.-]+", rest)[:1]
         choice = choice[0].split() if choice else []
