@@ -85,4 +85,6 @@ def test_names_of_ones_own_are_compared(small_runs, kind, tmp_path, capsys):
     torch.testing.assert_close(cosines, cosines.t())
     torch.testing.assert_close(softmax, (35 * cosines).softmax(-1))
     assert (tmp_path / "out" / "cosines.png").exists() and (tmp_path / "out" / "softmax.png").exists()
-    assert measures.main(flags) == 2 and "invalid choice" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        measures.main(["cosines", *flags])
+    assert "invalid choice: 'cosines'" in capsys.readouterr().err
