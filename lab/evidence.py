@@ -19,7 +19,7 @@ from util.report import format_table
 from util.run import git_commit
 
 HOLDS, FAILS, OPEN, UNMET = "holds", "does not hold", "not decidable here", "premise not met"
-FIRST_SEED, MIN_SEEDS = 3000, 3
+FIRST_SEED, MIN_SEEDS, NOTHING = 3000, 3, ("it presumes nothing of data or training", "none is measured")
 
 
 def mean_error(values: list[float]) -> tuple[float, float | None]:
@@ -146,7 +146,7 @@ def section(found: dict) -> str:
     lines = [
         f"{found['id'].upper()} {found['name']}: {found['says']}",
         f"Paper: {found['paper']}.",
-        f"Premise: {found['premise'] or 'it presumes nothing of data or training'}.",
+        f"Premise: {found['premise'] or NOTHING[bool(found['data'])]}.",
         f"Verdict: **{found['verdict']}** ({held} of {len(parts)} parts hold; at 5 %: {sure(found)})",
         *map(format_table, filter(None, (table, parts))),
         found["notes"],

@@ -5,8 +5,8 @@
     python -m lab.gpu --rehearse                     the same at toy sizes on the CPU
 
 Parts are commands that run in order of value, each with its own time limit. lab.bench writes its file after
-every row, and so does train.py, so that the end of its time loses nothing. The part training needs --data and
-the vocabulary, whose path is in $ALIGNCLIP_VOCAB where there is no network.
+every row, and so does train.py, so that the end of its time loses nothing. Training without a network needs
+the vocabulary's path in $ALIGNCLIP_VOCAB.
 """
 
 import os

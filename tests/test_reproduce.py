@@ -125,7 +125,10 @@ def test_every_claim_has_an_experiment_whose_parts_are_in_its_table():
             assert part.figure in claim.figures and rows <= set(claim.arms), (claim.id, part)
     premises = {c.id: c.premise.name for c in CLAIMS if c.premise}
     alignment = dict.fromkeys(("a2", "a4", "a6", "a7", "a11", "a16", "f1"), "alignment")
-    assert premises == alignment | {"a5": "smoothing", "a8": "smoothing"}
+    smoothing = dict.fromkeys(("a5", "a8"), "smoothing")
+    able = dict.fromkeys(("a9", "a10", "a12", "a14"), "able")
+    aspects = dict.fromkeys((*(f"l{n}" for n in (1, 2, 3, 4, 5, 6, 11, 12, 13, 14, 15, 16)), "f2"), "aspects")
+    assert premises == alignment | smoothing | able | aspects
     real = {"real", "llip infonce patches"}  # arms of real data
     used = {arm for claim in BY_NAME.values() for arm in claim.arms.values()}
     assert set(ARMS) == used | real
