@@ -12,6 +12,7 @@ from lab import bench
 ROOT = Path(__file__).resolve().parent.parent
 MARKDOWN = [ROOT / "README.md", ROOT / "tests" / "golden" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 DOCUMENTS = [*MARKDOWN, *sorted(ROOT.glob("docs/*.ipynb"))]
+EVIDENCE = (ROOT / "docs" / "evidence.md").read_text()
 LINK = re.compile(r"\]\(([^()\s]+)\)|(?:src|href)=\"([^\"]+)\"")
 
 
@@ -104,7 +105,34 @@ def test_readme_compares_with_the_figures_of_evaluation():
 
 def test_readme_has_the_summary_of_the_evidence():
     """The sentence that lab/evidence.py writes as the third paragraph of docs/evidence.md."""
-    paragraphs = (ROOT / "docs" / "evidence.md").read_text().split("\n\n")
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    for sentence in (text for text in paragraphs[:4] if re.match(r"Of \d+ claims ", text)):
-        assert " ".join(sentence.split()) in readme
+    paragraphs = EVIDENCE.split("\n\n")
+    [sentence] = [text for text in paragraphs[:4] if re.match(r"Of \d+ claims ", text)]
+    assert sentence in " ".join((ROOT / "README.md").read_text().split())
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_verdicts_in_papers_md_are_those_of_the_evidence():
+    verdicts = {row[0]: row[2] for row in map(cells, EVIDENCE.splitlines()) if len(row) == 5}
+    text = " ".join((ROOT / "docs" / "papers.md").read_text().split())
+    shown = re.findall(r"\*\*([a-z ]+)\*\*(?: as released)? \(([AL]\d+)\b", text)
+    assert len(shown) == 7 and all(verdicts[claim] == verdict for verdict, claim in shown)
+
+
+def test_the_finding_in_papers_md_has_the_numbers_of_f1():
+    """Each row of the first table: lifts before, gains, and accuracy, rounded."""
+    table = {row[0]: row[1:] for row in map(cells, EVIDENCE.split("## F1 ")[1].split("## ")[0].splitlines())}
+    paper = (ROOT / "docs" / "papers.md").read_text().split("### A finding: the guidance")[1]
+    rows = [row for row in map(cells, paper.splitlines()) if row[0].startswith(("three", "twelve"))]
+    prefixes = {"three": "", "three, half the rate": "slow ", "twelve": "deep "}
+    assert len(rows) == 9
+    for blocks, kind, *shown in rows:
+        columns = table[prefixes[blocks] + kind]
+        for cell, n in zip(shown, (0, 2, 1, 3, 4), strict=True):
+            there = [float(number) for number in columns[n].split(" +- ")]
+            here, digits = [float(number) for number in cell.split(" ± ")], len(cell.split(".")[-1])
+            # the evidence has errors of two digits
+            near = [0.51 * 10**-digits, 0.51 * 10**-digits + 0.05 * there[1]]
+            assert all(abs(a - b) < c for a, b, c in zip(here, there, near, strict=True)), (kind, cell)
